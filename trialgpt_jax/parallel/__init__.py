@@ -1,0 +1,1 @@
+"""The parallel wing: what the chips are, and how arrays lie on them."""

@@ -1,0 +1,1 @@
+"""The training wing: optimizer, the sharded step, checkpoints, metrics."""
