@@ -190,7 +190,7 @@ class ShardWriter:
         self.record = {"file": file, "split": split, "tokens": 0, "documents": 0, "bytes": 0, "max_id": 0, "sha256": ""}
         self._part = os.path.join(folder, f"{file}.{os.getpid()}.part")
         self._digest = hashlib.sha256()
-        self._file = open(self._part, "wb", buffering=0)
+        self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by finish or abort
 
     def append(self, ids: np.ndarray, documents: int, n_bytes: int) -> None:
         """Appends whole documents: `ids` [n] with their end-of-text ids, how many they are, and their UTF-8 bytes."""

