@@ -36,11 +36,18 @@ def default_config() -> ConfigDict:
     c.data.source_options = ConfigDict()
     c.data.source_options.path = ""  # for `files`: a file, a folder or a glob
     c.data.source_options.text_field = "text"  # field of a JSON line or parquet row that holds the document
+    c.data.source_options.subset = ""  # only documents whose `source` field is one of these, comma-separated
+    c.data.source_options.on_error = "stop"  # at an unusable document: stop | skip (counted in the manifest)
+    c.data.source_options.config = ""  # for `hf:owner/name`: configuration of the dataset; empty = its default
+    c.data.source_options.split = "train"  # for `hf:owner/name`: its split
+    c.data.source_options.revision = ""  # for `hf:owner/name`: branch, tag or commit; empty = main
     c.data.tokenizer = "gpt2"  # `gpt2`, or `bpe:N`: a byte-level BPE of N ids trained on the corpus
     c.data.val_fraction = 0.0005  # share of the documents in the validation split
+    c.data.split = "hash"  # who decides: hash (a seeded hash of the document) | nanogpt (its split, by row number)
     c.data.split_seed = 2357  # seed of the train/validation split
     c.data.shard_tokens = 100_000_000  # tokens per shard file
-    c.data.num_workers = 0  # tokenizer workers; 0 = one per core
+    c.data.num_workers = 0  # tokenizer workers; 0 = one per core. The result is the same for any number
+    c.data.encoder = "tiktoken"  # or gigatoken (extra `fast`), used only if it agrees with tiktoken on a sample
     c.data.shuffle = True  # False: windows in the order of the corpus
 
     c.model = ConfigDict()
@@ -60,7 +67,7 @@ def default_config() -> ConfigDict:
     c.model.qk_norm = False  # RMS-normalise queries and keys per head
     c.model.embed_norm = False  # normalise the embeddings before the first block
     c.model.logit_softcap = 0.0  # s > 0: logits become s * tanh(logits / s)
-    c.model.zero_init_proj = False  # residual projections start at zero
+    c.model.zero_init_proj = False  # residual projections (and an untied head) start at zero
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | muon (hidden matrices by Muon, the rest by AdamW)
@@ -81,7 +88,7 @@ def default_config() -> ConfigDict:
     c.train.steps = 600_000  # optimizer steps
     c.train.batch_size = 480  # sequences per optimizer step, over all devices
     c.train.accumulate_steps = 1  # microbatches per optimizer step
-    c.train.dtype = "auto"  # of the matmuls: float32 | bfloat16 | float64; auto = bfloat16 on accelerators, float32 on CPU
+    c.train.dtype = "auto"  # of the matmuls: float32 | bfloat16 | float64; auto = bfloat16, on CPU float32
     c.train.param_dtype = "float32"  # of parameters and optimizer state
     c.train.attention = "auto"  # auto | cudnn | splash | xla; auto = the fused kernel of the platform
     c.train.remat = "none"  # what backward recomputes: none | dots (all but matmul results) | block (all)
@@ -149,7 +156,8 @@ _CHOICES = {
     "model.activation": ("gelu", "relu2", "swiglu"), "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "linear", "wsd", "constant"), "train.remat": ("none", "dots", "block"),
     "train.dtype": ("auto", "float32", "bfloat16", "float64"), "train.param_dtype": ("float32", "float64"),
-    "train.attention": ("auto", "cudnn", "splash", "xla"),
+    "train.attention": ("auto", "cudnn", "splash", "xla"), "data.split": ("hash", "nanogpt"),
+    "data.encoder": ("tiktoken", "gigatoken"), "data.source_options.on_error": ("stop", "skip"),
 }  # fmt: skip
 _AT_LEAST = {
     1: "data.shard_tokens model.block_size model.n_layer model.n_head model.n_embd train.steps train.batch_size "
@@ -187,7 +195,9 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
             closing = "]" if name in _UNIT_INTERVAL else ")"
             raise UserError(f"config field `{name}` is {flat[name]}, outside [0, 1{closing}")
     tokenizer = config.data.tokenizer
-    if tokenizer != "gpt2" and not (tokenizer.startswith("bpe:") and tokenizer[4:].isdigit() and int(tokenizer[4:]) > 256):
+    if tokenizer != "gpt2" and not (
+        tokenizer.startswith("bpe:") and tokenizer[4:].isdigit() and int(tokenizer[4:]) > 256
+    ):
         raise UserError(f"config field `data.tokenizer` is {tokenizer!r}, not `gpt2` or `bpe:N` with N ids, N > 256")
     if config.train.dtype == "float64" and config.train.param_dtype != "float64":
         raise UserError("config field `train.dtype` is float64, which needs train.param_dtype=float64 as well")
@@ -270,7 +280,9 @@ def load_snapshot(workdir: str) -> ConfigDict:
         with open(path, encoding="utf-8") as file:
             saved = json.load(file)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; --workdir must be a folder that `train` or `convert` has written") from None
+        raise UserError(
+            f"{path} does not exist; --workdir must be a folder that `train` or `convert` has written"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     config = default_config()
@@ -294,6 +306,75 @@ def _update(config: ConfigDict, values: dict, path: str, prefix: str = "") -> No
         if type(value) is not type(old) and not (type(old) is float and type(value) is int):
             raise UserError(f"{path}: config field `{prefix}{name}` is {value!r}, but should be like {old!r}")
         config[name] = type(old)(value)
+
+
+# Fields that a resumed run may change without becoming another run: how it is watched, kept and laid out on devices.
+_HARMLESS = ("eval.", "log.", "checkpoint.", "mesh.", "data.num_workers", "train.max_", "train.attention", "train.remat",
+             "train.scan_unroll", "train.init_from")  # fmt: skip
+
+
+def check_resumable(config: ConfigDict, snapshot: ConfigDict, allowed: tuple[str, ...] = ()) -> list[str]:
+    """Compares the config of a resumed run with the one it was started with.
+
+    Args:
+      config: the new one.
+      snapshot: the workdir's.
+      allowed: fields that may differ although the run is then not the one that was started.
+
+    Returns:
+      A line for each field that differs and is taken.
+
+    Raises:
+      UserError: a field differs that would make this another run.
+    """
+    new, old = fields(config), fields(snapshot)
+    changed = [name for name in new if new[name] != old[name]]
+    for name in changed:
+        if not name.startswith(_HARMLESS) and name not in allowed:
+            raise UserError(
+                f"config field `{name}` is {new[name]!r}, but this workdir's run was started with {old[name]!r}; "
+                f"use that, another --workdir, or --allow_config_change={name}"
+            )
+    return [f"config field `{name}` changes from {old[name]!r} to {new[name]!r}" for name in changed]
+
+
+def gpt_config(config: ConfigDict, platform: str, vocab_size: int = 0):
+    """The model's `GPTConfig` for a platform ("cpu", "gpu" or "tpu").
+
+    Args:
+      config: the resolved config.
+      platform: where it will run; chooses the attention kernel and the default dtype.
+      vocab_size: of the token store, for a config whose model.vocab_size is 0.
+
+    Raises:
+      UserError: the requested attention kernel cannot be used.
+    """
+    import jax  # here, so that commands that need no JAX start without it
+
+    from trialgpt_jax.model.gpt import GPTConfig
+    from trialgpt_jax.parallel import accelerators
+
+    train, model = config.train, config.model.to_dict()
+    model["vocab_size"] = model["vocab_size"] or vocab_size
+    if "float64" in (train.dtype, train.param_dtype):
+        jax.config.update("jax_enable_x64", True)
+    dtype = accelerators.compute_dtype(train.dtype, platform)
+    kernel = accelerators.attention_kernel(
+        train.attention,
+        platform,
+        dtype=dtype,
+        head_dim=model["head_dim"] or model["n_embd"] // model["n_head"],
+        block_size=model["block_size"],
+        dropout=model["dropout"],
+    )
+    return GPTConfig(
+        **model,
+        dtype=dtype,
+        param_dtype=train.param_dtype,
+        attention=kernel,
+        remat=train.remat,
+        scan_unroll=train.scan_unroll,
+    )
 
 
 # ---- the command line
@@ -361,10 +442,10 @@ def _config_from_file(argv: list[str], file: str) -> ConfigDict:
 
 
 def _config_from_snapshot(argv: list[str], values: flags.FlagValues) -> ConfigDict:
-    if not getattr(values, "workdir", None):
+    if "workdir" in values and not values.workdir:
         raise UserError("--config=FILE is missing; the configs that come with the project are in configs/")
     config_values = flags.FlagValues()
-    snapshot = load_snapshot(values.workdir)
+    snapshot = load_snapshot(values.workdir) if "workdir" in values else default_config()  # preprocess has no workdir
     config_flags.DEFINE_config_dict("config", snapshot, flag_values=config_values, sys_argv=argv)
     config_values([argv[0], *(a for a in argv[1:] if a.startswith("--config"))])
     return config_values.config

@@ -1,0 +1,260 @@
+"""The GPT: GPT-2 exactly by default, in Flax Linen, its layers scanned.
+
+Shapes: B batch, T length, C n_embd, H query heads, K key/value heads, D head width, V vocabulary padded to 128.
+
+Parameters (after `nn.unbox`), the leading axis of everything under `blocks` being the layer:
+  wte/embedding [V, C]   wpe/embedding [block_size, C] (learned positions)   lm_head/embedding [V, C] (untied)
+  blocks/{ln_1,ln_2}/{scale,bias} [L, C]   ln_f/{scale,bias} [C]
+  blocks/attn/{c_q,c_k,c_v,c_proj}/{kernel,bias}   blocks/mlp/{c_fc,c_gate,c_proj}/{kernel,bias}, kernels [L, in, out]
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from trialgpt_jax.model.attention import cached_attention, causal_attention
+
+EPS = 1e-5  # GPT-2's; Flax's LayerNorm defaults to 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Shape and numerics of a GPT; the fields up to `zero_init_proj` are those of `config.model`, explained there."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0
+    head_dim: int = 0
+    n_embd: int = 768
+    bias: bool = True
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    position: str = "learned"
+    norm: str = "layernorm"
+    activation: str = "gelu"
+    qk_norm: bool = False
+    embed_norm: bool = False
+    logit_softcap: float = 0.0
+    zero_init_proj: bool = False
+    dtype: jnp.dtype = jnp.float32  # of the matmuls and activations
+    param_dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"  # kernel, from accelerators.attention_kernel
+    remat: str = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
+        object.__setattr__(self, "head_dim", self.head_dim or self.n_embd // self.n_head)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head: vocab_size rounded up to a multiple of 128, the chips' tile."""
+        return -(-self.vocab_size // 128) * 128
+
+
+def _normal(std: float, *axes: str):
+    """N(0, std) with logical axis names."""
+    init = nn.initializers.normal(std) if std else nn.initializers.zeros
+    return nn.with_logical_partitioning(init, axes)
+
+
+def _proj_std(config: GPTConfig) -> float:
+    """Residual projections start smaller, so that the sum over 2 * n_layer of them keeps the residual's scale (GPT-2)."""
+    return 0.0 if config.zero_init_proj else 0.02 / math.sqrt(2 * config.n_layer)
+
+
+def _dense(config: GPTConfig, features: int, axes: tuple[str, str], std: float, name: str) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=config.bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=_normal(std, *axes),
+        bias_init=_normal(0, axes[1]),
+        name=name,
+    )
+
+
+def _norm(config: GPTConfig, name: str | None = None) -> nn.Module:
+    """LayerNorm or RMSNorm over C, statistics in float32."""
+    ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    shared = {
+        "epsilon": EPS,
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "scale_init": ones,
+        "name": name,
+    }
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(**shared)
+    return nn.LayerNorm(use_bias=config.bias, bias_init=_normal(0, "embed"), use_fast_variance=False, **shared)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    """x / RMS(x) over the last axis, computed in float32: the parameter-free norm of queries and keys."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + EPS)).astype(x.dtype)
+
+
+def rope(x_BxTxHxD: jax.Array, positions_T: jax.Array) -> jax.Array:
+    """Rotary position embedding, base 10,000, dimension i paired with i + D/2 (Su et al. 2021; GPT-NeoX's pairing)."""
+    half = x_BxTxHxD.shape[-1] // 2
+    wide = jnp.promote_types(x_BxTxHxD.dtype, jnp.float32)
+    frequency = 10_000.0 ** (-jnp.arange(half, dtype=wide) / half)
+    angle_Tx1xD = positions_T.astype(wide)[:, None, None] * frequency
+    cos, sin = jnp.cos(angle_Tx1xD), jnp.sin(angle_Tx1xD)
+    a, b = jnp.split(x_BxTxHxD.astype(wide), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxTxHxD.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the sequence, or over a cache of it."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxC, positions_T, deterministic: bool, cache=None):
+        """Returns the output [B, T, C] and the cache (keys, values) [B, S, K, D], updated at `positions_T`, or None."""
+        c = self.config
+        H, K, D = c.n_head, c.n_kv_head, c.head_dim
+        B, T, C = x_BxTxC.shape
+        q = _dense(c, H * D, ("embed", "heads"), 0.02, "c_q")(x_BxTxC).reshape(B, T, H, D)
+        k = _dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_k")(x_BxTxC).reshape(B, T, K, D)
+        v = _dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_v")(x_BxTxC).reshape(B, T, K, D)
+        if c.qk_norm:
+            q, k = _rms(q), _rms(k)
+        if c.position == "rope":
+            q, k = rope(q, positions_T), rope(k, positions_T)
+        if cache is None:
+            key = None if deterministic or not c.dropout else self.make_rng("dropout")
+            y = causal_attention(q, k, v, c.attention, c.dropout, key)
+        else:
+            cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new, positions_T[0], 1) for old, new in zip(cache, (k, v))
+            )
+            y = cached_attention(q, *cache, positions_T)
+        y = _dense(c, C, ("heads", "embed"), _proj_std(c), "c_proj")(y.reshape(B, T, H * D))
+        return nn.Dropout(c.dropout)(y, deterministic), cache
+
+
+class MLP(nn.Module):
+    """Two matmuls around an activation; four times as wide as the residual, 8/3 for the gated swiglu."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxC, deterministic: bool):
+        c = self.config
+        # 8/3 rounded up to 128 keeps swiglu's three matrices at the parameters of the other forms' two
+        width = 4 * c.n_embd if c.activation != "swiglu" else -(-8 * c.n_embd // (3 * 128)) * 128
+        h = _dense(c, width, ("embed", "mlp"), 0.02, "c_fc")(x_BxTxC)
+        if c.activation == "swiglu":
+            h = jax.nn.silu(_dense(c, width, ("embed", "mlp"), 0.02, "c_gate")(x_BxTxC)) * h
+        elif c.activation == "relu2":
+            h = jnp.square(jax.nn.relu(h))
+        else:
+            h = jax.nn.gelu(h, approximate=True)  # GPT-2 uses the tanh form
+        h = _dense(c, c.n_embd, ("mlp", "embed"), _proj_std(c), "c_proj")(h)
+        return nn.Dropout(c.dropout)(h, deterministic)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxC, positions_T, deterministic: bool = True, cache=None):
+        """Returns the residual [B, T, C] and the updated cache (None without one)."""
+        x_BxTxC = nn.with_logical_constraint(x_BxTxC, ("batch", "length", "hidden"))
+        y, cache = CausalSelfAttention(self.config, name="attn")(
+            _norm(self.config, "ln_1")(x_BxTxC), positions_T, deterministic, cache
+        )
+        x_BxTxC = x_BxTxC + y
+        x_BxTxC = x_BxTxC + MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(x_BxTxC), deterministic)
+        return x_BxTxC, cache
+
+
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
+
+
+class GPT(nn.Module):
+    """Token ids -> final hidden states; `loss.py` and `logits` apply the head to them."""
+
+    config: GPTConfig
+
+    def setup(self):
+        c = self.config
+        table = {"features": c.n_embd, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        self.wte = nn.Embed(c.padded_vocab_size, embedding_init=_normal(0.02, "vocab", "embed"), **table)
+        if c.position == "learned":
+            self.wpe = nn.Embed(c.block_size, embedding_init=_normal(0.02, "position", "embed"), **table)
+        if c.embed_norm:
+            self.ln_e = _norm(c)
+        self.drop = nn.Dropout(c.dropout)
+        block = Block
+        if c.remat != "none":
+            # prevent_cse=False: inside a scan the forward and backward loops are apart, there is nothing to merge
+            block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat], prevent_cse=False, static_argnums=(3,))
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.n_layer,
+            unroll=c.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.ln_f = _norm(c)
+        if not c.tie_embeddings:
+            head_init = _normal(0.0 if c.zero_init_proj else 0.02, "vocab", "embed")
+            self.lm_head = nn.Embed(c.padded_vocab_size, embedding_init=head_init, **table)
+
+    def __call__(self, tokens_BxT: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Hidden states of whole sequences.
+
+        Args:
+          tokens_BxT: int32 ids below vocab_size; T at most block_size.
+          deterministic: False = dropout, from the "dropout" rng.
+
+        Returns:
+          [B, T, C] of `config.dtype`, after the final norm.
+        """
+        positions_T = jnp.arange(tokens_BxT.shape[1])
+        x, _ = self.blocks(self.embed(tokens_BxT, positions_T, deterministic), positions_T, deterministic)
+        if self.is_initializing() and not self.config.tie_embeddings:
+            self.lm_head(tokens_BxT[:, :1])
+        return self.ln_f(x)
+
+    def embed(self, tokens_BxT: jax.Array, positions_T: jax.Array, deterministic: bool = True) -> jax.Array:
+        """The residual stream's start, [B, T, C]."""
+        x = self.wte(tokens_BxT)
+        if self.config.position == "learned":
+            x = x + self.wpe(positions_T)
+        if self.config.embed_norm:
+            x = self.ln_e(x)
+        return nn.with_logical_constraint(self.drop(x, deterministic), ("batch", "length", "hidden"))
+
+    def final_norm(self, x_BxTxC: jax.Array) -> jax.Array:
+        """The norm between the last block and the head."""
+        return self.ln_f(x_BxTxC)
+
+
+def head(params, config: GPTConfig) -> jax.Array:
+    """The [V, C] matrix whose rows are the ids' output vectors: the token embedding when tied."""
+    return params["wte" if config.tie_embeddings else "lm_head"]["embedding"]
+
+
+def logits(params, config: GPTConfig, hidden_BxTxC: jax.Array) -> jax.Array:
+    """float32 logits [B, T, vocab_size] (float64 for float64), padding cut off. For whole batches see `loss.py`."""
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    matrix = head(params, config)[: config.vocab_size].astype(config.dtype)
+    out = jnp.einsum("btc,vc->btv", hidden_BxTxC, matrix, preferred_element_type=wide)
+    return config.logit_softcap * jnp.tanh(out / config.logit_softcap) if config.logit_softcap else out

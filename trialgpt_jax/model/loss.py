@@ -1,0 +1,132 @@
+"""Next-token cross-entropy from hidden states and the head, without the [batch, length, vocab] logits.
+
+The sequence is cut into chunks; each chunk's logits are made, reduced and, when a gradient is wanted, turned at once into
+the gradients of the hidden states and the head (they are linear in the loss's cotangent, which is a scalar). So the head's
+three matmuls run once each, as in the plain form, and only one chunk of logits ever exists.
+
+Shapes: B batch, T length, C n_embd, V rows of the head (vocabulary and padding), N tokens of a chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from trialgpt_jax.parallel.sharding import BATCH
+
+# Elements of a chunk's logits per device. Larger chunks re-read the head's gradient less often, smaller ones need less memory.
+CHUNK_ELEMENTS = 2**28
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def cross_entropy_sum(
+    hidden_BxTxC: jax.Array, head_VxC: jax.Array, labels_BxT: jax.Array, vocab_size: int, softcap: float = 0.0
+) -> jax.Array:
+    """Sum over tokens of -log softmax(hidden @ head.T)[label].
+
+    Under `jax.set_mesh` it runs per device: the batch split over data x fsdp, the head's rows over tensor.
+
+    Args:
+      hidden_BxTxC: hidden states, which set the dtype of the logits; the softmax is float32 (float64 for float64).
+      head_VxC: output vectors; rows from `vocab_size` on are padding and take no part.
+      labels_BxT: int32 ids; a negative label leaves its token out.
+      vocab_size: number of real ids.
+      softcap: s > 0 makes the logits s * tanh(logits / s).
+
+    Returns:
+      Scalar of float32 (float64 for float64), nats.
+    """
+    return _run(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients=False)
+
+
+def _forward(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap):
+    loss, d_hidden, d_head = _run(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients=True)
+    return loss, (d_hidden, d_head)
+
+
+def _backward(vocab_size, softcap, gradients, cotangent):
+    d_hidden, d_head = gradients
+    return (d_hidden * cotangent).astype(d_hidden.dtype), (d_head * cotangent).astype(d_head.dtype), None
+
+
+cross_entropy_sum.defvjp(_forward, _backward)
+
+
+def _run(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients):
+    """`_chunked` on each device of the mesh in use, or as it is where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients, on_mesh=False)
+    local = functools.partial(
+        _chunked, vocab_size=vocab_size, softcap=softcap, with_gradients=with_gradients, on_mesh=True
+    )
+    outputs = (P(), P(BATCH), P("tensor", "fsdp")) if with_gradients else P()
+    # check_vma=False: the reductions are all explicit here, and the scan's zero carries would need casts to vary
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(BATCH), P("tensor"), P(BATCH)), out_specs=outputs, check_vma=False
+    )  # fmt: skip
+    return run(hidden_BxTxC, head_VxC, labels_BxT)
+
+
+def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients, on_mesh):
+    B, T, C = hidden_BxTxC.shape
+    V = head_VxC.shape[0]
+    dtype = hidden_BxTxC.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    matrix_VxC = head_VxC.astype(dtype)
+    first_id = jax.lax.axis_index("tensor") * V if on_mesh else 0  # the id of this device's first row
+    ids_V = first_id + jnp.arange(V)
+
+    def over_vocab(reduce, x):
+        return reduce(x, "tensor") if on_mesh else x
+
+    def chunk(hidden_NxC, labels_N):
+        logits_NxV = jnp.einsum("nc,vc->nv", hidden_NxC, matrix_VxC).astype(wide)
+        if softcap:
+            capped = jnp.tanh(logits_NxV / softcap)
+            logits_NxV = softcap * capped
+        logits_NxV = jnp.where(ids_V < vocab_size, logits_NxV, -jnp.inf)
+        max_N = over_vocab(jax.lax.pmax, jnp.max(logits_NxV, axis=1))
+        sum_N = over_vocab(jax.lax.psum, jnp.sum(jnp.exp(logits_NxV - max_N[:, None]), axis=1))
+        is_label_NxV = ids_V == labels_N[:, None]
+        # a masked sum, not a gather: it fuses with the reductions above and needs no index of another device's rows
+        label_logit_N = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1))
+        log_normaliser_N = max_N + jnp.log(sum_N)
+        valid_N = labels_N >= 0
+        loss = jnp.sum(jnp.where(valid_N, log_normaliser_N - label_logit_N, 0))
+        if not with_gradients:
+            return loss, None, None
+        d_logits = jnp.exp(logits_NxV - log_normaliser_N[:, None]) - is_label_NxV
+        if softcap:
+            d_logits = d_logits * (1 - capped**2)
+        d_logits = jnp.where(valid_N[:, None], d_logits, 0).astype(dtype)
+        d_hidden_NxC = over_vocab(jax.lax.psum, jnp.einsum("nv,vc->nc", d_logits, matrix_VxC))
+        return loss, d_hidden_NxC, jnp.einsum("nv,nc->vc", d_logits, hidden_NxC, preferred_element_type=wide)
+
+    n = _n_chunks(B, T, V)
+    if n == 1:
+        loss, d_hidden, d_head = chunk(hidden_BxTxC.reshape(-1, C), labels_BxT.reshape(-1))
+    else:
+
+        def body(carry, i):
+            loss, d_head = carry
+            piece = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * (T // n), slice_size=T // n, axis=1)
+            l_i, d_hidden, d_i = chunk(piece(hidden_BxTxC).reshape(-1, C), piece(labels_BxT).reshape(-1))
+            return (loss + l_i, d_head + d_i if with_gradients else None), d_hidden
+
+        zero = jnp.zeros((V, C), wide) if with_gradients else None
+        (loss, d_head), d_hidden = jax.lax.scan(body, (jnp.zeros((), wide), zero), jnp.arange(n))
+        if with_gradients:
+            d_hidden = d_hidden.reshape(n, B, T // n, C).swapaxes(0, 1)
+    loss = jax.lax.psum(loss, BATCH) if on_mesh else loss
+    if not with_gradients:
+        return loss
+    if on_mesh:  # the head is split over fsdp along C, and so is its gradient: a reduce-scatter, once
+        d_head = jax.lax.psum(jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=1, tiled=True), "data")
+    return loss, d_hidden.reshape(B, T, C), d_head.astype(head_VxC.dtype)
+
+
+def _n_chunks(B: int, T: int, V: int) -> int:
+    """The fewest equal chunks of the length whose logits stay within CHUNK_ELEMENTS."""
+    return next(n for n in range(1, T + 1) if T % n == 0 and (B * T // n * V <= CHUNK_ELEMENTS or n == T))

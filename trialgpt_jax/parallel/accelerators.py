@@ -1,0 +1,130 @@
+"""What the chip is: its peak and memory, the attention kernel it runs, and how processes find each other.
+
+A program can be compiled for a chip that is not attached, so nothing here asks JAX which platform it runs on unless it
+is told to: the platform ("cpu", "gpu" or "tpu") and the device kind are arguments.
+"""
+
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trialgpt_jax import UserError
+
+
+class Chip(NamedTuple):
+    """Published figures of an accelerator: dense bf16 FLOP/s and bytes of device memory."""
+
+    peak_flops: float
+    memory_bytes: float
+
+
+# Substring of `device_kind` -> figures, the first match wins. Peaks are the vendors' dense bf16 ones, without sparsity;
+# TPU memory is what the compiler grants a program. A kind that is not here has no MFU: a wrong peak is worse than none.
+_CHIPS = (
+    ("H200", Chip(989e12, 150e9)),
+    ("H100 80GB HBM3", Chip(989e12, 80e9)),  # the SXM form; the PCIe card is slower and has no entry
+    ("A100", Chip(312e12, 80e9)),
+    ("TPU v4", Chip(275e12, 30.75 * 2**30)),
+    ("TPU v5 lite", Chip(197e12, 15.75 * 2**30)),
+    ("TPU v5e", Chip(197e12, 15.75 * 2**30)),
+    ("TPU v5", Chip(459e12, 95.74 * 2**30)),
+    ("TPU v6", Chip(918e12, 31.25 * 2**30)),
+)
+
+
+def chip(device_kind: str) -> Chip | None:
+    """Figures of `device.device_kind`, or None for a chip whose peak is not known here."""
+    return next((figures for name, figures in _CHIPS if name in device_kind), None)
+
+
+def memory_bytes(device: jax.Device) -> float | None:
+    """Bytes that a program may use on `device`: the allocator's limit, the table's figure, or the host's RAM for a CPU."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return float(device.memory_stats()["bytes_limit"])
+    except (KeyError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        known = chip(device.device_kind)
+        return known.memory_bytes if known else None
+
+
+def compute_dtype(name: str, platform: str) -> jnp.dtype:
+    """The dtype of the matmuls: `name`, with "auto" standing for bfloat16 on accelerators and float32 on CPU."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def attention_kernel(
+    requested: str, platform: str, *, dtype: jnp.dtype, head_dim: int, block_size: int, dropout: float
+) -> str:
+    """Chooses the attention kernel, or says why the requested one cannot be used.
+
+    Args:
+      requested: "auto", "cudnn", "splash" or "xla".
+      platform: "cpu", "gpu" or "tpu".
+      dtype: of queries, keys and values.
+      head_dim: width of a head.
+      block_size: tokens per sequence.
+      dropout: rate of the attention weights' dropout.
+
+    Returns:
+      "cudnn", "splash" or "xla". "auto" is cuDNN on GPU, Splash on TPU and XLA on CPU, never another in silence.
+
+    Raises:
+      UserError: the kernel does not run with these; names the option to change.
+    """
+    kernel = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}[platform] if requested == "auto" else requested
+    home = {"cudnn": "gpu", "splash": "tpu"}.get(kernel)
+    why = None
+    if home and home != platform:
+        why = f"runs on {home}, not on {platform}"
+    elif kernel == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
+        why = f"needs bfloat16, not {dtype}; set train.dtype=bfloat16"
+    elif kernel == "cudnn" and (head_dim % 8 or head_dim > 256):
+        why = f"needs a head width that is a multiple of 8 up to 256, not {head_dim}; set model.head_dim"
+    elif kernel == "splash" and block_size % 128:
+        why = f"needs a block_size that is a multiple of 128, not {block_size}; set model.block_size"
+    elif kernel in ("cudnn", "splash") and dropout > 0:
+        why = f"has no dropout of attention weights, and model.dropout={dropout}; set model.dropout=0"
+    if why:
+        raise UserError(f"attention kernel `{kernel}` {why}, or choose the slower train.attention=xla")
+    return kernel
+
+
+def start(coordinator_address: str | None = None, num_processes: int = 0, process_id: int = -1) -> None:
+    """Starts JAX for this process: the persistent compilation cache, and the other processes where there are any.
+
+    Args:
+      coordinator_address: host:port of process 0, when the cluster is not one that JAX detects by itself.
+      num_processes: processes of the whole job; 0 = detect (Cloud TPU pods, Slurm, Open MPI), one process otherwise.
+      process_id: this process's number, from 0.
+
+    Raises:
+      UserError: only some of the three are given.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "trialgpt_jax", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    given = [coordinator_address is not None, num_processes > 0, process_id >= 0]
+    if any(given):
+        if not all(given):
+            raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three")
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif _in_cluster():
+        jax.distributed.initialize()
+
+
+def _in_cluster() -> bool:
+    """Whether the environment says that this is one of several processes that JAX can find by itself."""
+    env = os.environ
+    tpu_hosts = env.get("TPU_WORKER_HOSTNAMES", "")
+    return (
+        ("," in tpu_hosts)
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or ("SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1)
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    )

@@ -1,0 +1,384 @@
+"""Trains a GPT: `python -m trialgpt_jax.train --config=configs/quickstart.py --workdir=runs/quickstart`.
+
+A workdir that has checkpoints is resumed, exactly, by the same command. SIGTERM or Ctrl-C saves and exits with status 75.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from trialgpt_jax import UserError
+from trialgpt_jax import config as config_lib
+from trialgpt_jax.data.batches import eval_batches, train_batches
+from trialgpt_jax.data.token_store import TokenStore, open_store
+from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
+from trialgpt_jax.training import train_step as steps_lib
+from trialgpt_jax.training.checkpoint import Checkpoints
+from trialgpt_jax.training.metrics import (
+    MetricsLog,
+    bits_per_byte,
+    flops_per_token,
+    parameter_count,
+    progress_line,
+    say,
+)
+from trialgpt_jax.training.optimizer import make_optimizer, schedule
+
+
+def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...] = ()) -> int:
+    """Trains from the newest whole checkpoint of `workdir`, or from step 0, to `config.train.steps`.
+
+    Args:
+      config: see `config.default_config`.
+      workdir: folder for config.json, metrics.jsonl, checkpoints/ and tensorboard/; made if it is not there.
+      allow_config_change: fields that may differ from the ones the workdir's run was started with.
+
+    Returns:
+      The exit status: 0 when the last step is done and saved, 75 when stopped on request after saving.
+
+    Raises:
+      UserError: a config, token store or workdir that cannot be trained with.
+    """
+    config_lib.validate(config, jax.device_count())
+    store = open_store(config.data.dir)
+    with _locked(workdir), _StopRequest() as stop:
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, say)
+        checkpoints.discard_interrupted()
+        if os.path.exists(os.path.join(workdir, "config.json")):
+            snapshot = config_lib.load_snapshot(workdir)
+            for change in config_lib.check_resumable(config, snapshot, allow_config_change):
+                say(change)
+        run = _Run(config, workdir, store, checkpoints, stop)
+        return run.loop()
+
+
+class _Run:
+    """The compiled step, the state and the data of one run, and the loop over them."""
+
+    def __init__(self, config, workdir, store, checkpoints, stop):
+        self.config, self.checkpoints, self.stop = config, checkpoints, stop
+        train = config.train
+        self.gpt = config_lib.gpt_config(config, jax.devices()[0].platform, store.vocab_size)
+        check_store(store, self.gpt.vocab_size)
+        self.mesh = make_mesh(config_lib.mesh_sizes(config.mesh, jax.device_count()))
+        self.optimizer = make_optimizer(config.optim, train.steps)
+        self.learning_rate = schedule(config.optim, train.steps, config.optim.learning_rate)
+        self.tokens_per_step = train.batch_size * self.gpt.block_size
+        self.train_split, self.val_split = store.split("train"), store.split("val")
+        self.eval_batch_size = train.batch_size // train.accumulate_steps
+        if config.eval.every_steps:
+            next(self._eval_batches())  # refuses a validation split without a window now, not at the first evaluation
+
+        layout = steps_lib.state_layout(self.gpt, self.optimizer, self.mesh)
+        self.flops_per_token = flops_per_token(layout.params, self.gpt)
+        device = jax.devices()[0]
+        self.chip = accelerators.chip(device.device_kind)
+        say(
+            f"{jax.device_count()} x {device.device_kind}, mesh {dict(self.mesh.shape)}, {jax.process_count()} process(es)\n"
+            f"{parameter_count(layout.params):,} parameters, {self.gpt.dtype} matmuls, attention kernel "
+            f"{self.gpt.attention}, remat {self.gpt.remat}\n"
+            f"{self.tokens_per_step:,} tokens per step, {train.steps * self.tokens_per_step:.3g} in all; "
+            f"{self.train_split.n_tokens:,} in the training split\n"
+            f"{self.flops_per_token:.3g} FLOPs per token"
+            + ("" if self.chip else "; no MFU, for this chip's peak is not known")
+        )
+        start = time.monotonic()
+        self.step = steps_lib.compile_train_step(
+            self.gpt,
+            self.optimizer,
+            self.mesh,
+            batch_size=train.batch_size,
+            accumulate_steps=train.accumulate_steps,
+            seed=config.seed,
+        )
+        self.eval_step = None
+        if config.eval.every_steps:
+            self.eval_step = steps_lib.compile_eval_step(
+                self.gpt, self.mesh, layout.params, batch_size=self.eval_batch_size
+            )
+        say(f"compiled in {time.monotonic() - start:.1f} s; {memory_plan(self.step, device)}")
+
+        step = checkpoints.newest_whole()
+        if step is None:
+            self.state = steps_lib.create_state(self.gpt, self.optimizer, config.seed, self.mesh)
+            step = 0
+        else:
+            self.state = checkpoints.restore(step, layout)
+            say(f"resumed from checkpoint {step}")
+        self.first_step = step
+        if jax.process_index() == 0:
+            config_lib.save_snapshot(config, workdir)
+        self.log = MetricsLog(workdir, config.log, step, config) if jax.process_index() == 0 else None
+
+    def loop(self) -> int:
+        """Runs the steps that are left. Step k is dispatched before the metrics of step k-1 are fetched."""
+        config, n_steps = self.config, self.config.train.steps
+        sharding = batch_sharding(self.mesh)
+        batches = train_batches(
+            self.train_split,
+            block_size=self.gpt.block_size,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            start_step=self.first_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.seconds = self.log.last.get("seconds", 0.0) if self.log else 0.0  # training time since step 0
+        self._unlogged_seconds, self._unlogged_steps = 0.0, 0
+        started = saved_at = time.monotonic()
+        saved_step = self.first_step
+        if self.first_step == 0 and self.eval_step:
+            self._evaluate(0)
+        self._restart_clock(self.first_step)
+        pending = None  # (step, metrics) dispatched and not yet fetched
+        tokens = put_batch(next(batches), sharding)
+        stopped = False
+        try:
+            for step in range(self.first_step + 1, n_steps + 1):
+                self.state, metrics = self.step(self.state, tokens)
+                if step < n_steps:
+                    tokens = put_batch(next(batches), sharding)  # while the device computes
+                if pending:
+                    self._account(*pending)
+                pending = (step, metrics)
+
+                elapsed = time.monotonic() - started
+                minutes = (time.monotonic() - saved_at) / 60
+                stopped = step < n_steps and self.stop.requested(step, elapsed, config.train.max_seconds)
+                evaluate = self.eval_step and (step % config.eval.every_steps == 0 or step == n_steps)
+                save = (
+                    step == n_steps
+                    or stopped
+                    or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0)
+                    or self._agree(config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes)
+                )
+                if evaluate or save:
+                    self._account(*pending)
+                    pending = None
+                    val_loss = self._evaluate(step) if evaluate else None
+                    if save:
+                        self._save(step, val_loss)
+                        saved_at, saved_step = time.monotonic(), step
+                    self._restart_clock(step)
+                if stopped:
+                    break
+            self.checkpoints.wait()
+        finally:
+            batches.close()
+            if self.log:
+                self.log.close()
+        if stopped:
+            say(f"stopped after step {saved_step}, which is saved; run the same command to continue")
+            return config_lib.EXIT_STOPPED
+        say(f"done: step {n_steps}, {self.seconds:.1f} s of training")
+        return 0
+
+    def _restart_clock(self, step: int) -> None:
+        """Time runs again after `step`, whose work is done; what lay before does not count as training."""
+        self._timed_step, self._timed_at = step, time.monotonic()
+
+    def _account(self, step: int, metrics: dict) -> None:
+        """Waits until `step` is done, keeps the time, logs the step where that is due, stops a run that went bad."""
+        values = jax.device_get(metrics)
+        now = time.monotonic()
+        skipped = int(values["skipped_in_a_row"])
+        if skipped:
+            say(f"step {step}: loss or gradients of batch {step - 1} are not finite; the update is skipped")
+            if skipped >= self.config.train.max_skipped:
+                raise FloatingPointError(
+                    f"{skipped} steps in a row were not finite (train.max_skipped), up to step {step}; the last good "
+                    "state is in the newest checkpoint. Lower the learning rate, or look at the batches"
+                )
+        self.seconds += now - self._timed_at
+        self._unlogged_seconds += now - self._timed_at
+        self._unlogged_steps += step - self._timed_step
+        self._timed_step, self._timed_at = step, now
+        if step % self.config.log.every_steps and step != self.config.train.steps:
+            return
+        step_seconds = self._unlogged_seconds / self._unlogged_steps
+        self._unlogged_seconds, self._unlogged_steps = 0.0, 0
+        rate = self.tokens_per_step / step_seconds
+        line = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "loss": _number(values["loss"]),
+            "lr": float(self.learning_rate(step - 1 - (int(values["skipped"]) - bool(skipped)))),
+            "grad_norm": _number(values["grad_norm"]),
+            "tokens_per_second": rate,
+            "seconds": self.seconds,
+            "skipped": int(values["skipped"]),
+        }
+        if self.chip:
+            line["mfu"] = rate * self.flops_per_token / (self.chip.peak_flops * jax.device_count())
+        if self.log:
+            self.log.write(line)
+        say(progress_line(line | {"step_seconds": step_seconds}, self.config.train.steps))
+
+    def _eval_batches(self) -> Iterator:
+        return eval_batches(
+            self.val_split,
+            block_size=self.gpt.block_size,
+            batch_size=self.eval_batch_size,
+            n_batches=self.config.eval.batches * self.config.train.accumulate_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _evaluate(self, step: int) -> float | None:
+        """Logs the validation loss at `step`; returns it where it is finite."""
+        loss, n_tokens = steps_lib.evaluate(self.eval_step, self.state.params, self._eval_batches(), self.mesh)
+        line = {"step": step, "tokens": step * self.tokens_per_step, "val_loss": _number(loss), "seconds": self.seconds}
+        per_byte = bits_per_byte(loss, self.val_split.n_tokens, self.val_split.n_bytes)
+        if per_byte is not None:
+            line["val_bits_per_byte"] = _number(per_byte)
+        if self.log:
+            self.log.write(line)
+        say(
+            f"step {step}: validation loss {loss:.4f}"
+            + (f", {per_byte:.4f} bits per byte" if per_byte is not None else "")
+            + f" over {n_tokens:,} tokens"
+        )
+        return loss if math.isfinite(loss) else None
+
+    def _save(self, step: int, val_loss: float | None) -> None:
+        if self.log:
+            self.log.sync()
+        held_up = self.checkpoints.save(step, self.state, val_loss)
+        say(f"step {step}: saving a checkpoint; it held training up for {held_up:.2f} s")
+
+    def _agree(self, wish) -> bool:
+        """Process 0's wish, on all processes: their clocks differ, and they must save together."""
+        if jax.process_count() == 1 or not self.config.checkpoint.every_minutes:
+            return bool(wish)
+        return bool(multihost_utils.broadcast_one_to_all(bool(wish)))
+
+
+def _number(value) -> float | None:
+    """A float for JSON, which has no NaN and no infinity: None stands for them."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def check_store(store: TokenStore, vocab_size: int) -> None:
+    """Refuses a token store with ids that the model does not have, and says when the model has more than it needs."""
+    if store.vocab_size > vocab_size:
+        raise UserError(
+            f"{store.folder}: tokenizer {store.tokenizer} has {store.vocab_size} ids, beyond model.vocab_size={vocab_size}; "
+            f"set model.vocab_size={store.vocab_size}, or 0 for the store's"
+        )
+    if store.vocab_size < vocab_size:
+        say(
+            f"model.vocab_size={vocab_size}, but tokenizer {store.tokenizer} has only {store.vocab_size} ids; the rest idle"
+        )
+
+
+def memory_plan(compiled: jax.stages.Compiled, device: jax.Device) -> str:
+    """The compiled program's memory per device against what the device has, and what to change if it does not fit."""
+    plan = compiled.memory_analysis()
+    state = plan.argument_size_in_bytes
+    total = state + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
+    text = f"memory per device: {state / 2**30:.2f} GiB state and batch + {plan.temp_size_in_bytes / 2**30:.2f} GiB temporaries"
+    has = accelerators.memory_bytes(device)
+    if has is None:
+        return text
+    text += f" = {total / 2**30:.2f} of {has / 2**30:.1f} GiB"
+    if total > has:
+        text += "; THIS DOES NOT FIT: raise train.accumulate_steps, set train.remat=dots or block, or split the state with mesh.fsdp"
+    return text
+
+
+@contextlib.contextmanager
+def _locked(workdir: str) -> Iterator[None]:
+    """Holds `<workdir>/lock` for this process; the kernel releases it when the process dies, however it dies.
+
+    Raises:
+      UserError: the folder cannot be written, or another run holds it.
+    """
+    path = os.path.join(workdir, "lock")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another folder") from None
+    with file:
+        if jax.process_index() == 0:  # one lock for all processes of a job
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"--workdir={workdir} is in use by {holder}; stop it or choose another folder"
+                ) from None
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+            file.flush()
+        yield
+
+
+class _StopRequest:
+    """SIGTERM or Ctrl-C, once: stop after this step. A second one ends the process at once."""
+
+    def __enter__(self):
+        self._asked = False
+        self._previous = {}
+        if (
+            jax.process_count() == 1
+        ):  # with several, JAX's preemption service listens, and a handler here would deafen it
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with contextlib.suppress(
+                    ValueError
+                ):  # not in the main thread (a notebook, a test): nothing to listen to
+                    self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame):
+        for each, handler in self._previous.items():
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else handler)
+        self._asked = True
+        say("stopping after this step; once more to leave at once")
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int, elapsed: float, max_seconds: float) -> bool:
+        """Whether to stop after `step`; every process gets the same answer at the same step."""
+        late = bool(max_seconds) and elapsed >= max_seconds
+        if jax.process_count() == 1:
+            return self._asked or late
+        late = bool(max_seconds) and bool(multihost_utils.broadcast_one_to_all(late))
+        return multihost_utils.reached_preemption_sync_point(step) or late
+
+
+FLAGS = {
+    "workdir": (None, "folder of the run; one that has checkpoints is resumed"),
+    "allow_config_change": ("", "comma-separated config fields in which a resumed run may differ"),
+    "coordinator_address": (None, "host:port of process 0, where JAX does not find it by itself"),
+    "num_processes": (0, "processes of the job, with --coordinator_address"),
+    "process_id": (-1, "number of this process, with --coordinator_address"),
+}
+
+
+def main(argv: list[str]) -> int:
+    flags, config = config_lib.parse_command_line(argv, __doc__, FLAGS)
+    if not flags.workdir:
+        raise UserError("--workdir=FOLDER is missing: where the run keeps its config, metrics and checkpoints")
+    config_lib.validate(config)
+    accelerators.start(flags.coordinator_address, flags.num_processes, flags.process_id)
+    return train(config, flags.workdir, tuple(filter(None, flags.allow_config_change.split(","))))
+
+
+if __name__ == "__main__":
+    config_lib.run(main)

@@ -1,0 +1,151 @@
+"""What is said about a run: FLOPs, MFU and bits per byte, and where the numbers go."""
+
+import json
+import math
+import os
+import sys
+
+import jax
+from ml_collections import ConfigDict
+
+from trialgpt_jax import UserError
+from trialgpt_jax.model.gpt import GPTConfig, head
+
+
+def parameter_count(params) -> int:
+    """Number of parameters, the padding of the vocabulary included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def flops_per_token(params, config: GPTConfig) -> float:
+    """Training FLOPs per token: 6 per parameter that sits in a matmul, and 12 * n_layer * width * block_size for attention.
+
+    The head counts once, positions and an untied input embedding do not. The convention of nanoGPT, PaLM (appendix B) and
+    torchtitan: causality is not subtracted and recomputation not added. `params` may be shapes.
+    """
+    kernels = sum(
+        x.size for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"]) if path[-1].key == "kernel"
+    )
+    attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
+    return 6.0 * (kernels + head(params, config).size) + attention
+
+
+def bits_per_byte(nats_per_token: float, tokens: int, n_bytes: int | None) -> float | None:
+    """Cross-entropy per UTF-8 byte of the text, which does not depend on the tokenizer.
+
+    Args:
+      nats_per_token: mean loss over tokens of the split.
+      tokens: tokens of the whole split.
+      n_bytes: UTF-8 bytes of the whole split's documents; None (unknown) or 0 gives None.
+    """
+    return nats_per_token * tokens / n_bytes / math.log(2) if n_bytes else None
+
+
+def time_left(seconds: float) -> str:
+    """A duration as a person writes it: 12s, 3m05s, 2h10m, 4d03h."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    for unit, below, size in (("m", "s", 60), ("h", "m", 3600), ("d", "h", 86400)):
+        if seconds < size * {"m": 60, "h": 24, "d": 10**9}[unit]:
+            return f"{seconds // size}{unit}{seconds % size // {'s': 1, 'm': 60, 'h': 3600}[below]:02d}{below}"
+    raise AssertionError
+
+
+def progress_line(line: dict, steps: int) -> str:
+    """The line of one training step: step, loss, learning rate, gradient norm, speed, MFU where known, time left."""
+    step_seconds = line["step_seconds"]
+    parts = [
+        f"step {line['step']:>{len(str(steps))}}/{steps}",
+        f"loss {line['loss']:.4f}",
+        f"lr {line['lr']:.2e}",
+        f"norm {line['grad_norm']:.3f}",
+        f"{1e3 * step_seconds:.0f} ms" if step_seconds < 10 else f"{step_seconds:.1f} s",
+        f"{line['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "mfu" in line:
+        parts.append(f"mfu {100 * line['mfu']:.1f}%")
+    parts.append(f"{time_left((steps - line['step']) * step_seconds)} left")
+    return " | ".join(parts)
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one object a line, with copies to TensorBoard and Weights & Biases where they are on.
+
+    Attributes:
+      last: the last line kept from an earlier run of the workdir, or {}.
+    """
+
+    def __init__(self, workdir: str, log: ConfigDict, resume_step: int, config: ConfigDict):
+        """Opens the log and drops lines of steps after `resume_step`, which will be run again.
+
+        Raises:
+          UserError: W&B is asked for and not installed, or a line before the last is not JSON.
+        """
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        kept = _lines_up_to(self._path, resume_step)
+        self.last = kept[-1] if kept else {}
+        with open(self._path + ".part", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self._path + ".part", self._path)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._tensorboard = self._wandb = None
+        if log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            folder = os.path.join(workdir, "tensorboard")
+            # purge_step hides the points of an earlier process that this one will write again
+            self._tensorboard = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
+        if log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("log.wandb is set, but wandb is not installed; `pip install wandb`") from None
+            name = os.path.basename(os.path.normpath(workdir))
+            self._wandb = wandb.init(project=log.wandb, name=name, id=name, resume="allow", config=config.to_dict())
+
+    def write(self, line: dict) -> None:
+        """Appends a line; it carries `step`."""
+        self._file.write(json.dumps(line) + "\n")
+        numbers = {k: v for k, v in line.items() if k != "step"}
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, line["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=line["step"])
+
+    def sync(self) -> None:
+        """Puts everything written on disk; called before a checkpoint, which promises the lines up to its step."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _lines_up_to(path: str, step: int) -> list[dict]:
+    """The lines of steps <= `step`; a last line that a kill cut short is dropped."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        raw = file.read().splitlines()
+    lines = []
+    for number, text in enumerate(raw, 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            if number < len(raw):
+                raise UserError(f"{path}, line {number}: not JSON; mend or remove the file") from None
+    return [line for line in lines if line["step"] <= step]
+
+
+def say(text: str) -> None:
+    """Prints a line of the run's log to stderr, from the first process only; stdout is for results."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
