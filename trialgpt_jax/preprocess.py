@@ -13,28 +13,24 @@ import fcntl
 import glob
 import hashlib
 import json
-import multiprocessing
+import math
 import os
-import queue
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from trialgpt_jax import UserError
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.data import corpora, token_store, units
+from trialgpt_jax.data import corpora, token_store, units, workers
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.corpora import InputFile
 from trialgpt_jax.data.tokenizer import Tokenizer
 from trialgpt_jax.data.units import Job
+from trialgpt_jax.data.workers import Task
 
-TRAINING_BYTES = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents up to this many characters
+TRAINING_CHARACTERS = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents, up to this much text
 
 
 def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
@@ -130,131 +126,62 @@ def merge(config: ConfigDict) -> dict:
 
 def _work(config: ConfigDict, folder: str, progress: dict) -> None:
     """Does what `progress` lacks, saving it after every unit."""
-    index, count = progress["worker"]
-    file = f"progress_{index}_of_{count}.json"
+    data, (index, count) = config.data, progress["worker"]
+
+    def save() -> None:
+        token_store.write_json(folder, f"progress_{index}_of_{count}.json", progress)
+
     if not progress["files"]:
-        listed = corpora.list_files(config.data.source, config.data.source_options)
-        progress["files"] = [[entry.name, entry.size, entry.path] for entry in listed]
+        listed = corpora.list_files(data.source, data.source_options)
+        progress["files"] = [[file.name, file.size, file.path] for file in listed]
+        if data.split == "nanogpt":
+            progress["rows"] = [corpora.count_rows(file) for file in listed]
+        save()
     files = [InputFile(*entry) for entry in progress["files"]]
-    groups = corpora.group_files(files)
-    options = config.data.source_options.to_dict()
+    val_rows = _nanogpt_rows(files, progress["rows"], data) if data.split == "nanogpt" else {}
     job = Job(
-        folder, options, config.data.split, config.data.split_seed, config.data.val_fraction, config.data.shard_tokens,
-        _nanogpt_rows(config, files),
+        folder, data.tokenizer, data.encoder, data.source_options.to_dict(), data.split, data.split_seed,
+        data.val_fraction, data.shard_tokens, val_rows,
     )  # fmt: skip
-    tokenizer = _tokenizer(config.data.tokenizer, job, groups)
+    groups = corpora.group_files(files)
+    only_text = data.split == "hash" and len(files) == 1 and files[0].is_text
+    tokenizer = _tokenizer(job, groups, only_text)
     progress["tokenizer"] = {
         "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
     }  # fmt: skip
-    token_store.write_json(folder, file, progress)
+    save()
 
-    done = {
-        group: [unit for unit in progress["units"] if unit["group"] == group]
-        for group in range(index, len(groups), count)
-    }
-    for part in glob.glob(os.path.join(glob.escape(folder), "*.bin.*.part")):
-        if int(os.path.basename(part).split("_")[1]) in done:  # other groups may be in work on another machine
-            os.remove(part)
-    todo = [group for group, finished in done.items() if not finished or finished[-1]["next"] is not None]
-    tasks = [(group, groups[group], done[group], len(files) == 1 and files[0].is_text) for group in todo]
-    workers = config.data.num_workers or len(os.sched_getaffinity(0))
-    processes = max(1, min(workers, len(tasks)))
-    threads = -(-workers // processes)
-    bar = _Progress(sum(f.size for group in todo for f in groups[group]))
-    started = time.perf_counter()
+    tasks = []
+    for group in range(index, len(groups), count):
+        done = [unit for unit in progress["units"] if unit["group"] == group]
+        if not done or done[-1]["next"] is not None:
+            tasks.append(Task(group, groups[group], done, only_text))
+        for part in glob.glob(os.path.join(glob.escape(folder), f"*_{group:05d}_*.part")):
+            os.remove(part)  # of a run that was killed; other groups may be in work on another machine
 
-    def finished_unit(record: dict) -> None:
+    def finish(record: dict) -> None:
         progress["units"].append(record)
         progress["units"].sort(key=lambda unit: (unit["group"], unit["part"]))
-        token_store.write_json(folder, file, progress)
+        save()
 
-    try:
-        run = _run_here if processes == 1 else _run_processes
-        run(job, config.data.tokenizer, config.data.encoder, threads, tasks, processes, finished_unit, bar.update)
-    finally:
-        bar.close()
-    bar.summary(time.perf_counter() - started)
+    with workers.ProgressBar(sum(file.size for task in tasks for file in task.files)) as bar:
+        workers.run(job, data.num_workers, tasks, finish, bar.update)
 
 
-def _run_here(job, name, encoder, threads, tasks, processes, finished_unit, report) -> None:
-    tokenizer = tokenizer_lib.load(name, job.folder)
-    encode = tokenizer_lib.batch_encoder(tokenizer, encoder)
-    for group, files, done, only_text in tasks:
-        counts = lambda *numbers, group=group: report(group, *numbers)
-        for record in units.encode_group(job, tokenizer, encode, threads, group, files, done, counts, only_text):
-            finished_unit(record)
-
-
-def _run_processes(job, name, encoder, threads, tasks, processes, finished_unit, report) -> None:
-    """As `_run_here`, with the groups spread over processes. Records and messages come back through a queue."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    todo, events = context.Queue(), context.Queue()
-    for task in (*tasks, *[None] * processes):
-        todo.put(task)
-    arguments = (job, name, encoder, threads, todo, events)
-    children = [context.Process(target=_child, args=arguments, daemon=True) for _ in range(processes)]
-    for child in children:
-        child.start()
-    running = processes
-    try:
-        while running:
-            try:
-                kind, *rest = events.get(timeout=1)
-            except queue.Empty:
-                if dead := [child.exitcode for child in children if child.exitcode]:
-                    raise UserError(
-                        f"a worker process ended with status {dead[0]} (-9: killed, as when memory runs out); lower "
-                        "data.num_workers; what is finished is kept, and the same command goes on"
-                    ) from None
-                continue
-            if kind == "unit":
-                finished_unit(*rest)
-            elif kind == "progress":
-                report(*rest)
-            elif kind == "error":
-                raise UserError(*rest)
-            else:
-                running -= 1
-    finally:
-        for child in children:
-            if running:
-                child.terminate()
-            child.join()
-
-
-def _child(job: Job, name: str, encoder: str, threads: int, todo, events) -> None:
-    """The body of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends us
-    parent = multiprocessing.parent_process()
-    threading.Thread(
-        target=lambda: (parent.join(), os._exit(1)), daemon=True
-    ).start()  # a killed parent leaves no orphans
-    try:
-        tasks = iter(todo.get, None)
-        _run_here(
-            job, name, encoder, threads, tasks, 1,
-            lambda record: events.put(("unit", record)), lambda *counts: events.put(("progress", *counts)),
-        )  # fmt: skip
-        events.put(("end",))
-    except UserError as error:
-        events.put(("error", str(error)))
-
-
-def _tokenizer(name: str, job: Job, groups: list[list[InputFile]]) -> Tokenizer:
+def _tokenizer(job: Job, groups: list[list[InputFile]], only_text: bool) -> Tokenizer:
     """The tokenizer, trained on the beginning of the corpus if it is a `bpe:N` that is not in the folder yet."""
-    if name == "gpt2" or os.path.exists(os.path.join(job.folder, tokenizer_lib.RANKS_FILE)):
-        return tokenizer_lib.load(name, job.folder)
-    print(f"training the tokenizer {name}", file=sys.stderr)
-    tokenizer = tokenizer_lib.train(name, _training_texts(job, groups))
+    if job.tokenizer == "gpt2" or os.path.exists(os.path.join(job.folder, tokenizer_lib.RANKS_FILE)):
+        return tokenizer_lib.load(job.tokenizer, job.folder)
+    print(f"training the tokenizer {job.tokenizer}", file=sys.stderr)
+    tokenizer = tokenizer_lib.train(job.tokenizer, _training_texts(job, groups, only_text))
     tokenizer.save(job.folder)
     return tokenizer
 
 
-def _training_texts(job: Job, groups: list[list[InputFile]]) -> Iterator[str]:
-    left = TRAINING_BYTES
+def _training_texts(job: Job, groups: list[list[InputFile]], only_text: bool) -> Iterator[str]:
+    left = TRAINING_CHARACTERS
     for files in groups:
-        only_text = len(groups) == 1 and len(files) == 1 and files[0].is_text
         for index, document in units.read_group(job, files, only_text=only_text):
             if document.text is not None and units.split_of(job, files[index], document) == "train":
                 yield document.text[:left]
@@ -263,8 +190,15 @@ def _training_texts(job: Job, groups: list[list[InputFile]]) -> Iterator[str]:
                     return
 
 
-def _nanogpt_rows(config: ConfigDict, files: list[InputFile]) -> dict[str, frozenset[int]]:
-    return {}
+def _nanogpt_rows(files: list[InputFile], rows: list[int], data: ConfigDict) -> dict[str, frozenset[int]]:
+    """File -> rows that `datasets`' train_test_split(test_size=val_fraction, seed=split_seed) puts into its test part."""
+    total = sum(rows)
+    chosen = np.random.default_rng(data.split_seed).permutation(total)[: math.ceil(data.val_fraction * total)]
+    first = np.cumsum([0, *rows])
+    return {
+        file.name: frozenset((chosen[(chosen >= first[i]) & (chosen < first[i + 1])] - first[i]).tolist())
+        for i, file in enumerate(files)
+    }
 
 
 # ---- the folder
@@ -381,40 +315,6 @@ def _sum_sources(sources) -> dict[str, list[int]]:
         for name, numbers in part.items():
             total[name] = [a + b for a, b in zip(total.get(name, [0, 0, 0]), numbers, strict=True)]
     return dict(sorted(total.items()))
-
-
-class _Progress:
-    """The bar on stderr: input read so far, documents, tokens, megabytes of text a second, time left."""
-
-    def __init__(self, total: int):
-        every = 0.2 if sys.stderr.isatty() else 10
-        self._bar = tqdm(
-            total=total or None, unit="B", unit_scale=True, mininterval=every, dynamic_ncols=True, file=sys.stderr
-        )
-        self._documents = self._tokens = self._bytes = 0
-        self._read: dict[int, int] = {}  # group -> bytes of it read
-        self._started = time.perf_counter()
-
-    def update(self, group: int, documents: int, tokens: int, n_bytes: int, read: int) -> None:
-        self._documents, self._tokens, self._bytes = (
-            self._documents + documents,
-            self._tokens + tokens,
-            self._bytes + n_bytes,
-        )
-        rate = self._bytes / (time.perf_counter() - self._started) / 1e6
-        self._bar.set_postfix_str(
-            f"{self._documents:,} documents, {self._tokens:,} tokens, {rate:.1f} MB/s", refresh=False
-        )
-        self._bar.update(read - self._read.get(group, 0))
-        self._read[group] = read
-
-    def close(self) -> None:
-        self._bar.close()
-
-    def summary(self, seconds: float) -> None:
-        rate = self._bytes / seconds / 1e6
-        text = f"{self._documents:,} documents, {self._tokens:,} tokens, {self._bytes / 1e6:.1f} MB of text"
-        print(f"{text} in {seconds:.1f} s ({rate:.1f} MB/s)", file=sys.stderr)
 
 
 # ---- the command line

@@ -127,6 +127,21 @@ def read_documents(file: InputFile, path: str, options: Mapping, start: int = 0)
         raise UserError(f"{file.name} cannot be read: {error.strerror or error}") from None
 
 
+def count_rows(file: InputFile) -> int:
+    """The number of rows of a parquet file, from its footer.
+
+    Raises:
+      UserError: the file is not parquet.
+    """
+    if not file.name.endswith(".parquet"):
+        raise UserError(
+            f"data.split=nanogpt numbers rows and so needs .parquet files, which {file.name} is not; use hash"
+        )
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file.path).metadata.num_rows
+
+
 def _local_files(pattern: str) -> list[InputFile]:
     if os.path.isdir(pattern):
         paths = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]

@@ -26,16 +26,19 @@ _CHUNK_CHARS, _CHUNK_DOCUMENTS = 1 << 20, 1024  # what a thread encodes at a tim
 
 @dataclass(frozen=True)
 class Job:
-    """What the bytes of a token store depend on besides its input and tokenizer.
+    """How a corpus becomes a token store; every worker gets it.
 
     Attributes:
       folder: the token store.
+      tokenizer, encoder: the config's fields.
       options: `data.source_options`.
       split, split_seed, val_fraction, shard_tokens: the config's fields.
       val_rows: for `split=nanogpt`: file name -> the rows that are validation documents.
     """
 
     folder: str
+    tokenizer: str
+    encoder: str
     options: dict
     split: str
     split_seed: int
@@ -102,8 +105,8 @@ def encode_group(
     group: int,
     files: Sequence[InputFile],
     done: Sequence[dict],
+    only_text: bool,
     report: Callable[[int, int, int, int], None],
-    only_text: bool = False,
 ) -> Iterator[dict]:
     """Encodes what is left of a group and yields the record of every unit as soon as it is durable on disk.
 
@@ -111,6 +114,7 @@ def encode_group(
       encode: texts -> their ids without end-of-text; called from several threads.
       group, files: the group's number and files.
       done: the records of its finished units.
+      only_text: as in `read_group`.
       report: called with documents, tokens, UTF-8 bytes since the last call, and the bytes of the group read so far.
 
     Raises:
