@@ -87,7 +87,7 @@ def merge(config: ConfigDict) -> dict:
                 raise UserError(
                     f"{path}: its {field} differ from those of {paths[0]}; all workers must see the same input"
                 )
-    groups = corpora.group_files([InputFile(*file) for file in parts[0]["files"]])
+    groups = corpora.group_files([InputFile(*file) for file in parts[0]["files"]], config.data.shard_tokens)
     found = {part["worker"][0] for part in parts if part["worker"][1] == count}
     if missing := set(range(count)) - found or len(parts) != count:
         raise UserError(f"{folder} holds {len(parts)} of {count} parts; missing: {missing}; run them and merge again")
@@ -143,7 +143,7 @@ def _work(config: ConfigDict, folder: str, progress: dict) -> None:
         folder, data.tokenizer, data.encoder, data.source_options.to_dict(), data.split, data.split_seed,
         data.val_fraction, data.shard_tokens, val_rows,
     )  # fmt: skip
-    groups = corpora.group_files(files)
+    groups = corpora.group_files(files, data.shard_tokens)
     only_text = data.split == "hash" and len(files) == 1 and files[0].is_text
     tokenizer = _tokenizer(job, groups, only_text)
     progress["tokenizer"] = {

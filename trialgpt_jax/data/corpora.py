@@ -23,7 +23,7 @@ from trialgpt_jax import UserError
 SOURCES = ("sotu", "files", "openwebtext", "fineweb", "dolma_v1_6_sample", "hf:owner/name")
 _TEXT, _LINES, _COMPRESSED = (".txt", ".md"), (".jsonl", ".json"), (".gz", ".zst")
 ENDINGS = (*(e + c for e in _TEXT + _LINES for c in ("", *_COMPRESSED)), ".parquet")
-GROUP_BYTES = 64 << 20  # small files are read together, up to this much; what is larger stands alone
+GROUP_BYTES = 64 << 20  # small files are read together, up to this much; a larger one stands alone
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,13 @@ def list_files(source: str, options: Mapping) -> list[InputFile]:
     raise UserError(f"data.source={source} is unknown; known are {', '.join(SOURCES)}")
 
 
-def group_files(files: list[InputFile]) -> list[list[InputFile]]:
-    """Cuts a corpus into groups of consecutive files that are worked on apart; depends on names and sizes alone."""
-    groups, filled = [], GROUP_BYTES
+def group_files(files: list[InputFile], shard_tokens: int) -> list[list[InputFile]]:
+    """Cuts a corpus into groups of consecutive files that are worked on apart; sizes and `shard_tokens` alone decide."""
+    groups, limit = [], min(GROUP_BYTES, 4 * shard_tokens)  # about 4 bytes a token: a group fills no more than a shard
+    filled = limit
     for file in files:
-        size = file.size or GROUP_BYTES
-        if filled + size > GROUP_BYTES:
+        size = file.size or limit
+        if filled + size > limit:
             groups.append([])
             filled = 0
         groups[-1].append(file)

@@ -1,0 +1,131 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trialgpt_jax import UserError
+from trialgpt_jax.data import batches, token_store
+
+
+@pytest.fixture
+def split(tmp_path):
+    """103 windows of block 8, and the id at position p is p."""
+    np.arange(8 * 103 + 5, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    return token_store.open_store(str(tmp_path)).split("train")
+
+
+def take(split, count, **changes):
+    arguments = {"block_size": 8, "batch_size": 12, "seed": 3} | changes
+    return list(itertools.islice(batches.train_batches(split, **arguments), count))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 2**40))
+def test_permute_is_a_permutation_for_every_size_seed_and_epoch(n, seed, epoch):
+    out = batches.permute(np.arange(n), np.full(n, epoch), n, seed)
+    assert (np.sort(out) == np.arange(n)).all()
+
+
+def test_permute_works_beyond_the_largest_corpora():
+    n = 10**13
+    places = np.random.default_rng(0).integers(0, n, 1000)
+    out = batches.permute(places, np.zeros(1000, np.int64), n, 1)
+    assert ((out >= 0) & (out < n)).all() and len(set(out.tolist())) == len(set(places.tolist()))
+
+
+def test_windows_are_slices_at_stride_block_size_that_share_one_id(split):
+    batch = take(split, 1, shuffle=False)[0]
+    assert batch.shape == (12, 9) and batch.dtype == np.int32
+    assert (batch == np.arange(12)[:, None] * 8 + np.arange(9)).all()
+
+
+def test_every_window_once_an_epoch_and_batches_straddle_epochs(split):
+    rows = np.concatenate(take(split, 26))[:, 0] // 8  # 312 rows = 3 epochs of 103 and 3 rows
+    epochs = [rows[i * 103 : (i + 1) * 103].tolist() for i in range(3)]
+    assert all(sorted(epoch) == list(range(103)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3, "each epoch has its own order"
+
+
+def test_batch_k_depends_on_seed_and_k_alone(split):
+    reference = take(split, 40)
+    for start in (0, 1, 7, 16, 23):
+        for ours, expected in zip(take(split, 40 - start, start_step=start), reference[start:], strict=True):
+            np.testing.assert_array_equal(ours, expected)
+    assert not np.array_equal(take(split, 1, seed=4)[0], reference[0])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_get_contiguous_rows_of_the_same_global_batches(split, hosts):
+    parts = [take(split, 20, process_index=i, process_count=hosts, start_step=2) for i in range(hosts)]
+    for k, expected in enumerate(take(split, 20, start_step=2)):
+        np.testing.assert_array_equal(np.concatenate([part[k] for part in parts]), expected)
+
+
+def test_the_order_is_uniform():
+    """Chi-squared over (place, window) cells of many seeds and epochs, and over distances of neighbours."""
+    n, trials = 40, 4000
+    seeds = [(seed, epoch) for seed in range(200) for epoch in range(20)]
+    orders = np.stack([batches.permute(np.arange(n), np.full(n, epoch), n, seed) for seed, epoch in seeds])
+    counts = np.zeros((n, n))
+    np.add.at(counts, (np.tile(np.arange(n), trials), orders.ravel()), 1)
+    cells = ((counts - trials / n) ** 2 / (trials / n)).sum()
+    freedom = (n - 1) ** 2
+    assert abs(cells - freedom) < 5 * np.sqrt(2 * freedom), f"chi-squared {cells:.0f} with {freedom} degrees of freedom"
+    distances = np.bincount(((orders[:, 1:] - orders[:, :-1]) % n).ravel(), minlength=n)[1:]
+    expected = distances.sum() / (n - 1)
+    chi = ((distances - expected) ** 2 / expected).sum()
+    assert abs(chi - (n - 2)) < 5 * np.sqrt(2 * (n - 2)), f"neighbours: chi-squared {chi:.0f} with {n - 2} degrees"
+    ascents = (orders[:, 1:] > orders[:, :-1]).mean()
+    assert abs(ascents - 0.5) < 0.01
+
+
+def test_large_orders_are_uncorrelated_with_the_corpus():
+    n = 100_003
+    order = batches.permute(np.arange(n), np.zeros(n, np.int64), n, 1337)
+    for other in (np.arange(n), batches.permute(np.arange(n), np.ones(n, np.int64), n, 1337), np.roll(order, 1)):
+        assert abs(np.corrcoef(order, other)[0, 1]) < 5 / np.sqrt(n)
+
+
+@pytest.mark.parametrize(("batch_size", "hosts"), [(10, 1), (12, 2), (103, 1), (200, 4)])
+def test_eval_covers_every_window_once_in_order_with_padding_marked(split, batch_size, hosts):
+    arguments = {"block_size": 8, "batch_size": batch_size}
+    parts = [list(batches.eval_batches(split, process_index=i, process_count=hosts, **arguments)) for i in range(hosts)]
+    count = batches.n_eval_batches(split, **arguments)
+    assert [len(part) for part in parts] == [count] * hosts and count == -(-103 // batch_size)
+    windows = []
+    for k in range(count):
+        tokens = np.concatenate([part[k][0] for part in parts])
+        valid = np.concatenate([part[k][1] for part in parts])
+        assert tokens.shape == (batch_size, 9) and tokens.dtype == np.int32 and valid.dtype == bool
+        windows += (tokens[valid][:, 0] // 8).tolist()
+    assert windows == list(range(103))
+
+
+def test_eval_stops_after_the_asked_number_of_batches(split):
+    assert len(list(batches.eval_batches(split, block_size=8, batch_size=10, n_batches=3))) == 3
+    assert len(list(batches.eval_batches(split, block_size=8, batch_size=10, n_batches=300))) == 11
+
+
+def test_a_split_without_a_window_is_refused(split):
+    with pytest.raises(
+        UserError, match=r"training split has 829 tokens, fewer than one window of model.block_size\+1 = 830"
+    ):
+        batches.train_batches(split, block_size=829, batch_size=1, seed=0)
+    assert len(take(split, 2, block_size=828, batch_size=1)) == 2
+    empty = token_store.Split("val", [], 0, None, 300)
+    with pytest.raises(UserError, match="validation split has 0 tokens.*raise data.val_fraction"):
+        next(batches.eval_batches(empty, block_size=8, batch_size=2))
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(split):
+    with pytest.raises(UserError, match="train.batch_size=12 is not divisible by the 5 processes"):
+        batches.train_batches(split, block_size=8, batch_size=12, seed=0, process_count=5)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_where_no_manifest_vouches_for_them(tmp_path):
+    np.full(100, 50257, np.uint16).tofile(tmp_path / "train.bin")
+    split = token_store.open_store(str(tmp_path)).split("train")
+    with pytest.raises(UserError, match="training split: token id 50257 is beyond the vocabulary of 50257 ids"):
+        take(split, 1)

