@@ -338,13 +338,12 @@ def check_resumable(config: ConfigDict, snapshot: ConfigDict, allowed: tuple[str
     return [f"config field `{name}` changes from {old[name]!r} to {new[name]!r}" for name in changed]
 
 
-def gpt_config(config: ConfigDict, platform: str, vocab_size: int = 0):
+def gpt_config(config: ConfigDict, platform: str):
     """The model's `GPTConfig` for a platform ("cpu", "gpu" or "tpu").
 
     Args:
       config: the resolved config.
       platform: where it will run; chooses the attention kernel and the default dtype.
-      vocab_size: of the token store, for a config whose model.vocab_size is 0.
 
     Raises:
       UserError: the requested attention kernel cannot be used.
@@ -355,7 +354,6 @@ def gpt_config(config: ConfigDict, platform: str, vocab_size: int = 0):
     from trialgpt_jax.parallel import accelerators
 
     train, model = config.train, config.model.to_dict()
-    model["vocab_size"] = model["vocab_size"] or vocab_size
     if "float64" in (train.dtype, train.param_dtype):
         jax.config.update("jax_enable_x64", True)
     dtype = accelerators.compute_dtype(train.dtype, platform)

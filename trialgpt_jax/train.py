@@ -5,6 +5,7 @@ A workdir that has checkpoints is resumed, exactly, by the same command. SIGTERM
 
 import contextlib
 import fcntl
+import json
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax import config as config_lib
+from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches, train_batches
 from trialgpt_jax.data.token_store import TokenStore, open_store
 from trialgpt_jax.parallel import accelerators
@@ -51,6 +53,9 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     """
     config_lib.validate(config, jax.device_count())
     store = open_store(config.data.dir)
+    config = config.copy_and_resolve_references()
+    config.model.vocab_size = config.model.vocab_size or store.vocab_size
+    check_vocabulary(store, config)
     with _locked(workdir), _StopRequest() as stop:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, say)
         checkpoints.discard_interrupted()
@@ -58,6 +63,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
             snapshot = config_lib.load_snapshot(workdir)
             for change in config_lib.check_resumable(config, snapshot, allow_config_change):
                 say(change)
+            check_tokenizer(store, workdir)
         run = _Run(config, workdir, store, checkpoints, stop)
         return run.loop()
 
@@ -68,8 +74,7 @@ class _Run:
     def __init__(self, config, workdir, store, checkpoints, stop):
         self.config, self.checkpoints, self.stop = config, checkpoints, stop
         train = config.train
-        self.gpt = config_lib.gpt_config(config, jax.devices()[0].platform, store.vocab_size)
-        check_store(store, self.gpt.vocab_size)
+        self.gpt = config_lib.gpt_config(config, jax.devices()[0].platform)
         self.mesh = make_mesh(config_lib.mesh_sizes(config.mesh, jax.device_count()))
         self.optimizer = make_optimizer(config.optim, train.steps)
         self.learning_rate = schedule(config.optim, train.steps, config.optim.learning_rate)
@@ -118,6 +123,7 @@ class _Run:
         self.first_step = step
         if jax.process_index() == 0:
             config_lib.save_snapshot(config, workdir)
+            keep_tokenizer(store, workdir)
         self.log = MetricsLog(workdir, config.log, step, config) if jax.process_index() == 0 else None
 
     def loop(self) -> int:
@@ -270,8 +276,9 @@ def _number(value) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def check_store(store: TokenStore, vocab_size: int) -> None:
+def check_vocabulary(store: TokenStore, config: ConfigDict) -> None:
     """Refuses a token store with ids that the model does not have, and says when the model has more than it needs."""
+    vocab_size = config.model.vocab_size
     if store.vocab_size > vocab_size:
         raise UserError(
             f"{store.folder}: tokenizer {store.tokenizer} has {store.vocab_size} ids, beyond model.vocab_size={vocab_size}; "
@@ -280,6 +287,43 @@ def check_store(store: TokenStore, vocab_size: int) -> None:
     if store.vocab_size < vocab_size:
         say(
             f"model.vocab_size={vocab_size}, but tokenizer {store.tokenizer} has only {store.vocab_size} ids; the rest idle"
+        )
+
+
+def keep_tokenizer(store: TokenStore, workdir: str) -> None:
+    """Puts the store's tokenizer into the workdir, so that generation needs no token store.
+
+    Raises:
+      UserError: the workdir's model was trained on ids of another tokenizer.
+    """
+    path = os.path.join(workdir, "tokenizer.json")
+    mine = {"name": store.tokenizer, "hash": store.tokenizer_hash}
+    if os.path.exists(path):
+        check_tokenizer(store, workdir)
+        return
+    if store.tokenizer != "gpt2":
+        tokenizer_lib.from_store(store.folder).save(workdir)
+    with open(path + ".part", "w") as file:
+        json.dump(mine, file)
+    os.replace(path + ".part", path)
+
+
+def check_tokenizer(store: TokenStore, workdir: str) -> None:
+    """Refuses a token store made with another tokenizer than the one that the workdir's model was trained with.
+
+    Raises:
+      UserError: names both.
+    """
+    try:
+        with open(os.path.join(workdir, "tokenizer.json")) as file:
+            trained = json.load(file)
+    except FileNotFoundError:
+        return  # not trained yet
+    same_hash = None in (store.tokenizer_hash, trained["hash"]) or store.tokenizer_hash == trained["hash"]
+    if store.tokenizer != trained["name"] or not same_hash:
+        raise UserError(
+            f"data.dir={store.folder} was made with tokenizer {store.tokenizer} ({store.tokenizer_hash}), but the model in "
+            f"{workdir} was trained with {trained['name']} ({trained['hash']}); preprocess the text with that one"
         )
 
 

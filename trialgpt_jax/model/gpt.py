@@ -253,8 +253,10 @@ def head(params, config: GPTConfig) -> jax.Array:
 
 
 def logits(params, config: GPTConfig, hidden_BxTxC: jax.Array) -> jax.Array:
-    """float32 logits [B, T, vocab_size] (float64 for float64), padding cut off. For whole batches see `loss.py`."""
+    """Logits [B, T, vocab_size] of float32 (float64 for float64), padding cut off. For whole batches see `loss.py`."""
     wide = jnp.promote_types(config.dtype, jnp.float32)
-    matrix = head(params, config)[: config.vocab_size].astype(config.dtype)
-    out = jnp.einsum("btc,vc->btv", hidden_BxTxC, matrix, preferred_element_type=wide)
+    matrix_VxC = head(params, config).astype(config.dtype)
+    out_BxTxV = jnp.einsum("btc,vc->btv", hidden_BxTxC, matrix_VxC, preferred_element_type=wide)
+    # the padding is cut off the logits, not off the matrix: a slice of the matrix would be a copy of it
+    out = out_BxTxV[..., : config.vocab_size]
     return config.logit_softcap * jnp.tanh(out / config.logit_softcap) if config.logit_softcap else out

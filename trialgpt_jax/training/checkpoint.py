@@ -161,7 +161,7 @@ class Checkpoints:
                 _write(os.path.join(folder, _CHECKSUMS), json.dumps(record, indent=1))
                 os.remove(self._marker)
                 self._prune()
-        except BaseException as error:  # told to the training loop by `wait`
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the training loop by `wait`
             self._error = error
 
     def _prune(self) -> None:

@@ -50,6 +50,12 @@ def state_layout(config: GPTConfig, optimizer: optax.GradientTransformation, mes
     return lay_out(jax.eval_shape(lambda: init_state(config, optimizer, 0, boxed=True)), mesh)
 
 
+def params_layout(config: GPTConfig, mesh: Mesh):
+    """Shapes, dtypes and shardings of the parameters alone, as `state_layout`."""
+    tokens_1x1 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return lay_out(jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_1x1)["params"], mesh)
+
+
 def create_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
     """The state before step 0, made on the devices where its parts belong."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_layout(config, optimizer, mesh))
