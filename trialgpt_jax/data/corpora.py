@@ -187,7 +187,7 @@ def _whole_text(file: InputFile, raw: io.BufferedReader) -> Iterator[Document]:
     except _DAMAGE as error:
         yield Document(0, None, "", file.size, "damaged file", f"{file.name}: damaged or cut short ({error})")
         return
-    yield _decoded(0, data, file.name, "", raw.tell())
+    yield _decoded(0, data, file.name, "", file.size)
 
 
 def _decoded(number: int, data: bytes, where: str, source: str, position: int) -> Document:

