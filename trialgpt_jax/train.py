@@ -17,11 +17,12 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, pretrained
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches, train_batches
 from trialgpt_jax.data.token_store import TokenStore, open_store
+from trialgpt_jax.model import hf
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
 from trialgpt_jax.training import train_step as steps_lib
@@ -59,19 +60,31 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     with _locked(workdir), _StopRequest() as stop:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, say)
         checkpoints.discard_interrupted()
+        steps = checkpoints.steps()
+        # a workdir of `convert` has parameters alone: its run has yet to begin, and may be any run of that model
+        converted = bool(steps) and checkpoints.params_only(steps[-1])
         if os.path.exists(os.path.join(workdir, "config.json")):
             snapshot = config_lib.load_snapshot(workdir)
-            for change in config_lib.check_resumable(config, snapshot, allow_config_change):
-                say(change)
+            if converted:
+                free = [name for name in config_lib.fields(config) if not name.startswith("model.")]
+                config_lib.check_resumable(config, snapshot, (*free, "model.dropout", *allow_config_change))
+            else:
+                for change in config_lib.check_resumable(config, snapshot, allow_config_change):
+                    say(change)
             check_tokenizer(store, workdir)
-        run = _Run(config, workdir, store, checkpoints, stop)
+        init_from = workdir if converted else "" if steps else config.train.init_from
+        if init_from:
+            pretrained.check(init_from, config, store)
+            if not hf.is_hf_folder(init_from):
+                check_tokenizer(store, init_from)
+        run = _Run(config, workdir, store, checkpoints, stop, init_from)
         return run.loop()
 
 
 class _Run:
     """The compiled step, the state and the data of one run, and the loop over them."""
 
-    def __init__(self, config, workdir, store, checkpoints, stop):
+    def __init__(self, config, workdir, store, checkpoints, stop, init_from):
         self.config, self.checkpoints, self.stop = config, checkpoints, stop
         train = config.train
         self.gpt = config_lib.gpt_config(config, jax.devices()[0].platform)
@@ -114,8 +127,10 @@ class _Run:
         say(f"compiled in {time.monotonic() - start:.1f} s; {memory_plan(self.step, device)}")
 
         step = checkpoints.newest_whole()
-        if step is None:
+        if step is None or init_from:
             self.state = steps_lib.create_state(self.gpt, self.optimizer, config.seed, self.mesh)
+            if init_from:
+                self.state = self.state.replace(params=pretrained.load(init_from, self.gpt, self.mesh))
             step = 0
         else:
             self.state = checkpoints.restore(step, layout)

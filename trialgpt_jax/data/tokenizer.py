@@ -192,13 +192,19 @@ def batch_encoder(tokenizer: Tokenizer, encoder: str) -> Callable[[list[str]], l
     return lambda texts: [tokenizer.encode_to_numpy(text) for text in texts]
 
 
+def byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, in the order of GPT-2's ids: bytes that print, then the others."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
 @functools.cache
 def _gpt2() -> Tokenizer:
-    # The order of ids: bytes that print, the other bytes, the merges. In the file each byte stands as one printable character.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    order = printable + [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(order[len(printable) :])}
-    ranks = {bytes([b]): i for i, b in enumerate(order)}
+    # The order of ids: the bytes, the merges. In the file each byte stands as one printable character.
+    characters = byte_characters()
+    byte_of = {char: b for b, char in characters.items()}
+    ranks = {bytes([b]): i for i, b in enumerate(characters)}
     for line in _gpt2_merges().decode("utf-8").split("\n")[1:]:  # the first line is a version
         if line:
             ranks[bytes(byte_of[char] for char in line.replace(" ", ""))] = len(ranks)

@@ -98,6 +98,13 @@ class Checkpoints:
         if problem := self.problem(step):
             raise UserError(f"checkpoint {step} is damaged: {problem}")
 
+    def params_only(self, step: int) -> bool:
+        """Whether `step` holds parameters without an optimizer's state: converted ones, not yet trained here."""
+        try:
+            return all(name.startswith("params/") for name in self._read(step)["arrays"])
+        except (OSError, ValueError, KeyError):
+            return False  # damaged, which is `problem`'s to tell
+
     def discard_interrupted(self) -> None:
         """Removes what a save or a removal left that was killed half-way. Not for a workdir that a run is using."""
         if jax.process_index() != 0 or not os.path.isdir(self._folder):

@@ -1,0 +1,295 @@
+"""Hugging Face's GPT-2 and our parameters: names, shapes and configuration, both ways, through safetensors.
+
+Their Conv1D weights are [in, out] like our kernels, so nothing is transposed. They differ in three ways: a tensor for each
+layer where ours are stacked, `c_attn` = q|k|v along the output where ours are apart, no padding of the vocabulary.
+A pickle (`pytorch_model.bin`) is never read: reading one runs what code it holds.
+
+Shapes: C n_embd, L n_layer, T block_size, V vocab_size.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from trialgpt_jax import UserError
+from trialgpt_jax.model.gpt import EPS, GPTConfig
+
+WEIGHTS = "model.safetensors"
+
+# What their GPT-2 always is: our option -> the value that says so.
+_GPT2_ONLY = {"position": "learned", "norm": "layernorm", "activation": "gelu", "qk_norm": False, "embed_norm": False,
+              "logit_softcap": 0.0}  # fmt: skip
+# Their options that change the function: name -> the values that are GPT-2's, the default first.
+_THEIR_OPTIONS = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
+    "layer_norm_epsilon": (EPS,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+_THEIR_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # defaults
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which old files carry along
+
+
+def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Their tensors' shapes by name, without the prefix `transformer.`; `lm_head.weight` only where it is untied."""
+    C, V = config.n_embd, config.vocab_size
+    layer = {}
+    for norm in ("ln_1", "ln_2"):
+        layer |= {f"{norm}.weight": (C,), f"{norm}.bias": (C,)}
+    for name, inputs, outputs in (
+        ("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, 4 * C), ("mlp.c_proj", 4 * C, C)
+    ):  # fmt: skip
+        layer |= {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+    outer = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    if not config.tie_embeddings:
+        outer["lm_head.weight"] = (V, C)
+    return outer | {f"h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in layer.items()}
+
+
+# ---- ours -> theirs
+
+
+def to_hf(params, config: GPTConfig) -> dict[str, np.ndarray]:
+    """Their state dict, as `GPT2LMHeadModel` saves it: `transformer.*`, and `lm_head.weight` only where it is untied.
+
+    A model without biases is one with biases of zero, which is how theirs can hold it.
+
+    Args:
+      params: our parameters.
+      config: of the model.
+
+    Raises:
+      UserError: names the options that their GPT-2 does not have.
+    """
+    check_expressible(config)
+    ours = {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep="/").items()}
+    dtype = ours["wte/embedding"].dtype
+    tensors = {}
+    for name, shape in shapes(config).items():
+        prefix, layer, rest = re.fullmatch(r"(?:(h)\.(\d+)\.)?(.*)", name).groups()
+        path = _our_path(rest)
+        parts = [path.replace("c_attn", each) for each in ("c_q", "c_k", "c_v")] if "c_attn" in path else [path]
+        if prefix:
+            values = [ours[f"blocks/{part}"][int(layer)] for part in parts if f"blocks/{part}" in ours]
+        else:
+            values = [ours[part] for part in parts if part in ours]
+        value = np.concatenate(values, -1) if values else np.zeros(shape, dtype)
+        if path.endswith("embedding"):
+            value = value[: shape[0]]  # without the padding of the vocabulary
+        tensors[name if name.startswith("lm_head") else f"transformer.{name}"] = np.ascontiguousarray(value)
+    return tensors
+
+
+def check_expressible(config: GPTConfig) -> None:
+    """Raises UserError, naming the options, for a model that their GPT-2 cannot express."""
+    wrong = [
+        f"model.{name}={getattr(config, name)}" for name, value in _GPT2_ONLY.items() if getattr(config, name) != value
+    ]
+    if config.n_kv_head != config.n_head:
+        wrong.append(f"model.n_kv_head={config.n_kv_head} (n_head is {config.n_head})")
+    if config.head_dim * config.n_head != config.n_embd:
+        wrong.append(f"model.head_dim={config.head_dim} (n_embd / n_head is {config.n_embd / config.n_head:g})")
+    if wrong:
+        raise UserError(
+            f"Hugging Face's GPT-2 cannot express {', '.join(wrong)}; only GPT-2's own options can go there"
+        )
+
+
+def hf_config(config: GPTConfig, eot_id: int | None) -> dict:
+    """The contents of their `config.json`. `eot_id`: end-of-text, begins and ends documents; None = unknown."""
+    check_expressible(config)
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **{name: values[0] for name, values in _THEIR_OPTIONS.items()},
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "dtype": str(config.param_dtype),
+    }
+
+
+def write(folder: str, params, config: GPTConfig, eot_id: int | None) -> None:
+    """Writes `model.safetensors`, `config.json` and `generation_config.json` into an existing folder.
+
+    Raises:
+      UserError: as `to_hf`.
+    """
+    path = os.path.join(folder, WEIGHTS)
+    save_file(to_hf(params, config), path + ".part", metadata={"format": "pt"})
+    os.replace(path + ".part", path)
+    generation = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    for name, value in (("config.json", hf_config(config, eot_id)), ("generation_config.json", generation)):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2)
+            file.write("\n")
+
+
+# ---- theirs -> ours
+
+
+def read_config(folder: str) -> dict:
+    """The fields of `config.model` that describe the model of an HF folder: its sizes, and GPT-2's options.
+
+    Dropout is 0: theirs says 0.1 by default, which is what GPT-2 was trained with from scratch.
+
+    Raises:
+      UserError: no config.json, another architecture, or an option that our GPT does not have.
+    """
+    path = os.path.join(folder, "config.json")
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is not a folder; it must hold config.json and {WEIGHTS}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            theirs = json.load(file)
+        if not isinstance(theirs, dict):
+            raise TypeError("it does not hold an object")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the configuration of a model: {error}") from None
+    for name, values in _THEIR_OPTIONS.items():
+        if theirs.get(name, values[0]) not in values:
+            raise UserError(f"{path}: {name} is {theirs[name]!r}, but only GPT-2's {values[0]!r} can be converted")
+    sizes = {name: theirs.get(name, default) for name, default in _THEIR_SIZES.items()}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(f"{path}: {name} is {size!r}, but must be a whole number of at least 1")
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise UserError(f"{path}: n_embd={sizes['n_embd']} is not divisible by n_head={sizes['n_head']}")
+    if theirs.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        raise UserError(f"{path}: n_inner is {theirs['n_inner']}, but only 4 * n_embd can be converted")
+    sizes["block_size"] = sizes.pop("n_positions")
+    tied = bool(theirs.get("tie_word_embeddings", True))
+    return {**sizes, **_GPT2_ONLY, "n_kv_head": 0, "head_dim": 0, "bias": True, "tie_embeddings": tied, "dropout": 0.0}
+
+
+def is_hf_folder(folder: str) -> bool:
+    """Whether a folder's config.json is that of a Hugging Face model, rather than a workdir's (or none at all)."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            return not isinstance(json.load(file).get("model"), dict)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def from_hf(tensors: Mapping[str, np.ndarray], config: GPTConfig) -> dict:
+    """Our parameters from their tensors; the padding of the vocabulary is zeros, as in a new model.
+
+    Args:
+      tensors: by name, with or without the prefix `transformer.`; of any float dtype.
+      config: of the model.
+
+    Returns:
+      Numpy arrays of `config.param_dtype`.
+
+    Raises:
+      UserError: names a tensor that is missing, not GPT-2's, or of another shape.
+    """
+    wanted = shapes(config)
+    given = {name.removeprefix("transformer."): name for name in tensors}
+    given = {name: full for name, full in given.items() if not _BUFFER.fullmatch(name)}
+    head = given.pop("lm_head.weight", None) if config.tie_embeddings else None
+    for what, names in (("has no", wanted.keys() - given), ("has an unknown", given.keys() - wanted)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"the model {what} tensor `{min(names)}`{more}, for a GPT-2 of {config.n_layer} layers")
+
+    def get(name):
+        value = np.asarray(tensors[given[name]])
+        if value.shape != wanted[name]:
+            raise UserError(f"tensor `{given[name]}` has shape {value.shape}, but config.json asks for {wanted[name]}")
+        return value.astype(config.param_dtype)
+
+    ours = {}
+    for name in wanted:
+        prefix, layer, rest = re.fullmatch(r"(?:(h)\.(\d+)\.)?(.*)", name).groups()
+        path = _our_path(rest)
+        if path.endswith("embedding") and path != "wpe/embedding":
+            ours[path] = np.pad(get(name), ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
+        elif not prefix:
+            ours[path] = get(name)
+        elif layer == "0":
+            stacked = np.stack([get(f"h.{i}.{rest}") for i in range(config.n_layer)])
+            if "c_attn" in path:
+                for each, part in zip(("c_q", "c_k", "c_v"), np.split(stacked, 3, axis=-1)):
+                    ours[f"blocks/{path.replace('c_attn', each)}"] = part
+            else:
+                ours[f"blocks/{path}"] = stacked
+    if head and not np.array_equal(np.asarray(tensors[head]), np.asarray(tensors[given["wte.weight"]])):
+        raise UserError(
+            f"tensor `{head}` differs from `{given['wte.weight']}`, though config.json ties them; set tie_word_embeddings=false"
+        )
+    return traverse_util.unflatten_dict(ours, sep="/")
+
+
+class SafetensorsFolder(Mapping):
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names, read when asked for.
+
+    Raises:
+      UserError: neither is there (a pickle is refused with the way to convert it), or a file is damaged.
+    """
+
+    def __init__(self, folder: str):
+        index = os.path.join(folder, f"{WEIGHTS}.index.json")
+        if os.path.exists(os.path.join(folder, WEIGHTS)):
+            files = [WEIGHTS]
+        elif os.path.exists(index):
+            try:
+                with open(index, encoding="utf-8") as file:
+                    files = sorted(set(json.load(file)["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} cannot be read as an index of shards: {error!r}") from None
+            if outside := [name for name in files if os.path.basename(name) != name]:
+                raise UserError(f"{index}: the shard {outside[0]!r} is not a plain file name inside the folder")
+        else:
+            pickles = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth"))]
+            raise UserError(f"{folder} has no {WEIGHTS}" + (_pickle_advice(folder, pickles[0]) if pickles else ""))
+        self._file_of = {}
+        for name in files:
+            path = os.path.join(folder, name)
+            try:
+                opened = safe_open(path, framework="numpy")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+            self._file_of |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def _pickle_advice(folder: str, file: str) -> str:
+    return (
+        f"; {file} is a pickle, which runs code when it is read, so it is not. Where you trust it, convert it with "
+        f"transformers: GPT2LMHeadModel.from_pretrained({folder!r}).save_pretrained(NEW_FOLDER)"
+    )
+
+
+def _our_path(name: str) -> str:
+    """Ours for theirs, without `h.<layer>`: `mlp.c_fc.weight` -> `mlp/c_fc/kernel`."""
+    module, leaf = name.rsplit(".", 1)
+    if leaf == "weight":
+        leaf = "scale" if module.startswith("ln_") else "embedding" if module in ("wte", "wpe", "lm_head") else "kernel"
+    return f"{module.replace('.', '/')}/{leaf}"
