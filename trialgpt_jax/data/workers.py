@@ -80,6 +80,7 @@ def _run_processes(
     """As `_run_here`, in child processes; records, counts and errors come back through a queue."""
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     todo, events = context.Queue(), context.Queue()
+    todo.cancel_join_thread()  # at an error, do not wait at exit for somebody to take the tasks that are left
     for task in (*tasks, *[None] * processes):
         todo.put(task)
     children = [
