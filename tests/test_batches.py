@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trialgpt_jax import UserError
-from trialgpt_jax.data import batches, token_store
+from trialgpt_jax.data import batches, shard_writer, token_store
 
 
 @pytest.fixture
@@ -129,3 +129,64 @@ def test_ids_beyond_the_vocabulary_are_refused_where_no_manifest_vouches_for_the
     split = token_store.open_store(str(tmp_path)).split("train")
     with pytest.raises(UserError, match="training split: token id 50257 is beyond the vocabulary of 50257 ids"):
         take(split, 1)
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """103 and 20 windows of block 8, in the ratio 3:1; ids of the second part begin at 10,000."""
+    for name, first, windows in (("a", 0, 103), ("b", 10_000, 20)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "val"):
+            np.arange(first, first + 8 * windows + 5, dtype=np.uint16).tofile(tmp_path / name / f"{split}.bin")
+    return token_store.open_store(f"{tmp_path}/a:3,{tmp_path}/b:1")
+
+
+def test_a_mixture_takes_its_shares_and_every_window_of_a_part_before_any_again(mixture):
+    rows = np.concatenate(take(mixture.split("train"), 512, batch_size=8))[:, 0]  # 4 runs of 1,024
+    for run in np.split(rows, 4):
+        assert (run >= 10_000).sum() == 256
+    first, second = rows[rows < 10_000] // 8, (rows[rows >= 10_000] - 10_000) // 8
+    for part, windows in ((first, 103), (second, 20)):
+        for epoch in np.split(part[: len(part) // windows * windows], len(part) // windows):
+            assert sorted(epoch.tolist()) == list(range(windows))
+    gaps = np.diff(np.flatnonzero(rows >= 10_000))
+    assert 3.5 < gaps.mean() < 4.5 and 2.5 < gaps.std() < 4.5, "the parts should be mixed at random: geometric gaps"
+
+
+@pytest.mark.parametrize("start", [0, 5, 16, 130])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_mixtures_batch_k_depends_on_seed_and_k_alone(mixture, start, hosts):
+    split = mixture.split("train")
+    reference = take(split, 140)[start:]
+    parts = [take(split, 140 - start, start_step=start, process_index=i, process_count=hosts) for i in range(hosts)]
+    for k, expected in enumerate(reference):
+        np.testing.assert_array_equal(np.concatenate([part[k] for part in parts]), expected)
+
+
+def test_eval_covers_all_parts_of_a_mixture(mixture):
+    split, windows = mixture.split("val"), []
+    for tokens, valid in batches.eval_batches(split, block_size=8, batch_size=10):
+        windows += tokens[valid][:, 0].tolist()
+    assert windows == [*range(0, 8 * 103, 8), *range(10_000, 10_000 + 8 * 20, 8)]
+    assert split.n_tokens == 829 + 165 and split.n_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{0}/a:0.7,{0}/b", "is not FOLDER:WEIGHT with a positive weight"),
+        ("{0}/a:0.7,{0}/b:-1", "is not FOLDER:WEIGHT with a positive weight"),
+        ("{0}/a:0.7,{0}/c:1", "/c does not exist; run"),
+        ("{0}/a:1,{0}/other:1", "was made with another tokenizer"),
+    ],
+)
+def test_wrong_mixtures_are_refused(tmp_path, mixture, text, message):
+    (tmp_path / "other").mkdir()
+    writer = shard_writer.ShardWriter(str(tmp_path / "other"), "train_00000.bin", "train", np.uint16)
+    writer.append(np.array([1, 299]), 1, 5)
+    manifest = {"format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0"}, "vocab_size": 300, "eot_id": 299}
+    shard_writer.write_json(
+        str(tmp_path / "other"), "manifest.json", manifest | {"dtype": "uint16", "shards": [writer.finish()]}
+    )
+    with pytest.raises(UserError, match=message):
+        token_store.open_store(text.format(tmp_path))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trialgpt_jax import UserError
-from trialgpt_jax.data import token_store
+from trialgpt_jax.data import shard_writer, token_store
 
 
 def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
@@ -15,7 +15,7 @@ def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
     for split, lengths in zip(token_store.SPLITS, shards, strict=True):
         ids[split] = []
         for number, length in enumerate(lengths):
-            writer = token_store.ShardWriter(str(folder), f"{split}_{number:05d}.bin", split, np.uint16)
+            writer = shard_writer.ShardWriter(str(folder), f"{split}_{number:05d}.bin", split, np.uint16)
             data = rng.integers(0, vocab - 1, length)
             data[-1] = vocab - 1
             writer.append(data, 1, 4 * length)
@@ -25,7 +25,7 @@ def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
         "format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0" * 64}, "vocab_size": vocab, "eot_id": vocab - 1,
         "dtype": "uint16", "shards": records,
     }  # fmt: skip
-    token_store.write_json(str(folder), "manifest.json", manifest)
+    shard_writer.write_json(str(folder), "manifest.json", manifest)
     return ids
 
 
@@ -162,7 +162,7 @@ def test_ten_billion_tokens_open_at_once_and_in_little_memory(tmp_path):
 
 
 def test_an_unfinished_shard_leaves_nothing_under_its_name(tmp_path):
-    writer = token_store.ShardWriter(str(tmp_path), "train_00000.bin", "train", np.uint16)
+    writer = shard_writer.ShardWriter(str(tmp_path), "train_00000.bin", "train", np.uint16)
     writer.append(np.array([1, 2]), 1, 5)
     assert not (tmp_path / "train_00000.bin").exists()
     writer.abort()

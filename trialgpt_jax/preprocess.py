@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.data import corpora, token_store, units, workers
+from trialgpt_jax.data import corpora, shard_writer, token_store, units, workers
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.corpora import InputFile
 from trialgpt_jax.data.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ def merge(config: ConfigDict) -> dict:
             if os.path.exists(old):  # else a merge that was killed has renamed it
                 os.replace(old, new)
             shards.append(shard | {"file": os.path.basename(new)})
-    token_store.sync_folder(folder)
+    shard_writer.sync_folder(folder)
     manifest = {
         "format_version": token_store.FORMAT_VERSION, **parts[0]["tokenizer"], **settings,
         "input": {
@@ -117,7 +117,7 @@ def merge(config: ConfigDict) -> dict:
     }  # fmt: skip
     manifest["tokenizer"] = {"name": settings["tokenizer"], "hash": parts[0]["tokenizer"]["hash"]}
     del manifest["hash"]
-    token_store.write_json(folder, token_store.MANIFEST, manifest)
+    shard_writer.write_json(folder, token_store.MANIFEST, manifest)
     _remove_leftovers(folder)
     return manifest
 
@@ -130,7 +130,7 @@ def _work(config: ConfigDict, folder: str, progress: dict) -> None:
     data, (index, count) = config.data, progress["worker"]
 
     def save() -> None:
-        token_store.write_json(folder, f"progress_{index}_of_{count}.json", progress)
+        shard_writer.write_json(folder, f"progress_{index}_of_{count}.json", progress)
 
     if not progress["files"]:
         listed = corpora.list_files(data.source, data.source_options)

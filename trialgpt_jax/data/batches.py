@@ -2,7 +2,8 @@
 
 Window i of a split is tokens [i*T, i*T+T], T+1 ids at stride T = block_size. Global batch k of B rows takes rows
 k*B ... k*B+B-1 of an endless sequence that is one permutation of all windows after the other. The permutation is
-computed, not stored: seeking to any step costs nothing, and neither does a larger corpus.
+computed, not stored: seeking to any step costs nothing, and neither does a larger corpus. In a mixture every part has such a
+sequence of its own, and each run of 1,024 rows takes from the parts by their weights, in a shuffled pattern.
 """
 
 from collections.abc import Iterator
@@ -10,15 +11,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from trialgpt_jax import UserError
-from trialgpt_jax.data.token_store import Split
+from trialgpt_jax.data.token_store import Mixture, Split
 
 _NAMES = {"train": "training", "val": "validation"}
 _ROUNDS = 10  # of the Feistel network; with 6, neighbours in a tiny corpus are measurably not independent
+_PATTERN = 1024  # rows over which a mixture's weights are met, to within one row
 _CHUNK = 16  # batches whose windows are computed together: numpy costs the same for 16 batches as for 2
 
 
 def train_batches(
-    split: Split,
+    split: Split | Mixture,
     *,
     block_size: int,
     batch_size: int,
@@ -55,7 +57,7 @@ def train_batches(
 
 
 def eval_batches(
-    split: Split,
+    split: Split | Mixture,
     *,
     block_size: int,
     batch_size: int,
@@ -76,13 +78,16 @@ def eval_batches(
     """
     local = _local_rows(batch_size, process_index, process_count)
     windows = _count_windows(split, block_size)
+    ends = np.cumsum([part.n_windows(block_size) for part, _ in split.parts])
     for k in range(n_eval_batches(split, block_size=block_size, batch_size=batch_size, n_batches=n_batches)):
         rows = k * batch_size + process_index * local + np.arange(local)
         valid = rows < windows
-        yield _gather(split, np.where(valid, rows, 0), block_size), valid
+        inside = np.where(valid, rows, 0)
+        parts = np.searchsorted(ends, inside, side="right")
+        yield _gather(split, parts, inside - np.concatenate([[0], ends])[parts], block_size), valid
 
 
-def n_eval_batches(split: Split, *, block_size: int, batch_size: int, n_batches: int = 0) -> int:
+def n_eval_batches(split: Split | Mixture, *, block_size: int, batch_size: int, n_batches: int = 0) -> int:
     """How many global batches `eval_batches` yields."""
     whole = -(-_count_windows(split, block_size) // batch_size)
     return min(whole, n_batches) if n_batches else whole
@@ -96,7 +101,7 @@ class BatchSource:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Mixture,
         block_size: int,
         batch_size: int,
         seed: int,
@@ -108,8 +113,8 @@ class BatchSource:
         self._local = _local_rows(batch_size, process_index, process_count)
         self._split, self._block_size, self._seed, self._shuffle = split, block_size, seed, shuffle
         self._first_row, self._batch_size = start_step * batch_size + process_index * self._local, batch_size
-        self._n_windows = _count_windows(split, block_size)
-        self._chunk: tuple[int, np.ndarray] = (-1, np.empty(0))  # its number, and the windows of its batches
+        _count_windows(split, block_size)
+        self._chunk = (-1, np.empty(0), np.empty(0))  # its number, and the parts and windows of its batches
 
     def __len__(self) -> int:
         return 1 << 40  # training has no end; grain wants a number
@@ -120,9 +125,60 @@ class BatchSource:
         if chunk[0] != number:
             batches = number * _CHUNK + np.arange(_CHUNK)
             rows = (self._first_row + batches[:, None] * self._batch_size + np.arange(self._local)).ravel()
-            windows = window_order(rows, self._n_windows, self._seed, self._shuffle)
-            chunk = self._chunk = number, windows.reshape(_CHUNK, self._local)  # one assignment: safe with threads
-        return _gather(self._split, chunk[1][place], self._block_size)
+            parts, windows = training_order(rows, self._split, self._block_size, self._seed, self._shuffle)
+            shape = (_CHUNK, self._local)
+            chunk = self._chunk = number, parts.reshape(shape), windows.reshape(shape)  # at once: safe with threads
+        return _gather(self._split, chunk[1][place], chunk[2][place], self._block_size)
+
+
+def training_order(
+    rows: np.ndarray, split: Split | Mixture, block_size: int, seed: int, shuffle: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """What stands at positions `rows`, int64 [n], of the endless training order.
+
+    Returns:
+      The number of the part of a mixture (0 for a `Split`) and the window of it, both int64 [n].
+    """
+    parts, places = pick_parts(rows, [weight for _, weight in split.parts], seed)
+    windows = np.empty_like(rows)
+    for number, (part, _) in enumerate(split.parts):
+        mine = parts == number
+        own_seed = (seed + number * 0x9E3779B97F4A7C15) % 2**64
+        windows[mine] = window_order(places[mine], part.n_windows(block_size), own_seed, shuffle)
+    return parts, windows
+
+
+def pick_parts(rows: np.ndarray, weights: list[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which part of a mixture each row takes its window from, and how many rows before it took from the same part.
+
+    Args:
+      rows: int64 [n].
+      weights: shares that add up to 1.
+
+    Returns:
+      int64 [n], int64 [n].
+    """
+    if len(weights) == 1:
+        return np.zeros_like(rows), rows
+    edges = np.rint(np.cumsum([0.0, *weights]) * _PATTERN).astype(
+        np.int64
+    )  # part i has edges[i] ... edges[i+1]-1 of a run
+    if not np.diff(edges).all():
+        raise UserError(
+            f"data.dir: a weight of {min(weights):.2g} is less than one window in {_PATTERN}; leave that part out"
+        )
+    run, place = np.divmod(rows, _PATTERN)
+    parts, before = np.empty_like(rows), np.empty_like(rows)
+    for number in np.unique(run):
+        order = permute(np.arange(_PATTERN), np.full(_PATTERN, number), _PATTERN, seed ^ 0x5851F42D4C957F2D)
+        pattern = np.searchsorted(edges, order, side="right") - 1
+        earlier = np.empty(_PATTERN, np.int64)
+        for part in range(len(weights)):
+            mine = pattern == part
+            earlier[mine] = number * (edges[part + 1] - edges[part]) + np.arange(mine.sum())
+        here = run == number
+        parts[here], before[here] = pattern[place[here]], earlier[place[here]]
+    return parts, before
 
 
 def window_order(rows: np.ndarray, n_windows: int, seed: int, shuffle: bool = True) -> np.ndarray:
@@ -177,27 +233,26 @@ def _closing(iterator) -> Iterator[np.ndarray]:
         iterator.close()
 
 
-def _gather(split: Split, windows: np.ndarray, block_size: int) -> np.ndarray:
+def _gather(split: Split | Mixture, parts: np.ndarray, windows: np.ndarray, block_size: int) -> np.ndarray:
     out = np.empty((len(windows), block_size + 1), np.int32)
-    for row, window in enumerate(windows.tolist()):
-        split.read_into(window * block_size, out[row])
-    if (
-        split.max_id is None and (largest := int(out.max())) >= split.vocab_size
-    ):  # files without a manifest may hold anything
-        raise UserError(
-            f"{_NAMES[split.name]} split: token id {largest} is beyond the vocabulary of {split.vocab_size} ids"
-        )
+    splits = [part for part, _ in split.parts]
+    for row, (part, window) in enumerate(zip(parts.tolist(), windows.tolist(), strict=True)):
+        splits[part].read_into(window * block_size, out[row])
+    if split.max_id is None and (largest := int(out.max())) >= split.vocab_size:  # no manifest vouches for the ids
+        name = _NAMES[split.name]
+        raise UserError(f"{name} split: token id {largest} is beyond the vocabulary of {split.vocab_size} ids")
     return out
 
 
-def _count_windows(split: Split, block_size: int) -> int:
-    if not (windows := split.n_windows(block_size)):
+def _count_windows(split: Split | Mixture, block_size: int) -> int:
+    smallest = min(split.parts, key=lambda part: part[0].n_windows(block_size))[0] if split.name == "train" else split
+    if not smallest.n_windows(block_size):
         lever = "raise data.val_fraction" if split.name == "val" else "give more text"
         raise UserError(
-            f"the {_NAMES[split.name]} split has {split.n_tokens} tokens, fewer than one window of model.block_size+1 = "
+            f"the {_NAMES[split.name]} split has {smallest.n_tokens} tokens, fewer than one window of model.block_size+1 = "
             f"{block_size + 1}; {lever} and run preprocess into a new folder, or lower model.block_size"
         )
-    return windows
+    return split.n_windows(block_size)
 
 
 def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:

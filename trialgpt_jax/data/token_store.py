@@ -1,11 +1,11 @@
-"""Token shards and their manifest on disk: write, verify, open. Reads nanoGPT's `train.bin` and llm.c's shards as well.
+"""Token shards and their manifest on disk: open and verify. Reads nanoGPT's `train.bin` and llm.c's shards as well.
 
 A token store is a folder of `train_00000.bin ...`, `val_00000.bin ...` (little-endian uint16, or uint32 when the vocabulary
 needs it; every document ends with the end-of-text id) and `manifest.json`, which is written last and names every shard.
 """
 
 import bisect
-import contextlib
+import dataclasses
 import glob
 import hashlib
 import itertools
@@ -50,6 +50,7 @@ class Split:
         self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
         self._maps: list[np.ndarray | None] = [None] * len(shards)
         self.n_tokens = self._ends[-1] if shards else 0
+        self.parts = [(self, 1.0)]  # as a `Mixture` has them
 
     def n_windows(self, block_size: int) -> int:
         """Windows of block_size+1 ids at stride block_size; neighbours share one id."""
@@ -86,6 +87,26 @@ class Split:
         return self._maps[index]
 
 
+class Mixture:
+    """The same split of several stores, to be drawn from in fixed shares.
+
+    Attributes:
+      name, n_tokens, n_bytes, max_id, vocab_size: as of `Split`, over all parts.
+      parts: the splits and their shares of the training windows, which add up to 1.
+    """
+
+    def __init__(self, parts: list[tuple[Split, float]]):
+        splits = [split for split, _ in parts]
+        self.parts, self.name, self.vocab_size = parts, splits[0].name, splits[0].vocab_size
+        self.n_tokens = sum(split.n_tokens for split in splits)
+        self.n_bytes = None if any(s.n_bytes is None for s in splits) else sum(s.n_bytes for s in splits)
+        self.max_id = None if any(s.max_id is None for s in splits) else max(s.max_id for s in splits)
+
+    def n_windows(self, block_size: int) -> int:
+        """Windows of all parts together; none spans two of them."""
+        return sum(split.n_windows(block_size) for split, _ in self.parts)
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """An opened token store.
@@ -96,7 +117,7 @@ class TokenStore:
       tokenizer_hash: `Tokenizer.hash` of the tokenizer that made the ids; None without a manifest.
       vocab_size: ids, end-of-text included.
       eot_id: the id of end-of-text.
-      manifest: the manifest's contents; None for nanoGPT's and llm.c's files.
+      manifest: the manifest's contents; None for nanoGPT's and llm.c's files. A mixture has its first part's.
     """
 
     folder: str
@@ -105,9 +126,9 @@ class TokenStore:
     vocab_size: int
     eot_id: int
     manifest: dict | None
-    splits: dict[str, Split]
+    splits: dict[str, Split | Mixture]
 
-    def split(self, name: str) -> Split:
+    def split(self, name: str) -> Split | Mixture:
         """The split `train` or `val`; one without shards has no tokens."""
         return self.splits[name]
 
@@ -115,10 +136,15 @@ class TokenStore:
 def open_store(folder: str) -> TokenStore:
     """Opens a token store without reading its tokens: time and memory do not grow with them.
 
+    Args:
+      folder: the store's folder, or a mixture: `a:0.7,b:0.3` draws 70% of the training windows from the store `a`.
+
     Raises:
       UserError: no store there, an unfinished one, an empty one, a manifest that is damaged or names files outside the
         folder, a file that is missing or of the wrong size, ids beyond the vocabulary.
     """
+    if not os.path.isdir(folder) and ("," in folder or ":" in folder):
+        return _open_mixture(folder)
     if not os.path.isdir(folder):
         raise UserError(f"data.dir={folder} does not exist; {_RUN} with this config first")
     path = os.path.join(folder, MANIFEST)
@@ -182,65 +208,6 @@ def verify(folder: str) -> list[dict]:
     return store.manifest["shards"]
 
 
-class ShardWriter:
-    """Writes one shard as `<file>.<pid>.part`; `finish` makes it durable under its name, and only then."""
-
-    def __init__(self, folder: str, file: str, split: str, dtype: np.dtype):
-        self._folder, self._dtype = folder, np.dtype(dtype).newbyteorder("<")
-        self.record = {"file": file, "split": split, "tokens": 0, "documents": 0, "bytes": 0, "max_id": 0, "sha256": ""}
-        self._part = os.path.join(folder, f"{file}.{os.getpid()}.part")
-        self._digest = hashlib.sha256()
-        self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by finish or abort
-
-    def append(self, ids: np.ndarray, documents: int, n_bytes: int) -> None:
-        """Appends whole documents: `ids` [n] with their end-of-text ids, how many they are, and their UTF-8 bytes."""
-        data = np.ascontiguousarray(ids, self._dtype)
-        self._digest.update(data.data)
-        view = memoryview(data).cast("B")
-        while len(view):  # an unbuffered write may take less than all
-            view = view[self._file.write(view) :]
-        self.record["tokens"] += len(ids)
-        self.record["documents"] += documents
-        self.record["bytes"] += n_bytes
-        self.record["max_id"] = max(self.record["max_id"], int(ids.max()))
-
-    def finish(self) -> dict:
-        """Flushes to disk, renames, and returns the shard's record for the manifest."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._part, os.path.join(self._folder, self.record["file"]))
-        sync_folder(self._folder)
-        self.record["sha256"] = self._digest.hexdigest()
-        return self.record
-
-    def abort(self) -> None:
-        """Closes and removes the unfinished file."""
-        self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self._part)
-
-
-def write_json(folder: str, file: str, value: object) -> None:
-    """Writes JSON to `<folder>/<file>`, durable and whole or not at all."""
-    part = os.path.join(folder, f"{file}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as out:
-        json.dump(value, out, indent=1, ensure_ascii=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, os.path.join(folder, file))
-    sync_folder(folder)
-
-
-def sync_folder(folder: str) -> None:
-    """Makes renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _read_manifest(path: str) -> dict:
     """Loads and checks a manifest: types, names of files, counts."""
     try:
@@ -266,6 +233,33 @@ def _read_manifest(path: str) -> dict:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} is not a valid manifest ({error!r}); remove the folder and {_RUN} again") from None
     return manifest
+
+
+def _open_mixture(text: str) -> TokenStore:
+    stores, weights = [], []
+    for part in text.split(","):
+        folder, _, weight = part.strip().rpartition(":")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            weights.append(0.0)
+        if not folder or not 0 < weights[-1] < float("inf"):
+            raise UserError(
+                f"data.dir={text}: `{part}` is not FOLDER:WEIGHT with a positive weight, as in `a:0.7,b:0.3`"
+            )
+        stores.append(open_store(folder))
+    first, total = stores[0], sum(weights)
+    for store in stores[1:]:
+        if store.tokenizer != first.tokenizer or len({store.tokenizer_hash, first.tokenizer_hash} - {None}) > 1:
+            raise UserError(
+                f"data.dir={text}: {store.folder} was made with another tokenizer ({store.tokenizer}) than {first.folder} "
+                f"({first.tokenizer}); the parts of a mixture must have the same"
+            )
+    splits = {}
+    for name in SPLITS:
+        present = [(s.split(name), w / total) for s, w in zip(stores, weights, strict=True) if s.split(name).n_tokens]
+        splits[name] = Mixture(present) if present else first.split(name)
+    return dataclasses.replace(first, splits=splits)
 
 
 def _open_foreign(folder: str) -> TokenStore:

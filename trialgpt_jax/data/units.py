@@ -18,7 +18,7 @@ import numpy as np
 from trialgpt_jax import UserError
 from trialgpt_jax.data import corpora
 from trialgpt_jax.data.corpora import Document, InputFile
-from trialgpt_jax.data.token_store import ShardWriter
+from trialgpt_jax.data.shard_writer import ShardWriter
 from trialgpt_jax.data.tokenizer import Tokenizer
 
 _CHUNK_CHARS, _CHUNK_DOCUMENTS = 1 << 20, 1024  # what a thread encodes at a time: enough to make handing over cheap

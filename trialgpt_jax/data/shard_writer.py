@@ -1,0 +1,67 @@
+"""Files of a token store as they come to be: each is durable and whole under its name, or not there."""
+
+import contextlib
+import hashlib
+import json
+import os
+
+import numpy as np
+
+
+class ShardWriter:
+    """Writes one shard as `<file>.<pid>.part`; `finish` makes it durable under its name, and only then."""
+
+    def __init__(self, folder: str, file: str, split: str, dtype: np.dtype):
+        self._folder, self._dtype = folder, np.dtype(dtype).newbyteorder("<")
+        self.record = {"file": file, "split": split, "tokens": 0, "documents": 0, "bytes": 0, "max_id": 0, "sha256": ""}
+        self._part = os.path.join(folder, f"{file}.{os.getpid()}.part")
+        self._digest = hashlib.sha256()
+        self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by finish or abort
+
+    def append(self, ids: np.ndarray, documents: int, n_bytes: int) -> None:
+        """Appends whole documents: `ids` [n] with their end-of-text ids, how many they are, and their UTF-8 bytes."""
+        data = np.ascontiguousarray(ids, self._dtype)
+        self._digest.update(data.data)
+        view = memoryview(data).cast("B")
+        while len(view):  # an unbuffered write may take less than all
+            view = view[self._file.write(view) :]
+        self.record["tokens"] += len(ids)
+        self.record["documents"] += documents
+        self.record["bytes"] += n_bytes
+        self.record["max_id"] = max(self.record["max_id"], int(ids.max()))
+
+    def finish(self) -> dict:
+        """Flushes to disk, renames, and returns the shard's record for the manifest."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._part, os.path.join(self._folder, self.record["file"]))
+        sync_folder(self._folder)
+        self.record["sha256"] = self._digest.hexdigest()
+        return self.record
+
+    def abort(self) -> None:
+        """Closes and removes the unfinished file."""
+        self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self._part)
+
+
+def write_json(folder: str, file: str, value: object) -> None:
+    """Writes JSON to `<folder>/<file>`, durable and whole or not at all."""
+    part = os.path.join(folder, f"{file}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as out:
+        json.dump(value, out, indent=1, ensure_ascii=False)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, os.path.join(folder, file))
+    sync_folder(folder)
+
+
+def sync_folder(folder: str) -> None:
+    """Makes renames in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
