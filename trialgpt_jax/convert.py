@@ -18,7 +18,7 @@ from trialgpt_jax import UserError
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.data import hf_tokenizer
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.data.token_store import write_json
+from trialgpt_jax.data.shard_writer import write_json
 from trialgpt_jax.evaluate import load_params
 from trialgpt_jax.model import hf
 from trialgpt_jax.model.gpt import GPTConfig

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -290,11 +291,10 @@ def _locked(folder: str, index: int, count: int) -> Iterator[None]:
 
 def _remove_leftovers(folder: str) -> None:
     """Removes what only an unfinished job needs."""
-    for pattern in ("progress_*_of_*.json", "*.part", "downloads/*"):
+    for pattern in ("progress_*_of_*.json", "*.part"):
         for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
             os.remove(path)
-    with contextlib.suppress(OSError):
-        os.rmdir(os.path.join(folder, "downloads"))
+    shutil.rmtree(os.path.join(folder, "downloads"), ignore_errors=True)
 
 
 def _parse_worker(worker: str) -> tuple[int, int]:

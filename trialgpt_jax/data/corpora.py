@@ -13,17 +13,30 @@ import importlib.util
 import io
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from trialgpt_jax import UserError
+from trialgpt_jax.data import hub
 
 SOURCES = ("sotu", "files", "openwebtext", "fineweb", "dolma_v1_6_sample", "hf:owner/name")
 _TEXT, _LINES, _COMPRESSED = (".txt", ".md"), (".jsonl", ".json"), (".gz", ".zst")
 ENDINGS = (*(e + c for e in _TEXT + _LINES for c in ("", *_COMPRESSED)), ".parquet")
 GROUP_BYTES = 64 << 20  # of text: small files are read together, up to this much; a larger one stands alone
+
+
+# The names of datasets -> repository on the hub, configuration, revision ("" = the default)
+_HUB = {
+    "openwebtext": (
+        "Skylion007/openwebtext",
+        "",
+        "79d93d786212f7344586290adb811d4ae6a1762c",
+    ),  # 80 files, 8,013,769 rows
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,11 @@ class InputFile:
     name: str
     size: int
     path: str
+
+    @property
+    def is_remote(self) -> bool:
+        """It has to be downloaded to be read."""
+        return "://" in self.path
 
     @property
     def is_text(self) -> bool:
@@ -82,7 +100,19 @@ def list_files(source: str, options: Mapping) -> list[InputFile]:
         if not options["path"]:
             raise UserError("data.source=files needs data.source_options.path: a file, a folder or a glob")
         return _local_files(options["path"])
-    raise UserError(f"data.source={source} is unknown; known are {', '.join(SOURCES)}")
+    if source == "dolma_v1_6_sample":
+        with tempfile.TemporaryDirectory() as folder:
+            listed = hub.list_addresses("allenai/dolma", "urls/v1_6-sample.txt", folder)
+    elif source in _HUB:
+        repo, config, revision = _HUB[source]
+        listed = hub.list_dataset(repo, options["config"] or config, options["split"], options["revision"] or revision)
+    elif source.startswith("hf:") and source.count("/") == 1:
+        listed = hub.list_dataset(source[3:], options["config"], options["split"], options["revision"])
+    else:
+        raise UserError(f"data.source={source} is unknown; known are {', '.join(SOURCES)}")
+    if wrong := [name for name, _, _ in listed if not name.endswith(ENDINGS)]:
+        raise UserError(f"data.source={source}: {wrong[0]} cannot be read; known endings are {' '.join(ENDINGS)}")
+    return [InputFile(*entry) for entry in listed]
 
 
 def group_files(files: list[InputFile], shard_tokens: int) -> list[list[InputFile]]:
@@ -138,6 +168,8 @@ def count_rows(file: InputFile) -> int:
         raise UserError(
             f"data.split=nanogpt numbers rows and so needs .parquet files, which {file.name} is not; use hash"
         )
+    if file.is_remote:
+        return hub.count_rows(file.path)
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(file.path).metadata.num_rows
@@ -297,4 +329,12 @@ def fetched(file: InputFile, folder: str) -> Iterator[str]:
     Raises:
       UserError: it cannot be downloaded.
     """
-    yield file.path
+    if not file.is_remote:
+        yield file.path
+        return
+    path = hub.download(file.path, folder)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)  # the disk holds no more than the files that are being read
