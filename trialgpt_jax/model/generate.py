@@ -113,7 +113,8 @@ def generate(
             f"the prompt has {len(prompt)} tokens, more than model.block_size={config.block_size}; shorten it"
         )
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-        raise UserError(f"the prompt has id {prompt.max()}, beyond the model's {config.vocab_size} ids")
+        wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)][0]
+        raise UserError(f"the prompt has id {wrong}, but the model has ids 0 ... {config.vocab_size - 1}")
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")

@@ -65,6 +65,16 @@ def _normal(std: float, *axes: str):
     return nn.with_logical_partitioning(init, axes)
 
 
+def _vocabulary(config: GPTConfig, std: float):
+    """N(0, std) for the rows of real ids. Padding rows are zeros, and stay so: no gradient reaches them."""
+    normal = nn.initializers.normal(std)
+
+    def init(key, shape, dtype):
+        return jnp.where(jnp.arange(shape[0])[:, None] < config.vocab_size, normal(key, shape, dtype), 0)
+
+    return nn.with_logical_partitioning(init, ("vocab", "embed"))
+
+
 def _proj_std(config: GPTConfig) -> float:
     """Residual projections start smaller, so that the sum over 2 * n_layer of them keeps the residual's scale (GPT-2)."""
     return 0.0 if config.zero_init_proj else 0.02 / math.sqrt(2 * config.n_layer)
@@ -193,7 +203,7 @@ class GPT(nn.Module):
     def setup(self):
         c = self.config
         table = {"features": c.n_embd, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        self.wte = nn.Embed(c.padded_vocab_size, embedding_init=_normal(0.02, "vocab", "embed"), **table)
+        self.wte = nn.Embed(c.padded_vocab_size, embedding_init=_vocabulary(c, 0.02), **table)
         if c.position == "learned":
             self.wpe = nn.Embed(c.block_size, embedding_init=_normal(0.02, "position", "embed"), **table)
         if c.embed_norm:
@@ -214,8 +224,8 @@ class GPT(nn.Module):
         )(c)
         self.ln_f = _norm(c)
         if not c.tie_embeddings:
-            head_init = _normal(0.0 if c.zero_init_proj else 0.02, "vocab", "embed")
-            self.lm_head = nn.Embed(c.padded_vocab_size, embedding_init=head_init, **table)
+            head_std = 0.0 if c.zero_init_proj else 0.02
+            self.lm_head = nn.Embed(c.padded_vocab_size, embedding_init=_vocabulary(c, head_std), **table)
 
     def __call__(self, tokens_BxT: jax.Array, deterministic: bool = True) -> jax.Array:
         """Hidden states of whole sequences.

@@ -1,0 +1,271 @@
+"""The model against transformers' GPT-2 and Qwen3, torch's gradients, and a numpy implementation of every option."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_options import configs, random_params, reference_logits
+
+from trialgpt_jax.model import hf
+from trialgpt_jax.model.gpt import GPT, GPTConfig, head, logits, rope
+from trialgpt_jax.training.train_step import mean_loss
+
+FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
+# layers, heads, width, vocabulary, block size, sequence length
+SHAPES = [(2, 2, 32, 101, 16, 16), (1, 4, 24, 128, 12, 5), (3, 1, 16, 257, 9, 9), (4, 3, 48, 50, 20, 1)]
+
+
+def gpt2(shape, seed=0, **changes):
+    """transformers' GPT-2 in float64, every weight and bias perturbed by N(0, 0.1), and our config of it."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    L, H, C, V, T, _ = shape
+    config = GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C, **FLOAT64, **changes)
+    theirs = transformers.GPT2Config(**hf.hf_config(config, 0), attn_implementation="eager")
+    model = transformers.GPT2LMHeadModel(theirs).to(torch.float64).eval()
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.from_numpy(rng.normal(0, 0.1, parameter.shape))
+    return model, config
+
+
+def from_torch(named, config):
+    return hf.from_hf({name: value.detach().numpy() for name, value in named}, config)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def apply(params, config, tokens_BxT):
+    return logits(params, config, GPT(config).apply({"params": params}, tokens_BxT))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def loss_and_gradients(params, config, tokens_BxU):
+    return jax.value_and_grad(mean_loss)(params, config, tokens_BxU)
+
+
+def tokens(config, shape, seed=1):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_transformers_gpt2_in_float64(shape, tied):
+    model, config = gpt2(shape, tie_embeddings=tied)
+    torch = pytest.importorskip("torch")
+    ids = tokens(config, (3, shape[-1]))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    with jax.enable_x64(True):
+        ours = np.asarray(apply(from_torch(model.named_parameters(), config), config, ids))
+    assert ours.dtype == np.float64 and ours.shape == expected.shape
+    assert expected.std() > 0.1, "the perturbed weights must matter"
+    assert np.abs(ours - expected).max() < 1e-10
+
+
+def test_logits_are_those_of_transformers_gpt2_in_float32():
+    torch = pytest.importorskip("torch")
+    model, config = gpt2(SHAPES[0])
+    config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
+    ids = tokens(config, (4, 16))
+    with torch.no_grad():
+        expected = model.to(torch.float32)(torch.from_numpy(ids)).logits.numpy()
+    ours = np.asarray(apply(from_torch(model.named_parameters(), config), config, ids))
+    assert ours.dtype == np.float32
+    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_every_parameter_are_torchs(shape, tied):
+    torch = pytest.importorskip("torch")
+    model, config = gpt2(shape, tie_embeddings=tied)
+    ids = tokens(config, (3, shape[-1] + 1))
+    theirs = model(torch.from_numpy(ids[:, :-1])).logits
+    loss = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten())
+    loss.backward()
+    expected = from_torch([(name, p.grad) for name, p in model.named_parameters()], config)
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, from_torch(model.named_parameters(), config))
+        value, gradients = loss_and_gradients(params, config, ids)
+    assert abs(float(value) - loss.item()) < 1e-12
+    assert jax.tree.structure(gradients) == jax.tree.structure(expected)
+    for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected)):
+        name = jax.tree_util.keystr(path)
+        difference = np.abs(np.asarray(ours) - want).max()
+        if "c_k" in name and "bias" in name:  # softmax does not see it: zero, but for rounding
+            assert np.abs(want).max() < 1e-14 and np.abs(np.asarray(ours)).max() < 1e-14
+        else:
+            assert np.abs(want).max() > 1e-6, f"{name}: no gradient"
+            assert difference < 1e-8 * np.abs(want).max(), f"{name}: {difference}"
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(configs(), st.integers(0, 1000))
+def test_every_combination_of_options_is_the_numpy_model(config, seed):
+    params = random_params(config, seed)
+    ids = tokens(config, (2, config.block_size), seed)
+    with jax.enable_x64(True):
+        ours = np.asarray(apply(params, config, ids))
+    assert np.abs(ours - reference_logits(params, config, ids)).max() < 1e-10
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_modern_options_together_are_transformers_qwen3(tied):
+    """rope, rmsnorm, swiglu, grouped queries, qk_norm, head_dim. float32, which is how theirs computes its norms."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig(vocab_size=101, block_size=24, n_layer=2, n_head=4, n_kv_head=2, head_dim=10, n_embd=24,
+                       bias=False, tie_embeddings=tied, position="rope", norm="rmsnorm", activation="swiglu",
+                       qk_norm=True)  # fmt: skip
+    params = random_params(config)
+    theirs = transformers.Qwen3Config(
+        vocab_size=101, hidden_size=24, intermediate_size=params["blocks"]["mlp"]["c_fc"]["kernel"].shape[-1],
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10, max_position_embeddings=24,
+        rms_norm_eps=1e-5, tie_word_embeddings=tied, attn_implementation="eager", bos_token_id=0, eos_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(theirs).eval()
+    state = {"model.embed_tokens.weight": params["wte"]["embedding"], "model.norm.weight": params["ln_f"]["scale"]}
+    state["lm_head.weight"] = head(params, config)
+    names = {"self_attn.q_proj": "attn/c_q", "self_attn.k_proj": "attn/c_k", "self_attn.v_proj": "attn/c_v",
+             "self_attn.o_proj": "attn/c_proj", "mlp.up_proj": "mlp/c_fc", "mlp.gate_proj": "mlp/c_gate",
+             "mlp.down_proj": "mlp/c_proj"}  # fmt: skip
+    for i in range(2):
+        layer, blocks = f"model.layers.{i}", params["blocks"]
+        for name, path in names.items():
+            wing, module = path.split("/")
+            state[f"{layer}.{name}.weight"] = blocks[wing][module]["kernel"][i].T
+        for name, norm in (("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")):
+            state[f"{layer}.{name}.weight"] = blocks[norm]["scale"][i]
+        for name in ("q_norm", "k_norm"):
+            state[f"{layer}.self_attn.{name}.weight"] = np.ones(10, np.float32)
+    state = {name: torch.from_numpy(np.ascontiguousarray(v[:101] if v.shape[0] == 128 and "mlp" not in name else v))
+             for name, v in state.items()}  # fmt: skip
+    model.load_state_dict(state, strict=True)
+    ids = tokens(config, (2, 24))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    ours = np.asarray(apply(params, config, ids))
+    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_rope_makes_scores_depend_on_the_distance_alone():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        q, k = (jnp.asarray(np.tile(rng.normal(size=(1, 1, 2, 8)), (1, 6, 1, 1))) for _ in range(2))
+        positions = jnp.array([0, 3, 17, 100, 511, 1023])
+        for distance in (0, 1, 9):
+            rotated_q, rotated_k = rope(q, positions + distance), rope(k, positions)
+            scores = np.asarray(jnp.sum(rotated_q * rotated_k, -1))
+            assert np.abs(scores - scores[:, :1]).max() < 1e-12
+        assert np.allclose(jnp.linalg.norm(rope(q, positions), axis=-1), jnp.linalg.norm(q, axis=-1), atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_padded_rows_cannot_be_seen_and_stay_zero(tied):
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=16, tie_embeddings=tied, **FLOAT64)
+    ids = tokens(config, (2, 9))
+    with jax.enable_x64(True):
+        params = random_params(config)
+        other = jax.tree.map(np.array, params)
+        for table in ("wte", "lm_head"):
+            if table in other:
+                other[table]["embedding"][101:] = 1e3
+        (loss, gradients), (same, _) = (loss_and_gradients(p, config, ids) for p in (params, other))
+        out = apply(params, config, ids[:, :-1])
+        assert float(loss) == float(same)
+        assert np.array_equal(out, apply(other, config, ids[:, :-1])) and out.shape == (2, 8, 101)
+        assert not np.any(np.asarray(head(gradients, config))[101:]) and not np.any(gradients["wte"]["embedding"][101:])
+        initial = nn.unbox(GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+        assert not np.any(head(initial, config)[101:]) and np.all(np.any(head(initial, config)[:101], axis=1))
+
+
+def initial_params(config):
+    return nn.unbox(jax.jit(GPT(config).init)(jax.random.key(5), jnp.zeros((1, 1), jnp.int32)))["params"]
+
+
+def test_initial_standard_deviations_are_gpt2s():
+    config = GPTConfig(vocab_size=512, block_size=256, n_layer=5, n_head=4, n_embd=128, tie_embeddings=False)
+    projections = 0.02 / math.sqrt(2 * 5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(initial_params(config)):
+        name, value = jax.tree_util.keystr(path), np.asarray(leaf)
+        if "bias" in name:
+            assert not value.any(), name
+        elif "scale" in name:
+            assert (value == 1).all(), name
+        else:
+            expected = projections if "c_proj" in name else 0.02
+            # per layer where there are layers; the standard error of a standard deviation is std / sqrt(2n)
+            for part in value if "blocks" in name else [value]:
+                assert abs(part.std() / expected - 1) < 5 / math.sqrt(2 * part.size), name
+                assert abs(part.mean()) < 5 * expected / math.sqrt(part.size), name
+
+
+def test_zero_init_proj_starts_as_a_uniform_guess_and_learns():
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=2, n_head=2, n_embd=16, tie_embeddings=False,
+                       zero_init_proj=True)  # fmt: skip
+    params = initial_params(config)
+    assert not any(np.any(params["blocks"][wing]["c_proj"]["kernel"]) for wing in ("attn", "mlp"))
+    ids = jnp.asarray(tokens(config, (2, 9)))
+    loss, gradients = loss_and_gradients(params, config, ids)
+    assert abs(float(loss) - math.log(101)) < 1e-5
+    assert np.any(gradients["lm_head"]["embedding"])
+
+
+def test_logit_softcap_bounds_logits_in_the_loss_and_in_the_logits():
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=16, logit_softcap=2.0, **FLOAT64)
+    with jax.enable_x64(True):
+        params = random_params(config, scale=3.0)
+        ids = tokens(config, (4, 9))
+        out = np.asarray(apply(params, config, ids[:, :-1]))
+        assert 1.9 < np.abs(out).max() <= 2.0
+        expected = np.log(np.exp(out).sum(-1)) - np.take_along_axis(out, ids[:, 1:, None], 2)[..., 0]
+        assert abs(float(mean_loss(params, config, jnp.asarray(ids))) - expected.mean()) < 1e-12
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [("none", 3), ("dots", 2), ("block", 1)])
+def test_remat_and_unrolling_change_no_gradient(remat, unroll):
+    plain = GPTConfig(vocab_size=101, block_size=8, n_layer=3, n_head=2, n_embd=16, **FLOAT64)
+    config = dataclasses.replace(plain, remat=remat, scan_unroll=unroll)
+    with jax.enable_x64(True):
+        params, ids = random_params(plain), tokens(plain, (2, 9))
+        program = str(jax.make_jaxpr(lambda p: loss_and_gradients(p, config, ids))(params))
+        assert ("remat" in program) == (remat != "none") and (f"unroll={unroll}" in program or unroll == 3)
+        _, ours = loss_and_gradients(params, config, ids)
+        _, expected = loss_and_gradients(params, plain, ids)
+        for mine, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+            assert np.abs(np.asarray(mine - want)).max() < 1e-13
+
+
+def test_dropout_follows_its_key_alone_and_is_off_in_evaluation():
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
+    params, ids = random_params(config), jnp.asarray(tokens(config, (2, 8)))
+
+    @jax.jit
+    def run(seed=None):
+        rngs = None if seed is None else {"dropout": jax.random.key(seed)}
+        return GPT(config).apply({"params": params}, ids, seed is None, rngs=rngs)
+
+    plain = np.asarray(GPT(dataclasses.replace(config, dropout=0.0)).apply({"params": params}, ids))
+    assert np.allclose(run(), plain, atol=1e-6)
+    assert np.array_equal(run(1), run(1)) and not np.allclose(run(1), run(2)) and not np.allclose(run(1), plain)
+
+
+def test_a_later_token_changes_no_earlier_logit():
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=2, n_head=2, n_embd=16, **FLOAT64)
+    with jax.enable_x64(True):
+        params, ids = random_params(config), tokens(config, (1, 8))
+        out = np.asarray(apply(params, config, ids))
+        for t in range(1, 8):
+            changed = ids.copy()
+            changed[0, t] = (ids[0, t] + 1) % 101
+            other = np.asarray(apply(params, config, changed))
+            assert np.array_equal(other[:, :t], out[:, :t]) and not np.allclose(other[:, t:], out[:, t:])
