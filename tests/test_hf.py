@@ -1,0 +1,261 @@
+"""Files that transformers' GPT-2 wrote are read, and what we write it loads: weights, configuration, tokenizer."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_options import random_params
+from safetensors.numpy import load_file, save_file
+
+from trialgpt_jax import UserError
+from trialgpt_jax.data import hf_tokenizer, tokenizer
+from trialgpt_jax.model import hf
+from trialgpt_jax.model.gpt import GPTConfig
+
+CONFIG = GPTConfig(vocab_size=101, block_size=16, n_layer=3, n_head=2, n_embd=16)
+
+
+def exported(folder, config=CONFIG, **theirs):
+    """A folder with random weights of `config`, fields of its config.json replaced by `theirs`."""
+    params = random_params(config)
+    for table in {"wte", "lm_head"} & params.keys():
+        params[table]["embedding"][config.vocab_size :] = 0
+    folder.mkdir(exist_ok=True)
+    hf.write(str(folder), params, config, 100)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | theirs))
+    return params
+
+
+def imported(folder, config=CONFIG):
+    return hf.from_hf(hf.SafetensorsFolder(str(folder)), config)
+
+
+def assert_equal(ours, expected):
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for mine, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+        assert mine.dtype == want.dtype
+        np.testing.assert_array_equal(mine, want)
+
+
+def edited(folder, edit):
+    """Rewrites the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_every_tensor_and_saves_what_we_read_back(tmp_path, tied):
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    params = exported(tmp_path / "ours", config)
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    assert model.config.vocab_size == 101 and model.generation_config.eos_token_id == 100
+    model.save_pretrained(tmp_path / "theirs")
+    assert_equal(imported(tmp_path / "theirs", config), params)
+    fields = hf.read_config(str(tmp_path / "theirs"))
+    assert dataclasses.replace(GPTConfig(**fields)) == config
+
+
+def test_sharded_files_and_names_without_prefix_are_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    params = exported(tmp_path / "ours")
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20kB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "sharded" / "model.safetensors").exists()
+    assert_equal(imported(tmp_path / "sharded"), params)
+    # the way OpenAI's own weights lie on the hub: no prefix, the causal masks among the tensors
+    model.transformer.save_pretrained(tmp_path / "bare")
+
+    def add_masks(tensors):
+        assert "wte.weight" in tensors
+        for i in range(3):
+            tensors[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), np.float32))
+            tensors[f"h.{i}.attn.masked_bias"] = np.float32(-1e4).reshape(1)
+
+    edited(tmp_path / "bare", add_masks)
+    assert_equal(imported(tmp_path / "bare"), params)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_dtypes_are_read_as_float32(tmp_path, dtype):
+    params = exported(tmp_path)
+    edited(tmp_path, lambda tensors: tensors.update({k: v.astype(jax.numpy.dtype(dtype)) for k, v in tensors.items()}))
+    expected = jax.tree.map(lambda p: np.asarray(jax.numpy.asarray(p).astype(dtype)).astype(np.float32)
+                            if dtype != "float64" else p, params)  # fmt: skip
+    assert_equal(imported(tmp_path), expected)
+
+
+def test_a_model_without_biases_is_exported_as_one_with_zeros(tmp_path):
+    config = dataclasses.replace(CONFIG, bias=False)
+    params = exported(tmp_path, config)
+    read = imported(tmp_path)
+    assert_equal(read["blocks"]["mlp"]["c_fc"]["kernel"], params["blocks"]["mlp"]["c_fc"]["kernel"])
+    biases = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(read) if path[-1].key == "bias"]
+    assert len(biases) == 9 and not any(map(np.any, biases))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"position": "rope"}, ["model.position=rope"]),
+        ({"norm": "rmsnorm", "activation": "swiglu"}, ["model.norm=rmsnorm", "model.activation=swiglu"]),
+        ({"qk_norm": True, "embed_norm": True}, ["model.qk_norm=True", "model.embed_norm=True"]),
+        ({"logit_softcap": 15.0}, ["model.logit_softcap=15.0"]),
+        ({"n_kv_head": 1}, ["model.n_kv_head=1 (n_head is 2)"]),
+        ({"head_dim": 4}, ["model.head_dim=4 (n_embd / n_head is 8)"]),
+    ],
+)
+def test_what_gpt2_cannot_express_is_refused_by_name(changes, words):
+    with pytest.raises(UserError) as error:
+        hf.to_hf({}, dataclasses.replace(CONFIG, n_kv_head=changes.pop("n_kv_head", 0), **changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("transformer.h.1.mlp.c_fc.bias"), r"has no tensor `h.1.mlp.c_fc.bias`"),
+        (lambda t: [t.pop(k) for k in list(t) if ".h.2." in k], r"has no tensor `h.2.attn.c_attn.bias` \(and 11 more\)"),
+        (lambda t: t.update({"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]}), "unknown tensor `h.3.ln_1.bias`"),
+        (lambda t: t.update({"score.weight": t["transformer.ln_f.bias"]}), "unknown tensor `score.weight`"),
+        (
+            lambda t: t.update({"transformer.h.0.attn.c_attn.weight": t["transformer.h.0.attn.c_proj.weight"]}),
+            r"`transformer.h.0.attn.c_attn.weight` has shape \(16, 16\), but config.json asks for \(16, 48\)",
+        ),
+        (lambda t: t.update({"transformer.wpe.weight": t["transformer.wpe.weight"][:8].copy()}), r"\(8, 16\).*\(16, 16\)"),
+        (lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}), "set tie_word_embeddings=false"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_are_named(tmp_path, edit, message):
+    exported(tmp_path)
+    edited(tmp_path, edit)
+    with pytest.raises(UserError, match=message):
+        imported(tmp_path)
+
+
+def test_a_copy_of_the_tied_head_is_taken(tmp_path):
+    params = exported(tmp_path)
+    edited(tmp_path, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].copy()}))
+    assert_equal(imported(tmp_path), params)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', but only GPT-2's 'gpt2'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu', but only GPT-2's 'gelu_new'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"n_inner": 100}, r"n_inner is 100, but only 4 \* n_embd"),
+        ({"n_layer": "3"}, "n_layer is '3', but must be a whole number"),
+        ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
+    ],
+)
+def test_configurations_that_are_not_gpt2s_are_refused(tmp_path, theirs, message):
+    exported(tmp_path, **theirs)
+    with pytest.raises(UserError, match=message):
+        hf.read_config(str(tmp_path))
+
+
+def test_damaged_files_and_pickles_are_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04never read")
+    with pytest.raises(UserError, match=r"no model.safetensors; pytorch_model.bin is a pickle.*save_pretrained"):
+        hf.SafetensorsFolder(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(UserError, match="model.safetensors cannot be read as safetensors"):
+        hf.SafetensorsFolder(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../outside.safetensors"}}))
+    with pytest.raises(UserError, match="not a plain file name"):
+        hf.SafetensorsFolder(str(tmp_path))
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match="model-00001-of-00002.safetensors cannot be read"):
+        hf.SafetensorsFolder(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json cannot be read as the configuration"):
+        hf.read_config(str(tmp_path))
+    with pytest.raises(UserError, match="is not a folder"):
+        hf.read_config(str(tmp_path / "nowhere"))
+
+
+# ---- tokenizers
+
+TEXTS = ["Hello world", "  two  spaces\n\n\ttabs ", "don't we'll I'M 's", "1234 x=5;", "naïve café 日本語 🙂🏽", "\x00\x7f\u200b",
+         "aaaaaaaa bbbbbb", "", " ", "\n"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bpe:512"])
+def pair(request, store, tmp_path_factory):
+    """One of our tokenizers, and what transformers loads from its files."""
+    transformers = pytest.importorskip("transformers")
+    ours = tokenizer.load(request.param, str(store))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    hf_tokenizer.write(ours, str(folder), 64)
+    return ours, transformers.GPT2TokenizerFast.from_pretrained(folder), folder
+
+
+def test_exported_tokenizer_encodes_identically(pair, store):
+    ours, theirs, folder = pair
+    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eot_id and theirs.model_max_length == 64
+    document = pathlib.Path(next((store.parent / "texts").glob("*.txt"))).read_text()
+    for text in [*TEXTS, document]:
+        assert theirs(text, truncation=False)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.text() | st.text(alphabet="ab 'sthe\n1é"))
+    def same(text):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+
+    same()
+    assert (folder / "merges.txt").read_text().count("\n") == ours.vocab_size - 257 + 1
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_tokenizers_come_back_by_either_set_of_files(pair, tmp_path, files):
+    ours, _, folder = pair
+    for name in files:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    read = hf_tokenizer.read(str(tmp_path))
+    assert (read.name, read.hash) == (ours.name, ours.hash)
+
+
+def test_tokenizers_saved_by_transformers_come_back(pair, tmp_path):
+    ours, theirs, _ = pair
+    theirs.save_pretrained(tmp_path)
+    read = hf_tokenizer.read(str(tmp_path))
+    assert (read.name, read.hash) == (ours.name, ours.hash)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t["model"].update(type="Unigram"), "it is Unigram after ByteLevel"),
+        (lambda t: t["added_tokens"].append({"id": 512, "content": "<pad>"}), "the added token '<pad>'"),
+        (lambda t: t["model"]["merges"].reverse(), "its merges are not in the order of its ids"),
+        (lambda t: t["model"]["vocab"].update({"<|endoftext|>": 600}), "<|endoftext|> has id 600"),
+        (lambda t: t.pop("model"), "'model' is not what it should hold"),
+    ],
+)
+def test_tokenizers_that_ours_cannot_be_are_refused(store, tmp_path, edit, message):
+    hf_tokenizer.write(tokenizer.load("bpe:512", str(store)), str(tmp_path), 64)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    edit(whole)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError) as error:
+        hf_tokenizer.read(str(tmp_path))
+    assert message in str(error.value), error.value
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    assert hf_tokenizer.read(str(tmp_path)) is None
