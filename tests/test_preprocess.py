@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
-from trialgpt_jax.data import corpora, token_store
+from trialgpt_jax.data import corpora, hub, token_store
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.preprocess import describe, merge, preprocess, show
 
@@ -294,6 +295,132 @@ def test_the_command_line(tmp_path, corpus):
         [*base[:3], f"--config.data.dir={tmp_path}/no", "--verify"], capture_output=True, text=True, check=False
     )
     assert empty.returncode == 2 and "does not exist; run" in empty.stderr
+
+
+def parquet(texts):
+    data = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts}), data, row_group_size=9)
+    return data.getvalue().to_pybytes()
+
+
+def assert_same_shards(left, right):
+    """The same but for the name of the source in the manifest."""
+    ours, theirs = (token_store.open_store(str(folder)).manifest["shards"] for folder in (left, right))
+    assert ours == theirs and token_store.verify(str(left)) and token_store.verify(str(right))
+
+
+def run_with_hub(config, server, home):
+    given = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run(command(config), env=os.environ | given, capture_output=True, text=True, check=False)
+
+
+def test_openwebtext_from_a_hub_that_fails_every_third_time(tmp_path, speeches):
+    parts = [[speech[:20_000] for speech in speeches[i : i + 20]] for i in (0, 20, 40)]
+    names = [f"plain_text/train-{i:05d}-of-00003.parquet" for i in range(3)]
+    files = {f"/Skylion007/openwebtext/{name}": parquet(part) for name, part in zip(names, parts, strict=True)}
+    for name, data in zip(names, files.values(), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    common = {"split": "nanogpt", "val_fraction": 0.05, "num_workers": 2}
+    with HubServer(files, faults=0.35) as server:
+        config = make_config(tmp_path / "store", source="openwebtext", **common)
+        done = run_with_hub(config, server, tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert server.failed > 0
+    preprocess(make_config(tmp_path / "local", path=tmp_path / "plain_text", **common))
+    assert_same_shards(tmp_path / "store", tmp_path / "local")
+    assert not (tmp_path / "store" / "downloads").exists()
+
+
+def test_dolma_from_its_list_with_shards_whose_field_types_differ(tmp_path, speeches):
+    (tmp_path / "local").mkdir()
+    files = {}
+    for i in range(3):
+        ids = [j if i == 1 else {"n": j} if i == 2 else str(j) for j in range(20)]
+        texts = [speech[:5000] for speech in speeches[20 * i : 20 * i + 20]]
+        records = [
+            {"id": k, "text": t, "source": ("wiki", "c4")[n % 2]}
+            for n, (k, t) in enumerate(zip(ids, texts, strict=True))
+        ]
+        data = gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode())
+        files[f"/plain/v1_5r2_sample-{i:04d}.json.gz"] = data
+        (tmp_path / "local" / f"v1_5r2_sample-{i:04d}.json.gz").write_bytes(data)
+    with HubServer(files, faults=0.35) as server:
+        addresses = "".join(f"{server.url}{path}\n" for path in files)
+        files["/allenai/dolma/urls/v1_6-sample.txt"] = addresses.encode()
+        config = make_config(tmp_path / "store", source="dolma_v1_6_sample", subset="wiki", num_workers=2)
+        done = run_with_hub(config, server, tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert server.failed > 0 and "trying again" in done.stderr
+    preprocess(make_config(tmp_path / "again", path=tmp_path / "local", subset="wiki"))
+    assert_same_shards(tmp_path / "store", tmp_path / "again")
+    assert sum(record["documents"] for record in token_store.verify(str(tmp_path / "store"))) == 30
+
+
+def test_a_hub_dataset_that_is_not_there_is_refused(tmp_path):
+    with HubServer({"/owner/there/train.parquet": parquet(["x"])}) as server:
+        for source, changes, message in (
+            ("hf:owner/missing", {}, "hf:owner/missing cannot be had"),
+            ("hf:owner/there", {"config": "nope"}, "data.source_options.config='nope'"),
+        ):
+            done = run_with_hub(make_config(tmp_path / "x", source=source, **changes), server, tmp_path / "home")
+            assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_network_that_stays_away_stops_with_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, speeches):
+    monkeypatch.setattr(hub, "ATTEMPTS", 2)
+    monkeypatch.setattr(hub, "FIRST_DELAY", 0.01)
+    files = {f"/plain/{i}.txt": speech[:5000].encode() for i, speech in enumerate(speeches[:6])}
+    with HubServer(files) as server:
+        listed = [(path[7:], len(data), server.url + path) for path, data in files.items()]
+        monkeypatch.setattr(hub, "list_addresses", lambda *arguments: listed)
+        config = make_config(tmp_path / "store", source="dolma_v1_6_sample", shard_tokens=1000)
+        lost = files.pop("/plain/3.txt")
+        with pytest.raises(UserError, match=r"/plain/3.txt cannot be had \(HTTPError: HTTP Error 404"):
+            preprocess(config)
+        assert finished_units(tmp_path / "store") == 3  # one for each text before it
+        files["/plain/3.txt"], server.faults = lost, 1.0
+        with pytest.raises(
+            UserError, match=r"/plain/3.txt failed 2 times .* what is finished is kept, and the same command"
+        ):
+            preprocess(config)
+        server.faults, server.log = 0.0, []
+        preprocess(config)
+        assert [path for _, path, _ in server.log] == [f"/plain/{i}.txt" for i in (3, 4, 5)], "only what was missing"
+    assert sum(record["documents"] for record in token_store.verify(config.data.dir)) == 6
+
+
+def test_a_download_is_taken_up_where_it_broke_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "FIRST_DELAY", 0.01)
+    files = {f"/plain/{i}.bin": random.Random(i).randbytes(3_000_000) for i in range(8)}
+    with HubServer(files, faults=0.6) as server:
+        for path, data in files.items():
+            with open(hub.download(server.url + path, str(tmp_path)), "rb") as file:
+                assert file.read() == data
+        ranges = [span for _, _, span in server.log if span]
+        assert len(ranges) >= 3 and "bytes=0-" not in ranges
+
+
+def test_gigatoken_gives_the_same_bytes_and_is_refused_when_it_would_not(tmp_path, corpus, monkeypatch):
+    pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    for encoder in ("tiktoken", "gigatoken"):
+        common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000, "tokenizer": "bpe:1000"}
+        preprocess(make_config(tmp_path / encoder, encoder=encoder, **common))
+    assert_same_folders(tmp_path / "tiktoken", tmp_path / "gigatoken")
+    real = tokenizer_lib.batch_encoder
+    monkeypatch.setattr(
+        tokenizer_lib, "batch_encoder", lambda *given: lambda texts: [ids[1:] for ids in real(*given)(texts)]
+    )
+    with pytest.raises(
+        UserError, match="data.encoder=gigatoken differs from tiktoken on '.*; use data.encoder=tiktoken"
+    ):
+        preprocess(make_config(tmp_path / "wrong", encoder="gigatoken", **common))
+
+
+def test_gigatoken_missing_is_an_error_that_says_what_to_install(tmp_path, corpus, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(UserError, match="data.encoder=gigatoken needs the extra `fast`"):
+        preprocess(make_config(tmp_path / "store", path=corpus / "c.jsonl", encoder="gigatoken"))
 
 
 def test_preprocess_needs_no_jax():

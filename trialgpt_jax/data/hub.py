@@ -40,7 +40,7 @@ def list_dataset(repo: str, config: str, split: str, revision: str) -> list[tupl
 
     def find() -> list[str]:
         try:
-            builder = datasets.load_dataset_builder(repo, config or None, revision=revision or None)
+            builder = datasets.load_dataset_builder(f"hf://datasets/{repo}", config or None, revision=revision or None)
         except ValueError as error:  # an unknown configuration, or several and no default; the message names them
             raise UserError(
                 f"data.source_options.config={config!r} of hf:{repo}: {' '.join(str(error).split())}"
@@ -134,8 +134,8 @@ def with_retries(action: Callable[[], _T], what: str) -> _T:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             if getattr(error, "errno", None) in _DISK:
                 raise
-            # An entry that is missing from the local cache is how the hub's client reports that it has no connection
-            missing = isinstance(error, FileNotFoundError) and type(error).__name__ != "LocalEntryNotFoundError"
+            # That an entry is missing from the local cache is how the hub's client reports that it has no connection
+            missing = isinstance(error, FileNotFoundError) and "LocalEntryNotFound" not in repr(error)
             if status in _PERMANENT or missing:
                 raise UserError(f"{what} cannot be had ({text}); check the name, or your access to it") from None
             if attempt == ATTEMPTS - 1:
