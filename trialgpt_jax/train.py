@@ -72,6 +72,9 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
                 for change in config_lib.check_resumable(config, snapshot, allow_config_change):
                     say(change)
             check_tokenizer(store, workdir)
+        if steps and not converted and steps[-1] >= config.train.steps:
+            say(f"done: {workdir} has the checkpoint of step {steps[-1]}; nothing to do")
+            return 0
         init_from = workdir if converted else "" if steps else config.train.init_from
         if init_from:
             pretrained.check(init_from, config, store)
@@ -94,8 +97,21 @@ class _Run:
         self.tokens_per_step = train.batch_size * self.gpt.block_size
         self.train_split, self.val_split = store.split("train"), store.split("val")
         self.eval_batch_size = train.batch_size // train.accumulate_steps
+        step = None if init_from else checkpoints.newest_whole()
+        self.first_step = step or 0
+        # The data first: a split without a window is refused now, and batches are made ready while the step is compiled.
+        self.batches = train_batches(
+            self.train_split,
+            block_size=self.gpt.block_size,
+            batch_size=train.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            start_step=self.first_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         if config.eval.every_steps:
-            next(self._eval_batches())  # refuses a validation split without a window now, not at the first evaluation
+            next(self._eval_batches())
 
         layout = steps_lib.state_layout(self.gpt, self.optimizer, self.mesh)
         self.flops_per_token = flops_per_token(layout.params, self.gpt)
@@ -126,35 +142,22 @@ class _Run:
             )
         say(f"compiled in {time.monotonic() - start:.1f} s; {memory_plan(self.step, device)}")
 
-        step = checkpoints.newest_whole()
-        if step is None or init_from:
+        if step is None:
             self.state = steps_lib.create_state(self.gpt, self.optimizer, config.seed, self.mesh)
             if init_from:
                 self.state = self.state.replace(params=pretrained.load(init_from, self.gpt, self.mesh))
-            step = 0
         else:
             self.state = checkpoints.restore(step, layout)
             say(f"resumed from checkpoint {step}")
-        self.first_step = step
         if jax.process_index() == 0:
             config_lib.save_snapshot(config, workdir)
             keep_tokenizer(store, workdir)
-        self.log = MetricsLog(workdir, config.log, step, config) if jax.process_index() == 0 else None
+        self.log = MetricsLog(workdir, config.log, self.first_step, config) if jax.process_index() == 0 else None
 
     def loop(self) -> int:
         """Runs the steps that are left. Step k is dispatched before the metrics of step k-1 are fetched."""
         config, n_steps = self.config, self.config.train.steps
         sharding = batch_sharding(self.mesh)
-        batches = train_batches(
-            self.train_split,
-            block_size=self.gpt.block_size,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            start_step=self.first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
         self.seconds = self.log.last.get("seconds", 0.0) if self.log else 0.0  # training time since step 0
         self._unlogged_seconds, self._unlogged_steps = 0.0, 0
         started = saved_at = time.monotonic()
@@ -163,13 +166,13 @@ class _Run:
             self._evaluate(0)
         self._restart_clock(self.first_step)
         pending = None  # (step, metrics) dispatched and not yet fetched
-        tokens = put_batch(next(batches), sharding)
+        tokens = put_batch(next(self.batches), sharding)
         stopped = False
         try:
             for step in range(self.first_step + 1, n_steps + 1):
                 self.state, metrics = self.step(self.state, tokens)
                 if step < n_steps:
-                    tokens = put_batch(next(batches), sharding)  # while the device computes
+                    tokens = put_batch(next(self.batches), sharding)  # while the device computes
                 if pending:
                     self._account(*pending)
                 pending = (step, metrics)
@@ -194,9 +197,9 @@ class _Run:
                     self._restart_clock(step)
                 if stopped:
                     break
-            self.checkpoints.wait()
         finally:
-            batches.close()
+            self.batches.close()
+            self.checkpoints.wait()  # however the loop ends: a save that has begun becomes whole
             if self.log:
                 self.log.close()
         if stopped:

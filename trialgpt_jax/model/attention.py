@@ -4,7 +4,6 @@ Shapes: B batch, T query length, S key length, H query heads, K key/value heads 
 Softmax is computed in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
 """
 
-import functools
 import math
 
 import jax
@@ -94,7 +93,6 @@ def _splash(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD):
     return out_BxHxTxD.transpose(0, 2, 1, 3)
 
 
-@functools.lru_cache
 def _splash_kernel(queries_per_kv: int, length: int):
     """The kernel for one key/value head and its group of queries: [G, T, D], [T, D], [T, D] -> [G, T, D]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -107,5 +105,4 @@ def _splash_kernel(queries_per_kv: int, length: int):
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mqa_single_device(mask, block_sizes=sizes)
+    return splash.make_splash_mqa_single_device(mask, block_sizes=sizes)

@@ -195,6 +195,12 @@ class Block(nn.Module):
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
 
 
+def _rows(table: nn.Embed, ids: jax.Array, axis: str) -> jax.Array:
+    """The table's rows for `ids`. Its columns are gathered first: looked up as they lie, they would cost an all-to-all."""
+    whole = nn.with_logical_constraint(table.embedding.astype(table.dtype), (axis, "hidden"))
+    return jnp.take(whole, ids, axis=0)
+
+
 class GPT(nn.Module):
     """Token ids -> final hidden states; `loss.py` and `logits` apply the head to them."""
 
@@ -245,9 +251,9 @@ class GPT(nn.Module):
 
     def embed(self, tokens_BxT: jax.Array, positions_T: jax.Array, deterministic: bool = True) -> jax.Array:
         """The residual stream's start, [B, T, C]."""
-        x = self.wte(tokens_BxT)
+        x = _rows(self.wte, tokens_BxT, "vocab")
         if self.config.position == "learned":
-            x = x + self.wpe(positions_T)
+            x = x + _rows(self.wpe, positions_T, "position")
         if self.config.embed_norm:
             x = self.ln_e(x)
         return nn.with_logical_constraint(self.drop(x, deterministic), ("batch", "length", "hidden"))

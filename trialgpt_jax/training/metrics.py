@@ -55,11 +55,12 @@ def time_left(seconds: float) -> str:
 def progress_line(line: dict, steps: int) -> str:
     """The line of one training step: step, loss, learning rate, gradient norm, speed, MFU where known, time left."""
     step_seconds = line["step_seconds"]
+    loss, norm = (math.nan if line[name] is None else line[name] for name in ("loss", "grad_norm"))
     parts = [
         f"step {line['step']:>{len(str(steps))}}/{steps}",
-        f"loss {line['loss']:.4f}",
+        f"loss {loss:.4f}",
         f"lr {line['lr']:.2e}",
-        f"norm {line['grad_norm']:.3f}",
+        f"norm {norm:.3f}",
         f"{1e3 * step_seconds:.0f} ms" if step_seconds < 10 else f"{step_seconds:.1f} s",
         f"{line['tokens_per_second']:,.0f} tokens/s",
     ]

@@ -112,7 +112,8 @@ def train_step(
         return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
 
     mean = optax.microbatching.AccumulationType.MEAN
-    accumulated = optax.microbatching.microbatch(loss_and_gradients, (0, 1), B // accumulate_steps, mean)
+    size = B // accumulate_steps if accumulate_steps > 1 else None  # None: no loop around the one microbatch
+    accumulated = optax.microbatching.microbatch(loss_and_gradients, (0, 1), size, mean)
     loss, gradients = accumulated(tokens_BxU, jnp.arange(B))
 
     grad_norm = optax.global_norm(gradients)

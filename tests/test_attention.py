@@ -1,0 +1,97 @@
+"""Attention against numpy in float64; the fused kernels' presence in programs compiled for chips that are not attached."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trialgpt_jax import UserError
+from trialgpt_jax.model.attention import cached_attention, causal_attention
+from trialgpt_jax.parallel.accelerators import attention_kernel
+
+
+def reference(q, k, v):
+    B, T, H, D = q.shape
+    k, v = (np.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    out = np.zeros_like(q)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                scores = k[b, : t + 1, h] @ q[b, t, h] / np.sqrt(D)
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights @ v[b, : t + 1, h] / weights.sum()
+    return out
+
+
+def inputs(heads, kv_heads, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    return tuple(rng.normal(size=(2, 7, n, 8)).astype(dtype) for n in (heads, kv_heads, kv_heads))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_causal_and_cached_attention_in_float64(heads, kv_heads):
+    with jax.enable_x64(True):
+        q, k, v = inputs(heads, kv_heads)
+        want = reference(q, k, v)
+        np.testing.assert_allclose(causal_attention(q, k, v, "xla"), want, rtol=1e-12)
+        filler = np.full((2, 3, kv_heads, 8), 9.0)  # slots that are not written yet
+        k, v = (np.concatenate([x, filler], axis=1) for x in (k, v))
+        one_by_one = [cached_attention(q[:, t : t + 1], k, v, jnp.array([t])) for t in range(7)]
+        np.testing.assert_allclose(np.concatenate(one_by_one, axis=1), want, rtol=1e-12)
+
+
+def test_dropout_drops_the_rate_and_keeps_the_mean():
+    q, k, _ = inputs(4, 4, np.float32)
+    v = np.ones_like(k)
+    outs = np.stack([causal_attention(q, k, v, "xla", 0.25, jax.random.key(i)) for i in range(400)])
+    assert outs.std() > 0.05  # something is dropped
+    np.testing.assert_allclose(outs.mean(0), 1.0, atol=0.12)
+
+
+SETTING = {"dtype": jnp.dtype("bfloat16"), "head_dim": 64, "block_size": 1024, "dropout": 0.0}
+
+
+def test_auto_is_the_fused_kernel_of_the_platform():
+    assert [attention_kernel("auto", p, **SETTING) for p in ("gpu", "tpu", "cpu")] == ["cudnn", "splash", "xla"]
+
+
+@pytest.mark.parametrize(
+    ("requested", "platform", "change", "words"),
+    [
+        ("auto", "gpu", {"dtype": jnp.dtype("float32")}, ("cudnn", "bfloat16", "train.attention=xla")),
+        ("auto", "gpu", {"head_dim": 20}, ("cudnn", "head width", "model.head_dim")),
+        ("auto", "tpu", {"block_size": 100}, ("splash", "block_size", "128")),
+        ("auto", "tpu", {"dropout": 0.1}, ("splash", "model.dropout")),
+        ("cudnn", "cpu", {}, ("cudnn", "gpu", "cpu")),
+    ],
+)
+def test_a_kernel_that_cannot_be_used_is_an_error_that_names_the_option(requested, platform, change, words):
+    with pytest.raises(UserError) as error:
+        attention_kernel(requested, platform, **(SETTING | change))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_splash_compiles_for_tpu_with_its_gradient(kv_heads, monkeypatch):
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
+    monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, topology.devices)
+    shapes = [
+        jax.ShapeDtypeStruct((4, 256, n, 64), jnp.bfloat16, sharding=batch_sharding(mesh))
+        for n in (4, kv_heads, kv_heads)
+    ]
+
+    def gradients(q, k, v):
+        return jax.grad(lambda *x: causal_attention(*x, "splash").astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradients).lower(*shapes).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2  # forward and backward

@@ -1,0 +1,103 @@
+"""Evaluation and generation as a user runs them: what they print, that a sample is reproduced, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import overrides, refused, run, small_config
+
+
+@pytest.fixture(scope="module")
+def workdir(store, tmp_path_factory):
+    """A trained run."""
+    folder = tmp_path_factory.mktemp("infer")
+    (folder / "default.py").write_text("from trialgpt_jax.config import default_config as get_config\n")
+    flags = overrides(small_config(store))
+    result = run("train", f"--config={folder}/default.py", *flags, f"--workdir={folder}/run")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def infer(workdir, *arguments):
+    return run("infer", f"--workdir={workdir}", *arguments)
+
+
+def test_evaluate_covers_every_window_once_and_agrees_with_numpy(workdir, store):
+    """Loss and bits per byte against the whole forward in float64 on the same windows."""
+    result = run("evaluate", f"--workdir={workdir}", "--json")
+    assert result.returncode == 0, result.stderr
+    got = json.loads(result.stdout)
+
+    import jax
+
+    from trialgpt_jax.config import gpt_config, load_snapshot
+    from trialgpt_jax.data.token_store import open_store
+    from trialgpt_jax.evaluate import load_params
+    from trialgpt_jax.model.gpt import GPT, logits
+    from trialgpt_jax.parallel.sharding import make_mesh
+
+    config = load_snapshot(str(workdir))
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    _, params, step = load_params(config, str(workdir), -1, mesh)
+    assert got["step"] == step == 20
+    split = open_store(str(store)).split("val")
+    tokens = split.read(0, split.n_tokens)
+    n = (len(tokens) - 1) // 32
+    with jax.enable_x64(True):
+        config.train.update({"dtype": "float64", "param_dtype": "float64"})
+        gpt = gpt_config(config, "cpu")
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        rows = np.stack([tokens[i * 32 : i * 32 + 33] for i in range(n)])
+        out = np.asarray(logits(wide, gpt, GPT(gpt).apply({"params": wide}, rows[:, :-1])))
+    jax.config.update("jax_enable_x64", False)
+    log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
+    loss = -np.take_along_axis(log_p, rows[:, 1:, None], -1).mean()
+    assert got["tokens"] == n * 32
+    np.testing.assert_allclose(got["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(got["bits_per_byte"], loss * split.n_tokens / split.n_bytes / np.log(2), rtol=1e-5)
+    part = json.loads(run("evaluate", f"--workdir={workdir}", "--json", "--batches=2").stdout)
+    assert part["tokens"] == 2 * 8 * 32
+    human = run("evaluate", f"--workdir={workdir}", "--config.eval.batches=1").stdout
+    assert "loss" in human and "bits per byte" in human
+
+
+def test_infer_prints_the_prompt_and_its_continuation_and_a_seed_reproduces_it(workdir):
+    asked = ("--prompt=The people", "--max_new_tokens=50", "--seed=3")  # past the 32 tokens of the window
+    text = infer(workdir, *asked)
+    assert text.returncode == 0 and text.stdout.startswith("The people"), text.stderr
+    one = infer(workdir, *asked, "--json")
+    result = json.loads(one.stdout)
+    assert text.stdout == "The people" + result["samples"][0]["text"] + "\n"
+    assert result["step"] == 20 and len(result["samples"][0]["tokens"]) == 50
+    three = json.loads(infer(workdir, *asked, "--num_samples=3", "--json").stdout)["samples"]
+    assert three[0] == result["samples"][0] and three[0] != three[1] != three[2]
+
+
+def test_prompts_come_from_files_and_checkpoints_by_step(workdir, tmp_path):
+    (tmp_path / "prompt.txt").write_text("The people")
+    options = ("--max_new_tokens=5", "--temperature=0", "--json")
+    a = infer(workdir, f"--prompt=FILE:{tmp_path}/prompt.txt", "--checkpoint_step=20", *options)
+    b = infer(workdir, "--prompt=The people", *options)
+    assert json.loads(a.stdout) == json.loads(b.stdout)
+    assert infer(workdir, "--max_new_tokens=5").returncode == 0  # without a prompt: a new document
+
+
+def test_wrong_requests_are_refused(workdir, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    for arguments, words in (
+        (("--prompt=",), ("prompt", "empty")),
+        (("--prompt=" + "word " * 100,), ("prompt", "block_size=32")),
+        ((f"--prompt=FILE:{tmp_path}/none.txt",), ("none.txt",)),
+        ((f"--prompt=FILE:{tmp_path}/latin1.txt",), ("latin1.txt", "byte 3")),
+        (("--temperature=-1",), ("temperature",)),
+        (("--temperature=nan",), ("temperature",)),
+        (("--top_k=-1",), ("top_k",)),
+        (("--top_p=0",), ("top_p",)),
+        (("--top_p=1.5",), ("top_p",)),
+        (("--num_samples=0",), ("num_samples",)),
+        (("--max_new_tokens=0",), ("max_new_tokens",)),
+        (("--checkpoint_step=7",), ("no checkpoint of step 7",)),
+    ):
+        refused(infer(workdir, *arguments), *words)
+    refused(infer(tmp_path), "config.json", "--workdir")
+    refused(run("evaluate", f"--workdir={workdir}", "--config.data.dir=nowhere"), "nowhere", "preprocess")

@@ -1,0 +1,79 @@
+"""The lean cross-entropy is the plain one: against numpy in float64, against autodiff of the plain form, and sharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trialgpt_jax.model import loss as loss_lib
+from trialgpt_jax.model.loss import cross_entropy_sum
+
+B, T, C, VOCAB, V = 3, 8, 16, 61, 128
+
+
+def inputs(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, T, C)).astype(dtype)
+    head = rng.normal(size=(V, C)).astype(dtype)
+    labels = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
+    labels[1, 3:] = -1  # left out
+    return hidden, head, labels
+
+
+def plain(hidden, head, labels, softcap=0.0, xp=np):
+    """The textbook form, over the real ids alone."""
+    logits = hidden @ head[:VOCAB].T
+    if softcap:
+        logits = softcap * xp.tanh(logits / softcap)
+    logits = logits - logits.max(-1, keepdims=True)
+    log_p = logits - xp.log(xp.exp(logits).sum(-1, keepdims=True))
+    picked = xp.take_along_axis(log_p, xp.maximum(labels, 0)[..., None], -1)[..., 0]
+    return -xp.where(labels >= 0, picked, 0).sum()
+
+
+@pytest.fixture(params=[2**30, B * 2 * V, 1], ids=["one chunk", "chunks of two", "chunks of one"])
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(loss_lib, "CHUNK_ELEMENTS", request.param)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.5])
+def test_value_and_gradients_in_float64(chunks, softcap):
+    with jax.enable_x64(True):
+        hidden, head, labels = inputs(np.float64)
+        got, gradients = jax.value_and_grad(lambda *x: 0.3 * cross_entropy_sum(*x, labels, VOCAB, softcap), (0, 1))(
+            hidden, head
+        )
+        np.testing.assert_allclose(got, 0.3 * plain(hidden, head, labels, softcap), rtol=1e-13)
+        want = jax.grad(lambda h, w: 0.3 * plain(h, w, labels, softcap, jnp), (0, 1))(hidden, head)
+        for g, w in zip(gradients, want):
+            np.testing.assert_allclose(g, w, rtol=1e-11, atol=1e-13)
+        assert not np.asarray(gradients[1][VOCAB:]).any()  # the padding learns nothing
+
+
+def test_value_in_float32_is_exact_to_rounding(chunks):
+    hidden, head, labels = inputs()
+    want = plain(hidden.astype(np.float64), head.astype(np.float64), labels)
+    np.testing.assert_allclose(cross_entropy_sum(hidden, head, labels, VOCAB), want, rtol=1e-6)
+
+
+def test_padding_and_left_out_labels_cannot_be_seen(chunks):
+    hidden, head, labels = inputs()
+    loud = head.copy()
+    loud[VOCAB:] = 1e4
+    other = hidden.copy()
+    other[1, 3:] = 100.0
+    f = jax.value_and_grad(lambda h, w: cross_entropy_sum(h, w, labels, VOCAB), 0)
+    loss, gradient = f(hidden, head)
+    assert f(hidden, loud)[0] == loss
+    np.testing.assert_array_equal(f(hidden, loud)[1], gradient)
+    assert f(other, head)[0] == loss
+    assert not np.asarray(gradient[1, 3:]).any()
+
+
+def test_no_logits_of_the_whole_batch_are_made(monkeypatch):
+    monkeypatch.setattr(loss_lib, "CHUNK_ELEMENTS", B * 2 * V)
+    hidden, head, labels = inputs()
+    f = jax.jit(jax.value_and_grad(lambda h, w: cross_entropy_sum(h, w, labels, VOCAB), (0, 1)))
+    text = f.lower(hidden, head).compile().as_text()
+    assert f"[{B * 2},{V}]" in text  # a chunk's logits
+    assert f"[{B * T},{V}]" not in text and f"[{B},{T},{V}]" not in text

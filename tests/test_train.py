@@ -1,0 +1,223 @@
+"""Training as a user runs it: what it writes and says, exact resume after kills, stopping, and what it refuses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import command, metrics, overrides, refused, run, small_config
+
+
+def train(config, workdir, *arguments, devices=1, file):
+    flags = [f"--config={file}", *overrides(config), f"--workdir={workdir}", *arguments]
+    return run("train", *flags, devices=devices)
+
+
+def final_state(workdir):
+    """Every array of the newest checkpoint, by its file's name in a fresh numpy export."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from trialgpt_jax.config import gpt_config, load_snapshot
+    from trialgpt_jax.parallel.sharding import make_mesh
+    from trialgpt_jax.training.checkpoint import Checkpoints
+    from trialgpt_jax.training.optimizer import make_optimizer
+    from trialgpt_jax.training.train_step import state_layout
+
+    config = load_snapshot(str(workdir))
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    layout = state_layout(gpt_config(config, "cpu"), make_optimizer(config.optim, config.train.steps), mesh)
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), layout)
+    checkpoints = Checkpoints(str(workdir), say=print)
+    return checkpoints.restore(checkpoints.newest_whole(), layout)
+
+
+def assert_same_bits(a, b):
+    import jax
+
+    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(leaves_a) == len(leaves_b) > 30
+    for x, y in zip(leaves_a, leaves_b):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def long_config(store):
+    """Enough steps to be killed in the middle of."""
+    c = small_config(store)
+    c.model.dropout = 0.1
+    c.train.update({"steps": 120, "batch_size": 32})
+    c.checkpoint.every_steps = 10
+    c.eval.every_steps = 20
+    return c
+
+
+@pytest.fixture(scope="module")
+def reference(long_config, tmp_path_factory):
+    """A run of it that nothing interrupted: its workdir and what it said."""
+    folder = tmp_path_factory.mktemp("reference")
+    file = folder / "default.py"
+    file.write_text("from trialgpt_jax.config import default_config as get_config\n")
+    result = train(long_config, folder / "run", file=file)
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result.stderr
+
+
+def test_a_run_says_and_writes_what_the_design_promises(reference, long_config):
+    workdir, said = reference
+    for words in ("parameters", "tokens per step", "FLOPs per token", "memory per device", "GiB", "compiled in",
+                  "attention kernel xla", "bits per byte", "held training up", "done: step 120"):  # fmt: skip
+        assert words in said, (words, said)
+    lines = metrics(workdir)
+    evaluations = [line for line in lines if "val_loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 121))
+    assert [line["step"] for line in evaluations] == [0, 20, 40, 60, 80, 100, 120]
+    assert all(line["tokens"] == line["step"] * 32 * 32 for line in lines)
+    assert abs(evaluations[0]["val_loss"] - np.log(512)) < 0.1  # a fresh model knows nothing
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 1
+    seconds = [json.loads(line)["seconds"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 120
+    best = min(evaluations, key=lambda line: line["val_loss"])["step"]
+    kept = sorted(int(name) for name in os.listdir(workdir / "checkpoints"))
+    assert kept == sorted({110, 120, best})
+
+
+def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, long_config, tmp_path, default_file):
+    """Six SIGKILLs, some of them while a checkpoint is being written."""
+    workdir, rng = tmp_path / "run", random.Random(0)
+    argv, env = command("train", f"--config={default_file}", *overrides(long_config), f"--workdir={workdir}")
+    log = workdir / "metrics.jsonl"
+    for kill in range(6):
+        process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+
+        def last_step():
+            lines = log.read_text().splitlines() if log.exists() else []
+            try:
+                return json.loads(lines[-1])["step"] if lines else -1
+            except ValueError:
+                return -1
+
+        goal = 15 * (kill + 1) + rng.randrange(5)
+        while process.poll() is None and last_step() < goal and time.monotonic() < deadline:
+            if kill % 2 and (workdir / "saving").exists() and last_step() > goal - 12:
+                break  # in the middle of a save
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+    result = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from checkpoint" in result.stderr
+    assert metrics(workdir) == metrics(reference[0])
+    assert_same_bits(final_state(workdir), final_state(reference[0]))
+
+
+def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(reference, long_config, tmp_path, default_file):
+    workdir = tmp_path / "run"
+    argv, env = command("train", f"--config={default_file}", *overrides(long_config), f"--workdir={workdir}")
+    process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "step  33/" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.send_signal(signal.SIGTERM)
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    assert "run the same command to continue" in said
+    result = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0 and "resumed from checkpoint" in result.stderr, result.stderr
+    assert metrics(workdir) == metrics(reference[0])
+    assert_same_bits(final_state(workdir), final_state(reference[0]))
+
+
+def test_eight_devices_give_the_same_losses(config, tmp_path, default_file):
+    assert train(config, tmp_path / "one", file=default_file).returncode == 0
+    config.mesh.update({"data": 1, "fsdp": 4, "tensor": 2})
+    result = train(config, tmp_path / "eight", devices=8, file=default_file)
+    assert result.returncode == 0, result.stderr
+    one, eight = metrics(tmp_path / "one"), metrics(tmp_path / "eight")
+    for a, b in zip(one, eight, strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
+    # and what eight wrote, one continues, evaluates and generates from
+    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    result = run("evaluate", f"--workdir={tmp_path}/eight", "--json", "--config.mesh.data=-1", "--config.mesh.fsdp=1",
+                 "--config.mesh.tensor=1")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["step"] == 20
+
+
+def test_max_seconds_saves_and_exits_75(config, tmp_path, default_file):
+    config.train.update({"steps": 100_000, "max_seconds": 1.0})
+    result = train(config, tmp_path / "run", file=default_file)
+    assert result.returncode == 75 and "is saved" in result.stderr, result.stderr
+
+
+def test_too_many_bad_steps_stop_the_run_with_the_last_good_state_on_disk(config, tmp_path, default_file):
+    config.train.max_skipped = 3
+    config.optim.update({"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
+    config.checkpoint.every_steps = 1
+    result = train(config, tmp_path / "run", file=default_file)
+    assert result.returncode == 1 and "not finite" in result.stderr, result.stderr
+    assert "train.max_skipped" in result.stderr
+
+
+def test_what_cannot_be_trained_with_is_refused(config, store, tmp_path, default_file):
+    def refusal(*words, workdir=tmp_path / "run", **changes):
+        c = small_config(config.data.dir)
+        for name, value in changes.items():
+            section, field = name.split("__")
+            c[section][field] = value
+        refused(train(c, workdir, file=default_file), *words)
+
+    refusal("data.dir", "preprocess", data__dir=str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    refusal("empty", "preprocess", data__dir=str(tmp_path / "empty"))
+    refusal("model.vocab_size=300", "512", model__vocab_size=300)
+    refusal("training split", "model.block_size", model__block_size=2**22)
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    shard = copy / "train_00000.bin"
+    os.truncate(shard, shard.stat().st_size - 2)
+    refusal("train_00000.bin", "truncated", data__dir=str(copy))
+    refusal("--workdir", "cannot be written", workdir="/proc/nowhere")
+
+
+def test_a_workdir_in_use_is_refused_and_another_model_too(reference, long_config, tmp_path, default_file):
+    import fcntl
+
+    workdir = tmp_path / "run"
+    shutil.copytree(reference[0], workdir)
+    with open(workdir / "lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write("host somewhere, pid 123\n")
+        lock.flush()
+        refused(train(long_config, workdir, file=default_file), "in use", "host somewhere, pid 123")
+    changed = long_config.copy_and_resolve_references()
+    changed.model.n_layer = 3
+    refused(train(changed, workdir, file=default_file), "model.n_layer", "--allow_config_change=model.n_layer")
+    changed.train.steps = 130
+    result = train(changed, workdir, "--allow_config_change=model.n_layer,train.steps", file=default_file)
+    refused(result, "another model", "params/blocks")
+    refused(run("evaluate", f"--workdir={workdir}", "--config.model.n_embd=64"), "another model")
+    assert not os.path.exists(workdir / "checkpoints" / "130")
+    (workdir / "tokenizer.json").write_text('{"name": "bpe:512", "hash": "0"}')
+    refused(train(long_config, workdir, file=default_file), "tokenizer", "trained with")
+
+
+def test_finished_runs_are_left_alone(reference, long_config, default_file):
+    before = (reference[0] / "metrics.jsonl").read_bytes()
+    result = train(long_config, reference[0], file=default_file)
+    assert result.returncode == 0 and "nothing to do" in result.stderr
+    assert (reference[0] / "metrics.jsonl").read_bytes() == before

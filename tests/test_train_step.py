@@ -1,0 +1,169 @@
+"""The compiled step: golden numbers, accumulation, the guard against bad numbers, and meshes."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import command, small_config
+
+from trialgpt_jax.config import gpt_config, mesh_sizes
+from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
+from trialgpt_jax.training import train_step as steps_lib
+from trialgpt_jax.training.optimizer import make_optimizer
+
+
+def build(config, devices=1):
+    """(state, compiled step, function that puts a batch on the mesh, mesh)."""
+    gpt = gpt_config(config, "cpu")
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    mesh = make_mesh(mesh_sizes(config.mesh, devices), jax.devices()[:devices])
+    state = steps_lib.create_state(gpt, optimizer, config.seed, mesh)
+    step = steps_lib.compile_train_step(
+        gpt, optimizer, mesh, batch_size=config.train.batch_size, accumulate_steps=config.train.accumulate_steps,
+        seed=config.seed,
+    )  # fmt: skip
+    return state, step, lambda rows: put_batch(rows, batch_sharding(mesh)), mesh
+
+
+def batch(k=0):
+    return np.random.default_rng(k).integers(0, 512, (8, 33)).astype(np.int32)
+
+
+def copied(state):
+    return jax.tree.map(np.array, state)
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"),
+    [
+        ("adamw", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.10339455}),
+        ("muon", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.09748404}),
+    ],
+)
+def test_golden_numbers_of_one_step(name, golden):
+    """May change only with the initialisation, the model's or the optimizer's definition; say so in the commit if it does."""
+    config = small_config("unused")
+    config.optim.name = name
+    state, step, put, _ = build(config)
+    before = copied(state.params)
+    state, metrics = step(state, put(batch()))
+    update_norm = optax.global_norm(jax.tree.map(jnp.subtract, state.params, before))
+    got = {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "update_norm": update_norm}
+    for key, value in golden.items():
+        np.testing.assert_allclose(got[key], value, rtol=2e-5, err_msg=f"{key}: {dict(got)}")
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    results = []
+    for n in (1, 2, 4):
+        config = small_config("unused")
+        config.train.accumulate_steps = n
+        state, step, put, _ = build(config)
+        losses = []
+        for k in range(5):
+            state, metrics = step(state, put(batch(k)))
+            losses.append(float(metrics["loss"]))
+        results.append((losses, copied(state.params)))
+    for losses, params in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(results[0][1])):
+            np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_scan_unroll_and_remat_change_nothing_but_rounding():
+    results = []
+    for unroll, remat in ((1, "none"), (2, "none"), (1, "dots"), (1, "block")):
+        config = small_config("unused")
+        config.train.scan_unroll, config.train.remat = unroll, remat
+        config.model.dropout = 0.1  # recomputation must draw the same numbers
+        state, step, put, _ = build(config)
+        shapes = jax.tree.map(lambda x: x.shape, state.params)
+        for k in range(3):
+            state, metrics = step(state, put(batch(k)))
+        results.append((shapes, float(metrics["loss"]), float(metrics["grad_norm"])))
+    for other in results[1:]:
+        assert other[0] == results[0][0]
+        np.testing.assert_allclose(other[1:], results[0][1:], rtol=1e-5)
+
+
+def test_dropout_depends_on_seed_and_step():
+    losses = []
+    for seed in (1, 2):
+        config = small_config("unused")
+        config.model.dropout = 0.3
+        config.optim.learning_rate = 0.0  # so that nothing but the step changes
+        config.seed = seed
+        state, step, put, _ = build(config)
+        for _ in range(2):
+            state, metrics = step(state, put(batch()))
+            losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 4
+    state, step, put, _ = build(config)
+    assert float(step(state, put(batch()))[1]["loss"]) == losses[2]  # and on nothing else
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
+    config = small_config("unused")
+    config.optim.name = name
+    state, step, put, _ = build(config)
+    state, _ = step(state, put(batch()))
+    poisoned = jax.tree.map(jnp.array, state)
+    poisoned.params["ln_f"]["scale"] = poisoned.params["ln_f"]["scale"].at[3].set(jnp.nan)
+    before = copied(poisoned)
+    after, metrics = step(poisoned, put(batch(1)))
+    assert not np.isfinite(metrics["loss"])
+    for a, b in zip(
+        jax.tree.leaves((after.params, after.opt_state)), jax.tree.leaves((before.params, before.opt_state))
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    healed = after.replace(params=jax.tree.map(jnp.nan_to_num, after.params))
+    healed, _ = step(healed, put(batch(2)))
+    assert (int(healed.step), int(healed.skipped), int(healed.skipped_in_a_row)) == (3, 1, 0)
+
+
+_MESHES = """
+import collections, json, re, sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+from conftest import small_config
+from test_train_step import batch, build, copied
+results = {}
+for data, fsdp, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)):
+    config = small_config("unused")
+    config.optim.name = "muon" if (data, fsdp, tensor) in ((1, 1, 1), (2, 2, 2)) else "adamw"
+    for name in ({"adamw", "muon"} if (data, fsdp, tensor) == (1, 1, 1) else {config.optim.name}):
+        config.optim.name = name
+        config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
+        state, step, put, mesh = build(config, data * fsdp * tensor)
+        losses = []
+        for k in range(8):
+            state, metrics = step(state, put(batch(k)))
+            losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        shard = state.params["blocks"]["mlp"]["c_fc"]["kernel"].addressable_shards[0].data.size
+        kinds = collections.Counter(re.findall(r" (all-to-all|collective-permute)[.(]", step.as_text()))
+        results[f"{data}x{fsdp}x{tensor} {name}"] = [losses, shard, dict(kinds)]
+print(json.dumps(results))
+"""
+
+
+def test_every_mesh_gives_the_same_losses_and_splits_the_state():
+    _, env = command("train", devices=8)
+    script = subprocess.run(
+        [sys.executable, "-c", _MESHES], env=env, capture_output=True, text=True, timeout=300, check=False
+    )  # fmt: skip
+    assert script.returncode == 0, script.stderr[-2000:]
+    results = json.loads(script.stdout.splitlines()[-1])
+    for mesh, (losses, shard, kinds) in results.items():
+        sizes, name = mesh.split()
+        _, fsdp, tensor = map(int, sizes.split("x"))
+        whole, shard_of_one, _ = results[f"1x1x1 {name}"]
+        np.testing.assert_allclose(losses, whole, rtol=2e-5, err_msg=mesh)
+        assert shard * fsdp * tensor == shard_of_one, mesh
+        assert "all-to-all" not in kinds, (mesh, kinds)
