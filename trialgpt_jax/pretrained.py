@@ -53,8 +53,8 @@ def check(source: str, config: ConfigDict, store: TokenStore) -> None:
             say(f"train.init_from={source} has no tokenizer; that the ids of {store.folder} are its own is not checked")
         elif tokenizer.name != store.tokenizer or store.tokenizer_hash not in (None, tokenizer.hash):
             raise UserError(
-                f"data.dir={store.folder} was made with tokenizer {store.tokenizer}, but train.init_from={source} has "
-                f"{tokenizer.name} ({tokenizer.hash[:12]}); preprocess the text with that one"
+                f"data.dir={store.folder} was made with tokenizer {store.tokenizer} ({store.tokenizer_hash}), but "
+                f"train.init_from={source} has {tokenizer.name} ({tokenizer.hash}); preprocess the text with that one"
             )
 
 

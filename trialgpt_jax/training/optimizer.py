@@ -1,6 +1,7 @@
 """The optimizer: schedules, clipping, AdamW or Muon, and which parameters decay."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -26,9 +27,10 @@ def schedule(optim: ConfigDict, steps: int, peak: float) -> optax.Schedule:
         "wsd": lambda: optax.linear_schedule(peak, peak * optim.min_lr_ratio, decay, transition_begin=last - decay),
         "constant": lambda: optax.constant_schedule(peak),
     }[optim.schedule]()
-    if warmup == 0:
-        return after
-    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+    if warmup:
+        after = optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
+    # optax counts in int32, whose quotients are float32 even where parameters are float64
+    return lambda n_updates: after(jnp.asarray(n_updates, float))
 
 
 def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:

@@ -1,0 +1,198 @@
+"""The convert door: a trained model goes to transformers and comes back, converted ones are used, checkpoints verified."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, metrics, refused, run, small_config
+
+from trialgpt_jax import UserError, convert
+from trialgpt_jax.config import load_snapshot
+from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.data.batches import eval_batches
+from trialgpt_jax.data.token_store import open_store
+from trialgpt_jax.evaluate import evaluate, load_params
+from trialgpt_jax.infer import infer
+from trialgpt_jax.model.generate import Sampling
+from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def world(store, tmp_path_factory):
+    """A trained workdir, its export, and the workdir made from that; paths."""
+    root = tmp_path_factory.mktemp("convert")
+    config = small_config(store)
+    config.train.steps = 10
+    assert train(config, str(root / "run")) == 0
+    convert.to_hf(config, str(root / "run"), str(root / "hf"))
+    convert.from_hf(config, str(root / "hf"), str(root / "back"))
+    return root
+
+
+def params_of(workdir, step=-1):
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    return load_params(load_snapshot(str(workdir)), str(workdir), step, mesh)[1]
+
+
+def assert_equal(ours, expected):
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for mine, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+        np.testing.assert_array_equal(mine, want)
+
+
+def test_transformers_evaluates_the_export_to_the_same_loss(world, store):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(world / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    ours = evaluate(load_snapshot(str(world / "run")), str(world / "run"))
+    total, count = 0.0, 0
+    for rows, valid in eval_batches(open_store(str(store)).split("val"), block_size=32, batch_size=64):
+        ids = torch.from_numpy(rows[valid].astype(np.int64))
+        with torch.no_grad():
+            logits = model.eval()(ids[:, :-1]).logits.double()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        count += ids[:, 1:].numel()
+    assert count == ours["tokens"] > 10_000
+    assert abs(total / count - ours["loss"]) < 1e-5
+
+
+def test_transformers_generates_what_infer_does(world):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = load_snapshot(str(world / "run"))
+    ours = infer(config, str(world / "run"), "The people", max_new_tokens=12, sampling=Sampling(0.0))["samples"][0]
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(world / "hf")
+    model = transformers.GPT2LMHeadModel.from_pretrained(world / "hf")
+    ids = tokenizer("The people", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0][ids["input_ids"].shape[1] :]
+    assert isinstance(out, torch.Tensor) and out.tolist() == ours["tokens"]
+    assert tokenizer.decode(out, clean_up_tokenization_spaces=False) == ours["text"]
+
+
+def test_import_gives_identical_parameters_and_tokenizer(world):
+    assert_equal(params_of(world / "back", 0), params_of(world / "run"))
+    config = load_snapshot(str(world / "back"))
+    assert (config.data.tokenizer, config.model.vocab_size, config.model.block_size) == ("bpe:512", 512, 32)
+    assert json.loads((world / "back/tokenizer.json").read_text()) == json.loads(
+        (world / "run/tokenizer.json").read_text()
+    )
+    ours, theirs = (tokenizer_lib.load("bpe:512", str(world / name)) for name in ("back", "run"))
+    assert ours.hash == theirs.hash
+
+
+def test_infer_and_evaluate_use_the_converted_workdir(world):
+    for result in (
+        lambda name: evaluate(load_snapshot(str(world / name)), str(world / name), batches=2)["loss"],
+        lambda name: infer(load_snapshot(str(world / name)), str(world / name), "We", max_new_tokens=5)["samples"],
+    ):
+        assert result("back") == result("run")
+
+
+def test_an_older_step_can_be_exported(world, tmp_path):
+    config = load_snapshot(str(world / "run"))
+    assert convert.to_hf(config, str(world / "run"), str(tmp_path / "hf"), step=5) == 5
+    convert.from_hf(config, str(tmp_path / "hf"), str(tmp_path / "back"))
+    assert_equal(params_of(tmp_path / "back"), params_of(world / "run", 5))
+    with pytest.raises(UserError, match="no checkpoint of step 7; it has 5, 10"):
+        convert.to_hf(config, str(world / "run"), str(tmp_path / "other"), step=7)
+
+
+@pytest.mark.parametrize("n_ids", [101, 300])
+def test_a_model_without_a_tokenizer_is_imported_and_says_so(tmp_path, capsys, n_ids):
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": n_ids, "n_positions": 12, "n_embd": 24, "n_layer": 1, "n_head": 3}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(tmp_path / "hf")
+    config = convert.from_hf(small_config("nowhere"), str(tmp_path / "hf"), str(tmp_path / "run"))
+    assert config.data.tokenizer == {101: "gpt2", 300: "bpe:300"}[n_ids]
+    captured = capsys.readouterr()
+    assert "has no tokenizer" in captured.out + captured.err
+    params = params_of(tmp_path / "run")
+    assert params["wte"]["embedding"].shape == (-(-n_ids // 128) * 128, 24)
+    assert params["wpe"]["embedding"].shape == (12, 24)
+
+
+def test_nothing_is_overwritten(world, tmp_path):
+    config = load_snapshot(str(world / "run"))
+    with pytest.raises(UserError, match="--to_hf=.* already holds .*; name a new or an empty folder"):
+        convert.to_hf(config, str(world / "run"), str(world / "hf"))
+    with pytest.raises(UserError, match="--workdir=.* already holds"):
+        convert.from_hf(config, str(world / "hf"), str(world / "run"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--to_hf=.*file.* cannot be written"):
+        convert.to_hf(config, str(world / "run"), str(tmp_path / "file" / "out"))
+
+
+def test_a_refused_export_leaves_no_folder(world, tmp_path):
+    config = load_snapshot(str(world / "run"))
+    config.model.position = "rope"
+    with pytest.raises(UserError, match="model.position=rope"):
+        convert.to_hf(config, str(world / "run"), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_verify_names_the_damaged_checkpoint(world, tmp_path):
+    shutil.copytree(world / "run", tmp_path / "run")
+    assert [step for step, problem in convert.verify(str(tmp_path / "run")) if problem is None] == [5, 10]
+    victim = max((tmp_path / "run/checkpoints/5").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    (step, problem), (_, none) = convert.verify(str(tmp_path / "run"))
+    assert step == 5 and victim.name in problem and "checksum" in problem and none is None
+    result = run("convert", "--verify", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.splitlines()[1] == "checkpoint 10: whole"
+    assert result.stdout.startswith("checkpoint 5: damaged: ")
+    with pytest.raises(UserError, match="has no checkpoints"):
+        convert.verify(str(tmp_path))
+
+
+def test_the_command_line(world, store, tmp_path):
+    result = run("convert", f"--workdir={world / 'run'}", f"--to_hf={tmp_path / 'hf'}", "--step=5")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "vocab.json",
+    ]  # fmt: skip
+    finetune = [f"--config={ROOT / 'configs/finetune.py'}", f"--config.data.dir={store}"]
+    result = run("convert", f"--from_hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'run'}", *finetune)
+    assert result.returncode == 0, result.stderr
+    config = load_snapshot(str(tmp_path / "run"))
+    assert config.data.dir == str(store) and config.model.n_embd == 32 and config.model.block_size == 32
+    assert_equal(params_of(tmp_path / "run"), params_of(world / "run", 5))
+
+
+def test_mistakes_on_the_command_line(world):
+    refused(run("convert", f"--workdir={world / 'run'}"), "give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify")
+    argv = ["convert", f"--workdir={world / 'run'}", "--to_hf=x", "--step=5", "--checkpoint_step=10"]
+    with pytest.raises(UserError, match="--step=5 and --checkpoint_step=10 name two checkpoints"):
+        convert.main(argv)
+    with pytest.raises(UserError, match="--workdir=FOLDER is missing"):
+        convert.main(["convert", "--from_hf=x"])
+
+
+def test_train_goes_on_from_a_converted_workdir_with_any_optimizer(world, store, tmp_path, capsys):
+    config = load_snapshot(str(world / "run"))
+    convert.from_hf(config, str(world / "hf"), str(tmp_path / "run"))
+    config.optim.update({"name": "muon", "learning_rate": 1e-3, "warmup_steps": 0})
+    config.train.update({"steps": 4, "batch_size": 4})
+    config.checkpoint.every_steps = 2
+    wrong = config.copy_and_resolve_references()
+    wrong.model.n_layer = 3
+    with pytest.raises(UserError, match="`model.n_layer` is 3, but this workdir's run was started with 2"):
+        train(wrong, str(tmp_path / "run"))
+    assert train(config, str(tmp_path / "run")) == 0
+    said = capsys.readouterr()
+    assert "starting from the weights of checkpoint 0" in said.out + said.err
+    lines = metrics(tmp_path / "run")
+    before = evaluate(config, str(world / "run"), batches=config.eval.batches)["loss"]
+    assert lines[0]["step"] == 0 and abs(lines[0]["val_loss"] - before) < 1e-6
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    # from here it is a run like any other: it resumes, and its config is fixed
+    config.optim.learning_rate = 2e-3
+    with pytest.raises(UserError, match="optim.learning_rate"):
+        train(config, str(tmp_path / "run"))

@@ -1,0 +1,132 @@
+"""train.init_from: another run's or Hugging Face's weights, a fresh optimizer, positions cropped, mismatches named."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import metrics, small_config
+from model_options import random_params
+
+from trialgpt_jax import UserError, convert, pretrained
+from trialgpt_jax.config import gpt_config, save_snapshot
+from trialgpt_jax.data.token_store import open_store
+from trialgpt_jax.evaluate import evaluate, load_params
+from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.train import train
+from trialgpt_jax.training.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def sources(store, tmp_path_factory):
+    """A trained workdir and its Hugging Face export, by kind."""
+    root = tmp_path_factory.mktemp("sources")
+    config = small_config(store)
+    config.train.steps = 10
+    config.eval.every_steps = 0
+    assert train(config, str(root / "run")) == 0
+    convert.to_hf(config, str(root / "run"), str(root / "hf"))
+    return {"workdir": str(root / "run"), "hf": str(root / "hf")}
+
+
+def mesh():
+    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("kind", ["workdir", "hf"])
+def test_training_starts_from_the_weights_with_a_fresh_optimizer(sources, config, tmp_path, kind):
+    config.train.update({"steps": 2, "init_from": sources[kind]})
+    config.optim.update({"learning_rate": 0.0, "warmup_steps": 0})
+    config.seed = 99
+    assert train(config, str(tmp_path)) == 0
+    lines = metrics(tmp_path)
+    before = evaluate(config, sources["workdir"], batches=config.eval.batches)["loss"]
+    assert lines[0]["step"] == 0 and abs(lines[0]["val_loss"] - before) < 1e-6
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    ours, theirs = (load_params(config, workdir, -1, mesh())[1] for workdir in (str(tmp_path), sources["workdir"]))
+    for mine, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):  # the learning rate is 0
+        np.testing.assert_array_equal(mine, want)
+
+
+def test_it_resumes_from_its_own_checkpoints_afterwards(sources, config, tmp_path, capsys):
+    config.train.update({"steps": 10, "init_from": sources["workdir"], "max_seconds": 1e-9})
+    config.eval.every_steps = 0
+    assert train(config, str(tmp_path)) == 75
+    config.train.max_seconds = 0.0
+    config.train.init_from = "moved/away"  # not looked at any more
+    assert train(config, str(tmp_path)) == 0
+    said = capsys.readouterr()
+    assert "resumed from checkpoint 1" in said.out + said.err
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("kind", ["workdir", "hf"])
+def test_a_shorter_block_size_crops_the_positions(sources, config, kind):
+    config.model.block_size = 20
+    pretrained.check(sources[kind], config, open_store(config.data.dir))
+    params = pretrained.load(sources[kind], gpt_config(config, "cpu"), mesh())
+    config.model.block_size = 32
+    whole = load_params(config, sources["workdir"], -1, mesh())[1]
+    assert params["wpe"]["embedding"].shape == (20, 32)
+    np.testing.assert_array_equal(params["wpe"]["embedding"], whole["wpe"]["embedding"][:20])
+    np.testing.assert_array_equal(params["wte"]["embedding"], whole["wte"]["embedding"])
+
+
+def test_rotary_positions_take_any_length(config, tmp_path):
+    config.model.position = "rope"
+    short = gpt_config(config, "cpu")
+    save_snapshot(config, str(tmp_path))
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, random_params(short))})
+    checkpoints.wait()
+    config.model.block_size = 48
+    pretrained.check(str(tmp_path), config, open_store(config.data.dir))
+    params = pretrained.load(str(tmp_path), gpt_config(config, "cpu"), mesh())
+    assert "wpe" not in params
+    np.testing.assert_array_equal(params["wte"]["embedding"], random_params(short)["wte"]["embedding"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "block_size",
+            64,
+            r"has learned 32 positions, fewer than model.block_size=64; set model.block_size=32 or less",
+        ),
+        ("n_layer", 3, "model.n_layer is 2 there and 3 here"),
+        ("vocab_size", 600, "model.vocab_size is 512 there and 600 here"),
+        ("activation", "relu2", "model.activation is gelu there and relu2 here"),  # of the same shapes
+        ("tie_embeddings", False, "model.tie_embeddings is True there and False here"),
+        ("n_kv_head", 2, "model.n_kv_head is 4 there and 2 here"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["workdir", "hf"])
+def test_another_model_is_refused_before_anything_is_compiled(sources, config, tmp_path, kind, field, value, message):
+    config.model[field] = value
+    config.train.init_from = sources[kind]
+    with pytest.raises(UserError, match=message):
+        train(config, str(tmp_path))
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["workdir", "hf"])
+def test_a_token_store_of_another_tokenizer_is_refused(sources, config, tmp_path, kind):
+    shutil.copytree(config.data.dir, tmp_path / "store")
+    manifest = json.loads((tmp_path / "store/manifest.json").read_text())
+    manifest["tokenizer"]["hash"] = 64 * "0"  # another bpe:512, of as many ids
+    (tmp_path / "store/manifest.json").write_text(json.dumps(manifest))
+    config.data.dir = str(tmp_path / "store")
+    config.train.init_from = sources[kind]
+    with pytest.raises(
+        UserError, match=r"data.dir=\S+ was made with tokenizer bpe:512 .* preprocess the text with that one"
+    ):
+        train(config, str(tmp_path / "run"))
+
+
+def test_a_source_that_is_none_is_refused(config, tmp_path):
+    config.train.init_from = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no config.json; it must be a workdir or a Hugging Face folder"):
+        train(config, str(tmp_path / "run"))
