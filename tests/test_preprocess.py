@@ -1,3 +1,4 @@
+import fcntl
 import filecmp
 import gzip
 import importlib.util
@@ -121,6 +122,8 @@ def test_several_machines_make_the_same_store(tmp_path, corpus, machines):
 
 
 def finished_units(folder):
+    if (folder / "manifest.json").exists():
+        return 10**6
     try:
         return len(json.loads((folder / "progress_0_of_1.json").read_text())["units"])
     except FileNotFoundError:
@@ -134,9 +137,7 @@ def test_killed_ten_times_with_other_numbers_of_workers_the_bytes_are_the_same(t
     for attempt in range(100):
         config = make_config(tmp_path / "killed", num_workers=attempt % 4 + 1, **common)
         process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if (
-            killed < 10
-        ):  # a random while after a random number of units, so that kills hit the work and not the start-up
+        if killed < 10:  # after a random number of units and a random while: hit the work, not the start-up
             enough = units[-1] + dice.randint(0, 6)
             while process.poll() is None and finished_units(tmp_path / "killed") < enough:
                 time.sleep(0.002)
@@ -161,6 +162,11 @@ def test_a_finished_job_is_left_alone_and_another_config_refused_by_its_field(tm
     assert preprocess(config) == first
     assert "complete already; nothing to do" in capsys.readouterr().out
     assert before == {path: os.stat(path).st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    (tmp_path / "c.jsonl").write_text((corpus / "c.jsonl").read_text())
+    preprocess(make_config(tmp_path / "copy", path=tmp_path / "c.jsonl"))
+    (tmp_path / "c.jsonl").write_text("{}")
+    preprocess(make_config(tmp_path / "copy", path=tmp_path / "c.jsonl"))
+    assert "warning: the input has changed since" in capsys.readouterr().err
     for change, message in (
         ({"split_seed": 1}, r"was made with data.split_seed=2357, but this config has 1"),
         ({"tokenizer": "bpe:300"}, r"was made with data.tokenizer='gpt2', but this config has 'bpe:300'"),
@@ -252,14 +258,31 @@ def test_a_changed_input_is_noticed_and_a_second_run_kept_out(tmp_path, corpus):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "y" * 999}) + "\n")
     with pytest.raises(UserError, match="a.jsonl has changed since .* was begun"):
         preprocess(config)
-    import fcntl
-
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "y" * 999}) + "\n{broken\n")
+    with pytest.raises(UserError, match=r"data.dir=a:1,b:1 is a mixture"):
+        preprocess(make_config("a:1,b:1", path=tmp_path / "a.jsonl"))
     other = make_config(tmp_path / "other", path=corpus)
     (tmp_path / "other").mkdir()
     with open(tmp_path / "other" / "lock_0_of_1", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="is in use by another preprocess"):
             preprocess(other)
+
+
+def test_asked_to_stop_it_says_so_and_the_same_command_goes_on(tmp_path, corpus):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 12_000}
+    for workers in (1, 2):
+        config = make_config(tmp_path / f"stopped{workers}", num_workers=workers, **common)
+        process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and finished_units(tmp_path / f"stopped{workers}") < 3:
+            time.sleep(0.002)
+        process.terminate()
+        _, errors = process.communicate()
+        assert process.returncode == 75 and "Traceback" not in errors, errors
+        assert errors.splitlines()[-1] == "stopped; what is finished is kept, and the same command goes on"
+        assert not list((tmp_path / f"stopped{workers}").glob("manifest.json"))
+        preprocess(config)
+    assert_same_folders(tmp_path / "stopped1", tmp_path / "stopped2")
 
 
 def test_a_full_disk_stops_with_one_line_and_what_is_done_stays_done(tmp_path, corpus):

@@ -8,23 +8,20 @@ It may be killed at any moment; the same command goes on, and the result has the
 many workers there were.
 """
 
-import contextlib
-import fcntl
 import glob
-import hashlib
-import json
 import math
 import os
-import shutil
+import signal
 import sys
 from collections.abc import Iterator
 
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.data import corpora, shard_writer, token_store, units, workers
+from trialgpt_jax.data import corpora, job_folder, shard_writer, token_store, units, workers
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.corpora import InputFile
 from trialgpt_jax.data.tokenizer import Tokenizer
@@ -51,15 +48,20 @@ def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
     """
     index, count = _parse_worker(worker)
     config_lib.validate(config)
-    folder, settings = config.data.dir, _settings(config)
+    if "," in config.data.dir:
+        raise UserError(
+            f"data.dir={config.data.dir} is a mixture, which is for training; preprocess its parts one by one"
+        )
+    folder, settings = config.data.dir, job_folder.job_settings(config.data.to_dict())
     try:
         os.makedirs(folder, exist_ok=True)
-        with _locked(folder, index, count):
-            if manifest := _finished(folder, settings):
-                _remove_leftovers(folder)
+        with job_folder.locked(folder, index, count):
+            if manifest := job_folder.finished(folder, settings):
+                job_folder.remove_leftovers(folder)
                 print(f"{folder} is complete already; nothing to do")
+                job_folder.warn_of_changes(folder, settings, manifest)
                 return manifest
-            progress = _load_progress(folder, settings, index, count)
+            progress = job_folder.load_progress(folder, settings, index, count)
             _work(config, folder, progress)
             return merge(config) if count == 1 else progress
     except OSError as error:
@@ -74,12 +76,12 @@ def merge(config: ConfigDict) -> dict:
     Raises:
       UserError: a part is missing, unfinished, or was made with another config, input or tokenizer.
     """
-    folder, settings = config.data.dir, _settings(config)
-    if manifest := _finished(folder, settings):
-        _remove_leftovers(folder)
+    folder, settings = config.data.dir, job_folder.job_settings(config.data.to_dict())
+    if manifest := job_folder.finished(folder, settings):
+        job_folder.remove_leftovers(folder)
         return manifest
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "progress_*_of_*.json")))
-    parts = [_read_progress(path, settings) for path in paths]
+    parts = [job_folder.read_progress(path, settings) for path in paths]
     if not parts:
         raise UserError(f"{folder} holds no parts to merge; run preprocess with --worker=i/n first")
     count = parts[0]["worker"][1]
@@ -111,7 +113,7 @@ def merge(config: ConfigDict) -> dict:
         "format_version": token_store.FORMAT_VERSION, **parts[0]["tokenizer"], **settings,
         "input": {
             "files": len(parts[0]["files"]), "bytes": sum(size for _, size, _ in parts[0]["files"]),
-            "sha256": hashlib.sha256(json.dumps([file[:2] for file in parts[0]["files"]]).encode()).hexdigest(),
+            "sha256": job_folder.digest([file[:2] for file in parts[0]["files"]]),
         },
         "skipped": _sum_counts(unit["skipped"] for unit in records),
         "sources": _sum_sources(unit["sources"] for unit in records), "shards": shards,
@@ -119,7 +121,7 @@ def merge(config: ConfigDict) -> dict:
     manifest["tokenizer"] = {"name": settings["tokenizer"], "hash": parts[0]["tokenizer"]["hash"]}
     del manifest["hash"]
     shard_writer.write_json(folder, token_store.MANIFEST, manifest)
-    _remove_leftovers(folder)
+    job_folder.remove_leftovers(folder)
     return manifest
 
 
@@ -205,96 +207,7 @@ def _nanogpt_rows(files: list[InputFile], rows: list[int], data: ConfigDict) -> 
     }
 
 
-# ---- the folder
-
-
-def _settings(config: ConfigDict) -> dict:
-    """What the bytes of the store depend on, as the manifest has it; num_workers, encoder and the order do not count."""
-    data = config.data.to_dict()
-    return {name: data[name] for name in
-            ("source", "source_options", "tokenizer", "split", "split_seed", "val_fraction", "shard_tokens")}  # fmt: skip
-
-
-def _finished(folder: str, settings: dict) -> dict | None:
-    """The manifest, if the folder holds one and it is of these settings.
-
-    Raises:
-      UserError: another config made it, or it is damaged.
-    """
-    if not os.path.exists(os.path.join(folder, token_store.MANIFEST)):
-        return None
-    manifest = token_store.open_store(folder).manifest
-    _check_settings(folder, manifest | {"tokenizer": manifest["tokenizer"]["name"]}, settings)
-    return manifest
-
-
-def _check_settings(where: str, saved: dict, settings: dict) -> None:
-    for name, value in settings.items():
-        old, new = (config_lib.fields(ConfigDict({name: v})) for v in (saved.get(name), value))
-        for field in sorted(new.keys() | old.keys()):
-            if old.get(field) != new.get(field):
-                raise UserError(
-                    f"{where} was made with data.{field}={old.get(field)!r}, but this config has {new.get(field)!r}; give it "
-                    "another data.dir or remove the folder"
-                )
-
-
-def _load_progress(folder: str, settings: dict, index: int, count: int) -> dict:
-    path = os.path.join(folder, f"progress_{index}_of_{count}.json")
-    if os.path.exists(path):
-        progress = _read_progress(path, settings)
-        local = [file for file in progress["files"] if "://" not in file[2]]
-        for name, size, path_ in local:
-            if not os.path.exists(path_) or os.path.getsize(path_) != size:
-                raise UserError(
-                    f"{name} has changed since {folder} was begun; restore it, or remove {folder} to begin anew"
-                )
-        return progress
-    others = glob.glob(os.path.join(glob.escape(folder), "progress_*.json"))
-    if others and not all(path.endswith(f"_of_{count}.json") for path in others):
-        raise UserError(
-            f"{folder} was begun with another number of workers ({os.path.basename(others[0])}); keep to it"
-        )
-    foreign = glob.glob(os.path.join(glob.escape(folder), "*.bin"))
-    if foreign and not others:
-        raise UserError(f"{folder} holds {os.path.basename(foreign[0])} of something else; give it another data.dir")
-    return {"worker": [index, count], "settings": settings, "files": [], "tokenizer": {}, "units": []}
-
-
-def _read_progress(path: str, settings: dict) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            progress = json.load(file)
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}); remove {os.path.dirname(path)} and run preprocess again"
-        ) from None
-    _check_settings(os.path.dirname(path), progress["settings"], settings)
-    return progress
-
-
-@contextlib.contextmanager
-def _locked(folder: str, index: int, count: int) -> Iterator[None]:
-    """Keeps a second run out of the same part of the same folder; the system lets go of the lock when we end."""
-    path = os.path.join(folder, f"lock_{index}_of_{count}")
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another preprocess; wait for it or give another data.dir") from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-
-
-def _remove_leftovers(folder: str) -> None:
-    """Removes what only an unfinished job needs."""
-    for pattern in ("progress_*_of_*.json", "*.part"):
-        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
-            os.remove(path)
-    shutil.rmtree(os.path.join(folder, "downloads"), ignore_errors=True)
+# ---- the command line
 
 
 def _parse_worker(worker: str) -> tuple[int, int]:
@@ -318,9 +231,6 @@ def _sum_sources(sources) -> dict[str, list[int]]:
         for name, numbers in part.items():
             total[name] = [a + b for a, b in zip(total.get(name, [0, 0, 0]), numbers, strict=True)]
     return dict(sorted(total.items()))
-
-
-# ---- the command line
 
 
 def describe(folder: str) -> str:
@@ -368,6 +278,15 @@ def main(argv: list[str]) -> int:
         "show": (0, "print a table of a finished token store and this many of its documents"),
     }
     values, config = config_lib.parse_command_line(argv, __doc__, options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as at Ctrl-C
+    try:
+        return _command(argv, values, config)
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
+        return config_lib.EXIT_STOPPED
+
+
+def _command(argv: list[str], values: flags.FlagValues, config: ConfigDict) -> int:
     if not any(argument.startswith(("--config=", "--config.data.dir=")) for argument in argv):
         raise UserError(
             "neither --config=FILE nor --config.data.dir=FOLDER is given; configs come with the project in configs/"
