@@ -226,7 +226,8 @@ def _limit(logits_BxV, top_k, top_p):
     sorted_BxV = jnp.where(jnp.arange(V) < jnp.where(top_k > 0, top_k, V), sorted_BxV, -jnp.inf)
     probabilities = jax.nn.softmax(sorted_BxV, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    keep = (before < top_p) & (sorted_BxV > -jnp.inf)
+    # the rounded sum reaches 1 before the last of the unlikely ones, which p = 1 must not leave out
+    keep = ((before < top_p) | (top_p >= 1)) & (sorted_BxV > -jnp.inf)
     threshold_Bx1 = jnp.min(jnp.where(keep, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BxV < threshold_Bx1, -jnp.inf, logits_BxV)
 

@@ -1,0 +1,195 @@
+"""Cached decoding is the whole forward pass; greedy text, samples and their limits are what they should be."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_options import configs, random_params, reference_logits
+
+from trialgpt_jax import UserError
+from trialgpt_jax.model import generate as generate_lib
+from trialgpt_jax.model.generate import Sampling, generate, split_layers
+from trialgpt_jax.model.gpt import GPT, GPTConfig, logits
+
+CONFIG = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return split_layers(random_params(CONFIG), CONFIG)
+
+
+def produce(params, config=CONFIG, prompt=(3, 1, 4), **options):
+    """All new tokens, [num_samples, n]."""
+    pieces = list(generate(params, config, np.array(prompt), **({"max_new_tokens": 10} | options)))
+    return np.concatenate(pieces, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def whole(params, config, tokens_BxT):
+    return logits(params, config, GPT(config).apply({"params": params}, tokens_BxT))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(configs(), st.integers(0, 1000), st.data())
+def test_cached_logits_are_the_uncached_ones_at_every_position(config, seed, data):
+    """A prefill of any length with padding behind it, then one token at a time, for every combination of options."""
+    T = config.block_size
+    prefill = data.draw(st.integers(1, T - 1), label="prefill")
+    params = random_params(config, seed)
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, T))
+    with jax.enable_x64(True):
+        expected = np.asarray(whole(params, config, ids))
+        layers = split_layers(params, config)
+        padded = np.where(np.arange(T) < prefill, ids, config.vocab_size - 1).astype(np.int32)
+        first, caches = generate_lib._prefill(layers, config, padded, prefill, 1, T)
+        out = [np.asarray(first)]
+
+        @jax.jit
+        def one(caches, token_1x1, position):
+            hidden, caches = generate_lib._apply(layers, config, token_1x1, position[None], caches)
+            return logits(layers, config, hidden)[:, 0], caches
+
+        for t in range(prefill, T):
+            row, caches = one(caches, ids[:, t : t + 1], jnp.int32(t))
+            out.append(np.asarray(row))
+    assert np.abs(np.stack(out, 1) - expected[:, prefill - 1 :]).max() < 1e-12
+    assert np.abs(np.asarray(expected) - reference_logits(params, config, ids)).max() < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("position", "chunk", "length"), [("learned", 16, 1), ("learned", 5, 15), ("rope", 5, 3), ("rope", 16, 16)]
+)
+def test_greedy_is_the_argmax_of_the_whole_forward_also_where_the_window_slides(position, chunk, length):
+    config = dataclasses.replace(CONFIG, position=position, tie_embeddings=False)
+    raw = random_params(config, scale=0.6)
+    prompt = np.random.default_rng(2).integers(0, 61, length)
+    expected = list(prompt)
+    for _ in range(24):  # past block_size the window slides by one token, as in nanoGPT
+        window = np.array(expected[-16:])
+        padded = np.pad(window, (0, 16 - len(window)))[None]  # one shape, one program; later tokens are not seen
+        expected.append(int(np.argmax(whole(raw, config, padded)[0, len(window) - 1])))
+    ours = produce(split_layers(raw, config), config, prompt, max_new_tokens=24, sampling=Sampling(0.0), chunk=chunk,
+                   num_samples=2)  # fmt: skip
+    assert len(set(expected[length:])) >= 3, "not a trivial loop"
+    assert ours.dtype == np.int32
+    np.testing.assert_array_equal(ours, [expected[length:]] * 2)
+
+
+def test_pieces_are_at_most_a_chunk_and_make_max_new_tokens(params):
+    for count in (1, 7, 30):
+        pieces = list(generate(params, CONFIG, np.array([1]), max_new_tokens=count, num_samples=3, chunk=4))
+        assert all(piece.shape[0] == 3 and 1 <= piece.shape[1] <= 4 for piece in pieces)
+        assert sum(piece.shape[1] for piece in pieces) == count
+
+
+def test_a_sample_follows_from_seed_and_number_alone(params):
+    many = produce(params, num_samples=4, seed=11, max_new_tokens=20)
+    np.testing.assert_array_equal(produce(params, num_samples=1, seed=11, max_new_tokens=20), many[:1])
+    np.testing.assert_array_equal(produce(params, num_samples=3, seed=11, max_new_tokens=8, chunk=5), many[:3, :8])
+    assert len({tuple(row) for row in many.tolist()}) == 4
+    assert not np.array_equal(produce(params, num_samples=4, seed=12, max_new_tokens=20), many)
+
+
+def test_the_stop_id_ends_a_sample_and_fills_its_row(params):
+    free = produce(params, num_samples=4, max_new_tokens=30)
+    stop = int(free[0, 4])
+    ended = produce(params, num_samples=4, max_new_tokens=30, stop_id=stop)
+    for row, other in zip(ended, free):
+        hits = np.flatnonzero(other == stop)
+        end = hits[0] if len(hits) else 30
+        np.testing.assert_array_equal(row[: end + 1], other[: min(end + 1, len(row))])
+        assert (row[end:] == stop).all()
+    alone = produce(params, max_new_tokens=30, stop_id=stop)
+    assert alone.shape[1] < 30, "when all samples have ended, no more is computed than the chunk"
+
+
+def kept_by_numpy(row, temperature, top_k, top_p):
+    """Ids that may be drawn, and their probabilities: temperature, then top-k, then top-p."""
+    scaled = row.astype(np.float64) / temperature
+    order = np.argsort(-scaled)
+    if top_k:
+        order = order[:top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    weights /= weights.sum()
+    count = int(np.searchsorted(np.cumsum(weights), top_p) + 1) if top_p < 1 else len(order)
+    return dict(zip(order[:count].tolist(), (weights[:count] / weights[:count].sum()).tolist()))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**6), st.integers(2, 40), st.floats(0.2, 3.0), st.integers(0, 45), st.floats(0.01, 0.999) | st.just(1.0)
+)  # fmt: skip
+def test_limits_are_those_of_a_numpy_reference(seed, n_ids, temperature, top_k, top_p):
+    row = np.random.default_rng(seed).normal(0, 2, n_ids).astype(np.float32)
+    expected = kept_by_numpy(row, np.float32(temperature), top_k, np.float32(top_p))
+    padded = np.full((1, 40), -np.inf, np.float32)  # one shape for all; what is impossible stays so
+    padded[0, :n_ids] = row
+    limited = np.asarray(_limit(padded / np.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)))[0]
+    assert set(np.flatnonzero(limited > -np.inf).tolist()) == set(expected)
+    np.testing.assert_allclose(limited[list(expected)], row[list(expected)] / np.float32(temperature), rtol=1e-6)
+
+
+_limit = jax.jit(generate_lib._limit)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8), Sampling(0.9, 20, 0.6)]
+)
+def test_samples_have_the_probabilities_of_the_model(params, sampling):
+    n = 4000
+    row = np.asarray(whole(random_params(CONFIG), CONFIG, np.array([[3, 1, 4]])))[0, -1]
+    expected = kept_by_numpy(row, *sampling)
+    drawn = produce(params, num_samples=n, max_new_tokens=1, sampling=sampling, seed=3)[:, 0]
+    counts = np.bincount(drawn, minlength=61)
+    assert set(np.flatnonzero(counts)) <= set(expected)
+    wanted = n * np.array([expected.get(i, 0.0) for i in range(61)])
+    seen = wanted > 0
+    chi = ((counts - wanted)[seen] ** 2 / wanted[seen]).sum()
+    freedom = seen.sum() - 1
+    assert chi < freedom + 5 * np.sqrt(2 * max(freedom, 1)), (chi, freedom)
+
+
+def test_padding_ids_are_never_drawn():
+    config = dataclasses.replace(CONFIG, vocab_size=3)
+    raw = random_params(config)
+    raw["wte"]["embedding"][3:] = 50.0  # 125 rows that would win if they took part
+    drawn = produce(split_layers(raw, config), config, prompt=[0], num_samples=200, max_new_tokens=8,
+                    sampling=Sampling(5.0))  # fmt: skip
+    assert set(drawn.ravel().tolist()) == {0, 1, 2}
+
+
+def test_bfloat16_decoding_casts_the_matrices_and_keeps_the_norms(params):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    layers = split_layers(random_params(config), config)
+    assert layers["blocks"][1]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16 == layers["wte"]["embedding"].dtype
+    assert layers["ln_f"]["scale"].dtype == jnp.float32 and len(layers["blocks"]) == 2
+    assert produce(layers, config, max_new_tokens=20).shape == (1, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": [1] * 17}, "the prompt has 17 tokens, more than model.block_size=16"),
+        ({"prompt": [1, 61]}, r"the prompt has id 61, but the model has ids 0 ... 60"),
+        ({"prompt": [1, -1, 5]}, r"the prompt has id -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be at least 1"),
+        ({"num_samples": 0}, "num_samples is 0, but must be at least 1"),
+        ({"sampling": Sampling(-1.0)}, "temperature is -1.0, but must be at least 0"),
+        ({"sampling": Sampling(float("nan"))}, "temperature is nan"),
+        ({"sampling": Sampling(float("inf"))}, "temperature is inf"),
+        ({"sampling": Sampling(1.0, top_k=-2)}, "top_k is -2"),
+        ({"sampling": Sampling(1.0, top_p=0.0)}, r"top_p is 0.0, outside \(0, 1\]"),
+        ({"sampling": Sampling(1.0, top_p=1.1)}, "top_p is 1.1"),
+        ({"sampling": Sampling(1.0, top_p=float("nan"))}, "top_p is nan"),
+    ],
+)
+def test_impossible_requests_are_refused(params, options, message):
+    with pytest.raises(UserError, match=message):
+        produce(params, **options)
