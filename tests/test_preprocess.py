@@ -243,6 +243,13 @@ def test_an_unusable_document_stops_with_one_line_whatever_the_workers(tmp_path,
     assert "\n" not in str(error.value)
 
 
+def test_the_table_of_sources_stays_short_where_every_document_has_its_own(tmp_path):
+    records = [{"text": f"text {i}", "source": f"https://example.org/{i}"} for i in range(500)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sources = preprocess(make_config(tmp_path / "store", path=tmp_path / "a.jsonl", shard_tokens=300))["sources"]
+    assert len(sources) <= 101 and sum(counts[0] for counts in sources.values()) == 500
+
+
 def test_the_end_of_text_string_in_a_document_is_not_the_special_id(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} <|endoftext|> b"}) + "\n" for i in range(50)))
     config = make_config(tmp_path / "store", path=tmp_path / "a.jsonl")

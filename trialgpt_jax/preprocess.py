@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from absl import flags
@@ -217,7 +217,7 @@ def _parse_worker(worker: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _sum_counts(counts) -> dict[str, int]:
+def _sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for part in counts:
         for name, number in part.items():
@@ -225,11 +225,18 @@ def _sum_counts(counts) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _sum_sources(sources) -> dict[str, list[int]]:
+def _sum_sources(sources: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """Documents, tokens and UTF-8 bytes by source; the hundred largest and the others."""
     total: dict[str, list[int]] = {}
     for part in sources:
         for name, numbers in part.items():
             total[name] = [a + b for a, b in zip(total.get(name, [0, 0, 0]), numbers, strict=True)]
+    largest = sorted(total, key=lambda name: (name == units.OTHERS, -total[name][2], name))
+    for name in largest[100:]:
+        if name != units.OTHERS:
+            total[units.OTHERS] = [
+                a + b for a, b in zip(total.get(units.OTHERS, [0, 0, 0]), total.pop(name), strict=True)
+            ]
     return dict(sorted(total.items()))
 
 

@@ -23,6 +23,8 @@ from trialgpt_jax.data.tokenizer import Tokenizer
 
 _CHUNK_CHARS, _CHUNK_DOCUMENTS = 1 << 20, 1024  # what a thread encodes at a time: enough to make handing over cheap
 
+OTHERS, _MAX_SOURCES = "(others)", 100  # where `source` is an address or the like, a table of them all would be endless
+
 
 @dataclass(frozen=True)
 class Job:
@@ -173,7 +175,10 @@ class _Unit:
             if item.document.text is None:
                 self._skipped[item.document.problem] += 1
                 continue
-            counts = self._sources.setdefault(item.document.source, [0, 0, 0])
+            source = item.document.source
+            if source not in self._sources and len(self._sources) >= _MAX_SOURCES:
+                source = OTHERS
+            counts = self._sources.setdefault(source, [0, 0, 0])
             for i, count in enumerate((1, len(item.ids), item.n_bytes)):
                 counts[i] += count
             self.tokens += len(item.ids)

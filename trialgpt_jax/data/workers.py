@@ -46,7 +46,10 @@ def run(
     Raises:
       UserError: as `units.encode_group`, or a worker process died. What `finish` was told of stays good.
     """
-    cores = num_workers or len(os.sched_getaffinity(0))
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )  # macOS has no affinity
+    cores = num_workers or usable
     processes = max(1, min(cores, len(tasks)))
     threads = -(-cores // processes)
     if processes == 1:
