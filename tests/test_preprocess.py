@@ -112,13 +112,46 @@ def test_several_machines_make_the_same_store(tmp_path, corpus, machines):
     shared = make_config(tmp_path / "shared", **common)
     for index in reversed(range(1, machines)):
         preprocess(shared, f"{index}/{machines}")
-        with pytest.raises(UserError, match=r"parts; run --worker=0/\d on the rest|missing"):
+        with pytest.raises(UserError, match=r"parts; --worker=0/\d is missing"):
             merge(shared)
     with pytest.raises(UserError, match="is an unfinished token store"):
         token_store.open_store(shared.data.dir)
     preprocess(shared, f"0/{machines}")
     merge(shared)
     assert_same_folders(tmp_path / "one", tmp_path / "shared")
+
+
+def test_several_machines_on_the_command_line_with_folders_of_their_own(tmp_path, corpus):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
+    preprocess(make_config(tmp_path / "one", **common))
+    (tmp_path / "joined").mkdir()
+    for index in (0, 1):
+        config = make_config(tmp_path / f"machine{index}", **common)
+        done = subprocess.run([*command(config), f"--worker={index}/2"], capture_output=True, text=True, check=True)
+        assert f"part {index}/2 is done; when all are, run the same command with --merge" in done.stdout
+        for path in (tmp_path / f"machine{index}").iterdir():
+            path.rename(tmp_path / "joined" / path.name)
+    merge_command = [*command(make_config(tmp_path / "joined", **common)), "--merge"]
+    (tmp_path / "joined" / "train_00001_0000.bin").rename(tmp_path / "forgotten.bin")
+    done = subprocess.run(merge_command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "train_00001_0000.bin is missing, though its part is finished" in done.stderr
+    (tmp_path / "forgotten.bin").rename(tmp_path / "joined" / "train_00001_0000.bin")  # some are renamed by now
+    subprocess.run(merge_command, capture_output=True, text=True, check=True)
+    assert_same_folders(tmp_path / "one", tmp_path / "joined")
+
+
+def test_workers_that_do_not_fit_together_are_refused(tmp_path, corpus):
+    config = make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=60_000)
+    with pytest.raises(UserError, match="holds no parts to merge"):
+        merge(config)
+    preprocess(config, "0/2")
+    with pytest.raises(UserError, match=r"was begun with another number of workers \(progress_0_of_2.json\)"):
+        preprocess(config, "1/3")
+    with pytest.raises(UserError, match="made with data.tokenizer='gpt2', but this config has 'bpe:300'"):
+        preprocess(
+            make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=60_000, tokenizer="bpe:300"),
+            "0/2",
+        )
 
 
 def finished_units(folder):

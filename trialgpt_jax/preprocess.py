@@ -92,9 +92,10 @@ def merge(config: ConfigDict) -> dict:
                     f"{path}: its {field} differ from those of {paths[0]}; all workers must see the same input"
                 )
     groups = corpora.group_files([InputFile(*file) for file in parts[0]["files"]], config.data.shard_tokens)
-    found = {part["worker"][0] for part in parts if part["worker"][1] == count}
-    if missing := set(range(count)) - found or len(parts) != count:
-        raise UserError(f"{folder} holds {len(parts)} of {count} parts; missing: {missing}; run them and merge again")
+    missing = set(range(count)) - {part["worker"][0] for part in parts if part["worker"][1] == count}
+    if missing or len(parts) != count:
+        wanted = f"--worker={min(missing)}/{count} is missing" if missing else "they are of different jobs"
+        raise UserError(f"{folder} holds {len(parts)} of {count} parts; {wanted}; run it, and merge again")
     records = sorted((unit for part in parts for unit in part["units"]), key=lambda unit: (unit["group"], unit["part"]))
     ended = {unit["group"] for unit in records if unit["next"] is None}
     if missing := sorted(set(range(len(groups))) - ended):
@@ -107,6 +108,8 @@ def merge(config: ConfigDict) -> dict:
             old, new = (os.path.join(folder, file) for file in (shard["file"], f"{split}_{number:05d}.bin"))
             if os.path.exists(old):  # else a merge that was killed has renamed it
                 os.replace(old, new)
+            elif not os.path.exists(new):
+                raise UserError(f"{old} is missing, though its part is finished; copy it here and merge again")
             shards.append(shard | {"file": os.path.basename(new)})
     shard_writer.sync_folder(folder)
     manifest = {

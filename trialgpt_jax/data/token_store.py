@@ -184,6 +184,8 @@ def verify(folder: str) -> list[dict]:
       UserError: as `open_store`, no manifest, or the first shard that differs and how.
     """
     store = open_store(folder)
+    if store.folder != folder:
+        raise UserError(f"data.dir={folder} is a mixture; verify its parts one by one")
     if store.manifest is None:
         raise UserError(f"{folder} has no {MANIFEST}, so there is nothing to compare its files with")
     for record in store.manifest["shards"]:
