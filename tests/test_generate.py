@@ -37,8 +37,8 @@ def whole(params, config, tokens_BxT):
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(configs(), st.integers(0, 1000), st.data())
-def test_cached_logits_are_the_uncached_ones_at_every_position(config, seed, data):
-    """A prefill of any length with padding behind it, then one token at a time, for every combination of options."""
+def test_every_combination_is_the_numpy_model_and_cached_logits_are_the_uncached_ones(config, seed, data):
+    """At all positions: a prefill of any length with padding behind it, then one token at a time."""
     T = config.block_size
     prefill = data.draw(st.integers(1, T - 1), label="prefill")
     params = random_params(config, seed)
@@ -59,7 +59,7 @@ def test_cached_logits_are_the_uncached_ones_at_every_position(config, seed, dat
             row, caches = one(caches, ids[:, t : t + 1], jnp.int32(t))
             out.append(np.asarray(row))
     assert np.abs(np.stack(out, 1) - expected[:, prefill - 1 :]).max() < 1e-12
-    assert np.abs(np.asarray(expected) - reference_logits(params, config, ids)).max() < 1e-10
+    assert np.abs(expected - reference_logits(params, config, ids)).max() < 1e-10
 
 
 @pytest.mark.parametrize(

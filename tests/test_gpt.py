@@ -1,4 +1,7 @@
-"""The model against transformers' GPT-2 and Qwen3, torch's gradients, and a numpy implementation of every option."""
+"""The model against transformers' GPT-2 and Qwen3 and torch's gradients, and a property of each option.
+
+Every combination of options is held against a second implementation, in numpy, in test_generate.py.
+"""
 
 import dataclasses
 import functools
@@ -9,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from model_options import configs, random_params, reference_logits
+from model_options import random_params
 
 from trialgpt_jax.model import hf
 from trialgpt_jax.model.gpt import GPT, GPTConfig, head, logits, rope
@@ -55,8 +56,7 @@ def tokens(config, shape, seed=1):
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("shape", "tied"), [*((shape, True) for shape in SHAPES), (SHAPES[0], False)])
 def test_logits_are_those_of_transformers_gpt2_in_float64(shape, tied):
     model, config = gpt2(shape, tie_embeddings=tied)
     torch = pytest.importorskip("torch")
@@ -82,8 +82,7 @@ def test_logits_are_those_of_transformers_gpt2_in_float32():
     assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("shape", "tied"), [(SHAPES[0], True), (SHAPES[1], False), (SHAPES[2], True)])
 def test_gradients_of_every_parameter_are_torchs(shape, tied):
     torch = pytest.importorskip("torch")
     model, config = gpt2(shape, tie_embeddings=tied)
@@ -107,29 +106,18 @@ def test_gradients_of_every_parameter_are_torchs(shape, tied):
             assert difference < 1e-8 * np.abs(want).max(), f"{name}: {difference}"
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(configs(), st.integers(0, 1000))
-def test_every_combination_of_options_is_the_numpy_model(config, seed):
-    params = random_params(config, seed)
-    ids = tokens(config, (2, config.block_size), seed)
-    with jax.enable_x64(True):
-        ours = np.asarray(apply(params, config, ids))
-    assert np.abs(ours - reference_logits(params, config, ids)).max() < 1e-10
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_modern_options_together_are_transformers_qwen3(tied):
+def test_the_modern_options_together_are_transformers_qwen3():
     """rope, rmsnorm, swiglu, grouped queries, qk_norm, head_dim. float32, which is how theirs computes its norms."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = GPTConfig(vocab_size=101, block_size=24, n_layer=2, n_head=4, n_kv_head=2, head_dim=10, n_embd=24,
-                       bias=False, tie_embeddings=tied, position="rope", norm="rmsnorm", activation="swiglu",
+                       bias=False, tie_embeddings=False, position="rope", norm="rmsnorm", activation="swiglu",
                        qk_norm=True)  # fmt: skip
     params = random_params(config)
     theirs = transformers.Qwen3Config(
         vocab_size=101, hidden_size=24, intermediate_size=params["blocks"]["mlp"]["c_fc"]["kernel"].shape[-1],
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10, max_position_embeddings=24,
-        rms_norm_eps=1e-5, tie_word_embeddings=tied, attn_implementation="eager", bos_token_id=0, eos_token_id=0,
+        rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager", bos_token_id=0, eos_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
     )  # fmt: skip
     model = transformers.Qwen3ForCausalLM(theirs).eval()
