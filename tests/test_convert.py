@@ -26,6 +26,7 @@ def world(store, tmp_path_factory):
     root = tmp_path_factory.mktemp("convert")
     config = small_config(store)
     config.train.steps = 10
+    config.eval.every_steps = 0
     assert train(config, str(root / "run")) == 0
     convert.to_hf(config, str(root / "run"), str(root / "hf"))
     convert.from_hf(config, str(root / "hf"), str(root / "back"))
@@ -175,11 +176,12 @@ def test_mistakes_on_the_command_line(world):
         convert.main(["convert", "--from_hf=x"])
 
 
-def test_train_goes_on_from_a_converted_workdir_with_any_optimizer(world, store, tmp_path, capsys):
+def test_train_begins_from_a_converted_workdir_with_any_hyperparameters(world, store, tmp_path, capsys):
     config = load_snapshot(str(world / "run"))
     convert.from_hf(config, str(world / "hf"), str(tmp_path / "run"))
-    config.optim.update({"name": "muon", "learning_rate": 1e-3, "warmup_steps": 0})
+    config.optim.update({"schedule": "constant", "learning_rate": 1e-3, "warmup_steps": 0})
     config.train.update({"steps": 4, "batch_size": 4})
+    config.eval.every_steps = 4
     config.checkpoint.every_steps = 2
     wrong = config.copy_and_resolve_references()
     wrong.model.n_layer = 3

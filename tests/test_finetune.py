@@ -15,19 +15,29 @@ from trialgpt_jax.config import gpt_config, save_snapshot
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.evaluate import evaluate, load_params
 from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.train import train
+from trialgpt_jax.train import keep_tokenizer, train
 from trialgpt_jax.training.checkpoint import Checkpoints
+
+
+def make_workdir(config, folder):
+    """A workdir whose checkpoint 10 holds random parameters and no more."""
+    folder.mkdir()
+    save_snapshot(config, str(folder))
+    keep_tokenizer(open_store(config.data.dir), str(folder))
+    checkpoints = Checkpoints(str(folder))
+    params = random_params(gpt_config(config, "cpu"), scale=0.1)
+    params["wte"]["embedding"][config.model.vocab_size :] = 0
+    checkpoints.save(10, {"params": jax.tree.map(jnp.asarray, params)})
+    checkpoints.wait()
+    return params
 
 
 @pytest.fixture(scope="module")
 def sources(store, tmp_path_factory):
-    """A trained workdir and its Hugging Face export, by kind."""
+    """A workdir and its Hugging Face export, by kind."""
     root = tmp_path_factory.mktemp("sources")
-    config = small_config(store)
-    config.train.steps = 10
-    config.eval.every_steps = 0
-    assert train(config, str(root / "run")) == 0
-    convert.to_hf(config, str(root / "run"), str(root / "hf"))
+    make_workdir(small_config(store), root / "run")
+    convert.to_hf(small_config(store), str(root / "run"), str(root / "hf"))
     return {"workdir": str(root / "run"), "hf": str(root / "hf")}
 
 
@@ -76,16 +86,13 @@ def test_a_shorter_block_size_crops_the_positions(sources, config, kind):
 
 def test_rotary_positions_take_any_length(config, tmp_path):
     config.model.position = "rope"
-    short = gpt_config(config, "cpu")
-    save_snapshot(config, str(tmp_path))
-    checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, random_params(short))})
-    checkpoints.wait()
+    source = str(tmp_path / "run")
+    expected = make_workdir(config, tmp_path / "run")
     config.model.block_size = 48
-    pretrained.check(str(tmp_path), config, open_store(config.data.dir))
-    params = pretrained.load(str(tmp_path), gpt_config(config, "cpu"), mesh())
+    pretrained.check(source, config, open_store(config.data.dir))
+    params = pretrained.load(source, gpt_config(config, "cpu"), mesh())
     assert "wpe" not in params
-    np.testing.assert_array_equal(params["wte"]["embedding"], random_params(short)["wte"]["embedding"])
+    np.testing.assert_array_equal(params["wte"]["embedding"], expected["wte"]["embedding"])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def whole(params, config, tokens_BxT):
     return logits(params, config, GPT(config).apply({"params": params}, tokens_BxT))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(configs(), st.integers(0, 1000), st.data())
 def test_every_combination_is_the_numpy_model_and_cached_logits_are_the_uncached_ones(config, seed, data):
     """At all positions: a prefill of any length with padding behind it, then one token at a time."""
@@ -169,7 +169,7 @@ def test_bfloat16_decoding_casts_the_matrices_and_keeps_the_norms(params):
     layers = split_layers(random_params(config), config)
     assert layers["blocks"][1]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16 == layers["wte"]["embedding"].dtype
     assert layers["ln_f"]["scale"].dtype == jnp.float32 and len(layers["blocks"]) == 2
-    assert produce(layers, config, max_new_tokens=20).shape == (1, 20)
+    assert produce(layers, config, max_new_tokens=8).shape == (1, 8)
 
 
 @pytest.mark.parametrize(

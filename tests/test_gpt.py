@@ -157,21 +157,18 @@ def test_rope_makes_scores_depend_on_the_distance_alone():
         assert np.allclose(jnp.linalg.norm(rope(q, positions), axis=-1), jnp.linalg.norm(q, axis=-1), atol=1e-12)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_padded_rows_cannot_be_seen_and_stay_zero(tied):
-    config = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=16, tie_embeddings=tied, **FLOAT64)
+def test_padded_rows_cannot_be_seen_and_stay_zero():
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=16, **FLOAT64)
     ids = tokens(config, (2, 9))
     with jax.enable_x64(True):
         params = random_params(config)
         other = jax.tree.map(np.array, params)
-        for table in ("wte", "lm_head"):
-            if table in other:
-                other[table]["embedding"][101:] = 1e3
+        other["wte"]["embedding"][101:] = 1e3
         (loss, gradients), (same, _) = (loss_and_gradients(p, config, ids) for p in (params, other))
         out = apply(params, config, ids[:, :-1])
         assert float(loss) == float(same)
         assert np.array_equal(out, apply(other, config, ids[:, :-1])) and out.shape == (2, 8, 101)
-        assert not np.any(np.asarray(head(gradients, config))[101:]) and not np.any(gradients["wte"]["embedding"][101:])
+        assert not np.any(gradients["wte"]["embedding"][101:])
         initial = nn.unbox(GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
         assert not np.any(head(initial, config)[101:]) and np.all(np.any(head(initial, config)[:101], axis=1))
 
@@ -219,14 +216,16 @@ def test_logit_softcap_bounds_logits_in_the_loss_and_in_the_logits():
         assert abs(float(mean_loss(params, config, jnp.asarray(ids))) - expected.mean()) < 1e-12
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("none", 3), ("dots", 2), ("block", 1)])
+@pytest.mark.parametrize(("remat", "unroll"), [("dots", 2), ("block", 3)])
 def test_remat_and_unrolling_change_no_gradient(remat, unroll):
     plain = GPTConfig(vocab_size=101, block_size=8, n_layer=3, n_head=2, n_embd=16, **FLOAT64)
     config = dataclasses.replace(plain, remat=remat, scan_unroll=unroll)
     with jax.enable_x64(True):
         params, ids = random_params(plain), tokens(plain, (2, 9))
         program = str(jax.make_jaxpr(lambda p: loss_and_gradients(p, config, ids))(params))
-        assert ("remat" in program) == (remat != "none") and (f"unroll={unroll}" in program or unroll == 3)
+        assert "remat" in program and "remat" not in str(
+            jax.make_jaxpr(lambda p: loss_and_gradients(p, plain, ids))(params)
+        )
         _, ours = loss_and_gradients(params, config, ids)
         _, expected = loss_and_gradients(params, plain, ids)
         for mine, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
