@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks as much of the Hugging Face hub as listing and downloading datasets takes, and fails on order."""
+"""A local HTTP server that speaks as much of the Hugging Face hub as datasets take, and fails on order."""
 
 import hashlib
 import http.server

@@ -22,8 +22,8 @@ def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
             records.append(writer.finish())
             ids[split] += data.tolist()
     manifest = {
-        "format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0" * 64}, "vocab_size": vocab, "eot_id": vocab - 1,
-        "dtype": "uint16", "shards": records,
+        "format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0" * 64}, "vocab_size": vocab,
+        "eot_id": vocab - 1, "dtype": "uint16", "shards": records,
     }  # fmt: skip
     shard_writer.write_json(str(folder), "manifest.json", manifest)
     return ids

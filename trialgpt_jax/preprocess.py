@@ -4,8 +4,8 @@
     python -m trialgpt_jax.preprocess --config=... --worker=0/4    # on each of four machines, then on one: --merge
     python -m trialgpt_jax.preprocess --config.data.dir=data/openwebtext --verify --show=3
 
-It may be killed at any moment; the same command goes on, and the result has the same bytes whatever was killed and however
-many workers there were.
+It may be killed at any moment; the same command goes on, and the result has the same bytes whatever was killed and
+however many workers there were.
 """
 
 import glob
@@ -43,7 +43,8 @@ def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
       The manifest, or for one part of several its progress record.
 
     Raises:
-      UserError: a source that is not there or has unusable documents, a folder that holds the result of another config or
+      UserError: a source that is not there or has unusable documents, a folder that holds the result of another config
+        or
         is in use by another run, a full disk. What is finished stays, and the same call goes on from there.
     """
     index, count = _parse_worker(worker)
@@ -200,7 +201,7 @@ def _training_texts(job: Job, groups: list[list[InputFile]], only_text: bool, ch
 
 
 def _nanogpt_rows(files: list[InputFile], rows: list[int], data: ConfigDict) -> dict[str, frozenset[int]]:
-    """File -> rows that `datasets`' train_test_split(test_size=val_fraction, seed=split_seed) puts into its test part."""
+    """File -> rows that `datasets`' train_test_split(val_fraction, seed=split_seed) puts into its test part."""
     total = sum(rows)
     chosen = np.random.default_rng(data.split_seed).permutation(total)[: math.ceil(data.val_fraction * total)]
     first = np.cumsum([0, *rows])

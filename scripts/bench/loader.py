@@ -2,8 +2,8 @@
 
     python scripts/bench/loader.py            # writes scripts/bench/results/loader.json
 
-nanoGPT draws B random positions with replacement and converts B slices to int64 twice, once for the inputs and once for the
-targets; its data loading opens the file anew for every batch, which is measured too.
+nanoGPT draws B random positions with replacement and converts B slices to int64 twice, once for the inputs and once for
+the targets; its data loading opens the file anew for every batch, which is measured too.
 """
 
 import argparse
@@ -59,13 +59,20 @@ def main() -> None:
         started = time.perf_counter()
         next(batches.train_batches(token_store.open_store(folder).split("train"), block_size=T, batch_size=B, seed=0))
         opened = time.perf_counter() - started
+    machine = (
+        f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
+    )
+    rates = {
+        name: {"median": round(statistics.median(rounds), 1), "rounds": [round(x, 1) for x in rounds]}
+        for name, rounds in measured.items()
+    }
     figures = {
         "what": f"loader, B={B}, T={T}, million tokens a second, five rounds each",
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}",
-        **{name: {"median": round(statistics.median(r), 1), "rounds": [round(x, 1) for x in r]} for name, r in measured.items()},
+        "machine": machine,
+        **rates,
         "ratio": round(statistics.median(measured["ours"]) / statistics.median(measured["nanogpt"]), 2),
         "seconds_to_first_batch_of_a_10_billion_token_store": round(opened, 4),
-    }  # fmt: skip
+    }
     with open(output, "w", encoding="utf-8") as file:
         file.write(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))

@@ -1,10 +1,12 @@
-"""Measures preprocess against the way nanoGPT prepares OpenWebText, on the same text in the same run: time and peak memory.
+"""Measures preprocess against the way nanoGPT prepares OpenWebText, on the same text in the same run: time and peak
+memory.
 
     python scripts/bench/preprocess.py FOLDER     # of .jsonl.gz files; writes scripts/bench/results/preprocess.json
 
-nanoGPT's way: load the dataset with `datasets`, split it, `map` tiktoken over it in two processes, which writes every id as a
-64-bit integer to an Arrow file, then copy that in 1,024 pieces into a uint16 memory map. Ours is the command line, Python's
-start-up included. Memory is the proportional set size of all processes of a run together, sampled every 50 ms.
+nanoGPT's way: load the dataset with `datasets`, split it, `map` tiktoken over it in two processes, which writes every
+id as a 64-bit integer to an Arrow file, then copy that in 1,024 pieces into a uint16 memory map. Ours is the command
+line, Python's start-up included. Memory is the proportional set size of all processes of a run together, sampled every
+50 ms.
 """
 
 import argparse
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=3, help="each runs every way once, so that a busy moment does not hit one alone"
     )
+    parser.add_argument("--note", default="", help="what the reader of the figures should know")
     parser.add_argument("--as-nanogpt", metavar="OUT", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.as_nanogpt:
@@ -153,6 +156,7 @@ def main() -> None:
         },
         "tokens": digests["nanogpt"][0],
         "same_documents_and_ids": len(set(digests.values())) == 1,
+        "note": given.note,
     }
     with open(given.output, "w", encoding="utf-8") as file:
         file.write(json.dumps(figures, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""Batches of token windows: training batch k is a pure function of (seed, k), so the step is the only state of the data.
+"""Batches of token windows: training batch k is a pure function of (seed, k), so the step is its only state.
 
 Window i of a split is tokens [i*T, i*T+T], T+1 ids at stride T = block_size. Global batch k of B rows takes rows
 k*B ... k*B+B-1 of an endless sequence that is one permutation of all windows after the other. The permutation is
-computed, not stored: seeking to any step costs nothing, and neither does a larger corpus. In a mixture every part has such a
-sequence of its own, and each run of 1,024 rows takes from the parts by their weights, in a shuffled pattern.
+computed, not stored: seeking to any step costs nothing, and neither does a larger corpus. In a mixture every part has
+such a sequence of its own, and each run of 1,024 rows takes from the parts by their weights, in a shuffled pattern.
 """
 
 from collections.abc import Iterator
@@ -190,8 +190,8 @@ def window_order(rows: np.ndarray, n_windows: int, seed: int, shuffle: bool = Tr
 def permute(places: np.ndarray, epochs: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Where a pseudorandom permutation of 0 ... n-1, another one for each (seed, epoch), sends `places`.
 
-    A Feistel network on pairs (left, right) in [a] x [b], a*b barely over n, with sums modulo a and b in place of XOR; what
-    lands on n or above is sent through again until it does not ("cycle walking"), which keeps it a permutation.
+    A Feistel network on pairs (left, right) in [a] x [b], a*b barely over n, with sums modulo a and b in place of XOR;
+    what lands on n or above is sent through again until it does not ("cycle walking"), which keeps it a permutation.
 
     Args:
       places, epochs: int64 [m], 0 <= places < n.
@@ -226,7 +226,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _closing(iterator) -> Iterator[np.ndarray]:
-    """The items of a grain iterator, whose thread ends with the generator and not somewhere in the interpreter's exit."""
+    """The items of a grain iterator, whose thread ends with the generator and not at some point of the exit."""
     try:
         yield from iterator
     finally:
@@ -249,8 +249,8 @@ def _count_windows(split: Split | Mixture, block_size: int) -> int:
     if not smallest.n_windows(block_size):
         lever = "raise data.val_fraction" if split.name == "val" else "give more text"
         raise UserError(
-            f"the {_NAMES[split.name]} split has {smallest.n_tokens} tokens, fewer than one window of model.block_size+1 = "
-            f"{block_size + 1}; {lever} and run preprocess into a new folder, or lower model.block_size"
+            f"the {_NAMES[split.name]} split has {smallest.n_tokens} tokens, fewer than one window of "
+            f"model.block_size+1 = {block_size + 1}; {lever} and run preprocess into a new folder, or lower model.block_size"
         )
     return split.n_windows(block_size)
 

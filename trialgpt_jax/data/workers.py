@@ -1,7 +1,8 @@
 """Spreads the groups of a job over processes and threads, and shows how far it is.
 
-Each process takes whole groups and has threads of its own for the encoding when there are fewer groups than cores. Processes
-scale better (reading, decompressing and hashing run in parallel as well); threads need no start-up and share one tokenizer.
+Each process takes whole groups and has threads of its own for the encoding when there are fewer groups than cores.
+Processes scale better (reading, decompressing and hashing run in parallel as well); threads need no start-up and share
+one tokenizer.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from trialgpt_jax.data.units import Job
 
 
 class Task(NamedTuple):
-    """A group that is not finished: its number, files, the records of its finished units, and whether it is one text alone."""
+    """An unfinished group: its number, files, the records of its finished units, and whether it is one text alone."""
 
     group: int
     files: list[InputFile]
@@ -136,7 +137,7 @@ def _child(job: Job, threads: int, todo: multiprocessing.Queue, events: multipro
 
 
 class ProgressBar(contextlib.AbstractContextManager):
-    """The bar on stderr: input read so far, documents, tokens, megabytes of text a second, time left; totals at the end."""
+    """The bar on stderr: input read, documents, tokens, megabytes of text a second, time left; totals at the end."""
 
     def __init__(self, total: int):
         """total: bytes of input, as stored; 0 when unknown."""
