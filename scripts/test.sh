@@ -7,4 +7,5 @@ source "$(dirname "$0")/setup_venv.sh" '.[test]'
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# Two processes, a file at a time each: most of the time is compilation, which uses one core.
+python -m pytest -n 2 --dist loadfile "$@"

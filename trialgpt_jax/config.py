@@ -445,7 +445,9 @@ def _config_from_file(argv: list[str], file: str) -> ConfigDict:
 
 def _config_from_snapshot(argv: list[str], values: flags.FlagValues, new_workdir: bool) -> ConfigDict:
     if "workdir" in values and not values.workdir and not new_workdir:
-        raise UserError("--config=FILE is missing; the configs that come with the project are in configs/")
+        raise UserError(
+            "neither --config=FILE nor --workdir=FOLDER is given; the configs that come with the project are in configs/"
+        )
     config_values = flags.FlagValues()
     has_snapshot = "workdir" in values and not new_workdir  # preprocess has no workdir
     snapshot = load_snapshot(values.workdir) if has_snapshot else default_config()

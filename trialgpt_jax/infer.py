@@ -45,7 +45,7 @@ def infer(
       sampling: temperature, top-k, top-p.
       seed: sample i of a seed does not depend on num_samples.
       step: of the checkpoint; -1 = the newest whole one.
-      on_text: gets the first sample's text piece by piece, while it is made.
+      on_text: gets the prompt and the first sample's text, piece by piece, while it is made.
 
     Returns:
       step, prompt, and samples: a list of {text, tokens}, the text without the prompt.
@@ -66,6 +66,7 @@ def infer(
         gpt, params, step = load_params(config, workdir, step, mesh)
         say(f"checkpoint {step}, {gpt.dtype} on {tensor} x {jax.local_devices()[0].device_kind}")
         params = split_layers(params, gpt)
+        on_text(prompt or "")
         decoder = tokenizer_lib.StreamingDecoder(tokenizer)
         pieces = []
         for new in generate(
@@ -135,7 +136,6 @@ def main(argv: list[str]) -> None:
     accelerators.start()
     if flags.num_samples > 1:
         stream("--- sample 0\n")
-    stream(prompt or "")
     result = infer(
         config,
         flags.workdir,

@@ -1,5 +1,6 @@
 """The training state, and the two compiled programs that run over it: one optimizer step, one evaluation batch."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,11 +39,18 @@ def init_state(
       seed: of the initial parameters.
       boxed: leave the leaves boxed with their logical axis names.
     """
-    tokens_1x1 = jnp.zeros((1, 1), jnp.int32)
-    params = GPT(config).init(jax.random.key(seed), tokens_1x1)["params"]
+    params = init_params(config, seed)
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, zero, zero, params, optimizer.init(params))
     return state if boxed else nn.unbox(state)
+
+
+def init_params(config: GPTConfig, seed: int):
+    """Random parameters, boxed with their logical axis names."""
+    # one token is enough to make them, but not for a fused attention kernel
+    return GPT(dataclasses.replace(config, attention="xla")).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))[
+        "params"
+    ]
 
 
 def state_layout(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -52,8 +60,7 @@ def state_layout(config: GPTConfig, optimizer: optax.GradientTransformation, mes
 
 def params_layout(config: GPTConfig, mesh: Mesh):
     """Shapes, dtypes and shardings of the parameters alone, as `state_layout`."""
-    tokens_1x1 = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return lay_out(jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_1x1)["params"], mesh)
+    return lay_out(jax.eval_shape(lambda: init_params(config, 0)), mesh)
 
 
 def create_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:

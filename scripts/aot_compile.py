@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Compiles the real train step for chips that are not attached, and says what they would execute.
+
+    python scripts/aot_compile.py --config=configs/gpt2_124m.py --target=v5e:2x2 --config.train.batch_size=64
+
+Targets: v5e:4x4, v5p:2x2x1, v6e:4x4, v4:2x2x1, TPU7x:2x2x1 (needs `libtpu`, from the extras `test` and `tpu`), h200 or h200:8
+(needs the extra `cuda`). It is the real compiler: whether the step fits, its memory, its collectives and kernels are facts.
+A speed is not to be had this way. The batch of one optimizer step is --config.train.batch_size, over all chips.
+"""
+
+import collections
+import json
+import os
+import re
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what runs here; the target is another matter
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the metadata server of a TPU VM
+
+import jax
+from jax.experimental import topologies
+
+from trialgpt_jax import UserError
+from trialgpt_jax import config as config_lib
+from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.training.metrics import flops_per_token, parameter_count
+from trialgpt_jax.training.optimizer import make_optimizer
+from trialgpt_jax.training.train_step import compile_train_step, params_layout
+
+# What XLA:GPU asks a device about, for an H200 SXM (NVIDIA's datasheet and CUDA's device properties).
+_H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 28 patch: 1 }
+device_description_str: "NVIDIA H200"
+"""
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+_COLLECTIVES = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+
+
+def target_devices(target: str) -> tuple[list, str]:
+    """The devices of a target and their platform, "tpu" or "gpu".
+
+    Raises:
+      UserError: no such target, or its compiler is not installed.
+    """
+    try:
+        if target.startswith("h200"):
+            n = int(target.partition(":")[2] or 1)
+            topology = topologies.get_topology_desc(
+                platform="cuda", topology_name="H200", topology=f"1x1x{n}", target_config=_H200
+            )
+            return list(topology.devices), "gpu"
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
+        return list(topology.devices), "tpu"
+    except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--target={target} cannot be compiled for here: {reason}; see the top of this file") from None
+
+
+def collectives(hlo_text: str) -> dict[str, dict[str, float]]:
+    """Kind -> {count, bytes} of the collectives in a program's text; one in a loop's body counts once."""
+    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for shape, kind in re.findall(rf"= (\(?[^=]*?\)?) ({_COLLECTIVES})(?:-start)?\(", hlo_text):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        size = 0
+        for dtype, dims in arrays:
+            count = 1
+            for dim in filter(None, dims.split(",")):
+                count *= int(dim)
+            size += count * _BYTES.get(dtype, 4)
+        found[kind]["count"] += 1
+        found[kind]["bytes"] += size
+    return dict(found)
+
+
+def compile_for(config, target: str) -> tuple[dict, str]:
+    """Compiles and describes; returns the description and the optimised program's text.
+
+    Raises:
+      UserError: as `target_devices`, or a config that does not go with the target.
+    """
+    devices, platform = target_devices(target)
+    config_lib.validate(config, len(devices))
+    gpt = config_lib.gpt_config(config, platform)
+    mesh = make_mesh(config_lib.mesh_sizes(config.mesh, len(devices)), devices)
+    params = params_layout(gpt, mesh)
+    report = {
+        "target": target, "device_kind": devices[0].device_kind, "chips": len(devices), "mesh": dict(mesh.shape),
+        "parameters": parameter_count(params), "tokens_per_step": config.train.batch_size * gpt.block_size,
+        "flops_per_step": flops_per_token(params, gpt) * config.train.batch_size * gpt.block_size,
+        "attention": gpt.attention, "remat": gpt.remat, "jax": jax.__version__,
+    }  # fmt: skip
+    try:
+        compiled = compile_train_step(
+            gpt, make_optimizer(config.optim, config.train.steps), mesh, batch_size=config.train.batch_size,
+            accumulate_steps=config.train.accumulate_steps, seed=config.seed,
+        )  # fmt: skip
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return report | {"fits": False, "why": str(error).strip().splitlines()[0]}, ""
+    text, plan = compiled.as_text(), compiled.memory_analysis()
+    known = accelerators.chip(devices[0].device_kind)
+    need = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
+    return report | {
+        "fits": known is None or need <= known.memory_bytes,
+        "bytes_needed": need,
+        "bytes_of_chip": known and known.memory_bytes,
+        "argument_bytes": plan.argument_size_in_bytes,
+        "temporary_bytes": plan.temp_size_in_bytes,
+        "collectives": collectives(text),
+        "custom_calls": dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))),
+    }, text  # fmt: skip
+
+
+FLAGS = {
+    "target": (None, "chips to compile for, e.g. v5e:4x4 or h200"),
+    "json": (False, "print one JSON object on stdout"),
+    "hlo": (None, "file for the optimised program"),
+}
+
+
+def main(argv: list[str]) -> int:
+    flags, config = config_lib.parse_command_line(argv, __doc__, FLAGS)
+    if not flags.target:
+        raise UserError("--target is missing, e.g. --target=v5e:4x4 or --target=h200")
+    report, text = compile_for(config, flags.target)
+    if flags.hlo and text:
+        with open(flags.hlo, "w") as file:
+            file.write(text)
+    if flags.json:
+        print(json.dumps(report))
+        return 0 if report["fits"] else 1
+    print(
+        f"{report['chips']} x {report['device_kind']}, mesh {report['mesh']}, attention {report['attention']}, remat {report['remat']}"
+    )
+    print(
+        f"{report['parameters']:,} parameters, {report['tokens_per_step']:,} tokens and {report['flops_per_step']:.3g} FLOPs per step"
+    )
+    if "bytes_needed" not in report:
+        print(f"DOES NOT FIT: {report['why']}")
+        return 1
+    gib = {
+        key: (report[key] or 0) / 2**30
+        for key in ("bytes_needed", "bytes_of_chip", "argument_bytes", "temporary_bytes")
+    }
+    print(
+        f"per chip: {gib['argument_bytes']:.2f} GiB state and batch + {gib['temporary_bytes']:.2f} GiB temporaries = "
+        f"{gib['bytes_needed']:.2f} of {gib['bytes_of_chip']:.2f} GiB: {'fits' if report['fits'] else 'DOES NOT FIT'}"
+    )
+    for kind, size in sorted(report["collectives"].items()):
+        print(f"{kind}: {size['count']} in the program, {size['bytes'] / 2**20:.1f} MiB (a loop's body counted once)")
+    print(
+        "kernels:", ", ".join(f"{name} x {count}" for name, count in sorted(report["custom_calls"].items())) or "none"
+    )
+    return 0 if report["fits"] else 1
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    config_lib.run(main)
