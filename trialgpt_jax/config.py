@@ -31,7 +31,7 @@ def default_config() -> ConfigDict:
     c.seed = 1337  # initial weights, data order and dropout
 
     c.data = ConfigDict()
-    c.data.dir = "data/openwebtext"  # token store: what preprocess writes and train reads
+    c.data.dir = "data/openwebtext"  # token store: preprocess writes it, train reads it; `a:0.7,b:0.3` is a mixture
     c.data.source = "openwebtext"  # corpus by name; `sotu` is built in, `files` reads source_options.path
     c.data.source_options = ConfigDict()
     c.data.source_options.path = ""  # for `files`: a file, a folder or a glob
