@@ -16,6 +16,7 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what runs here; the target is another matter
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the metadata server of a TPU VM
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks the chips, of which none is used
 
 import jax
 from jax.experimental import topologies

@@ -1,7 +1,5 @@
 """Attention against numpy in float64; the fused kernels' presence in programs compiled for chips that are not attached."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,9 +73,8 @@ def test_a_kernel_that_cannot_be_used_is_an_error_that_names_the_option(requeste
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_splash_compiles_for_tpu_with_its_gradient(kv_heads, monkeypatch):
+def test_splash_compiles_for_tpu_with_its_gradient(kv_heads):
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
-    monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
     from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh

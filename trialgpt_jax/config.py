@@ -310,7 +310,7 @@ def _update(config: ConfigDict, values: dict, path: str, prefix: str = "") -> No
 
 
 # Fields that a resumed run may change without becoming another run: how it is watched, kept and laid out on devices.
-_HARMLESS = ("eval.", "log.", "checkpoint.", "mesh.", "data.num_workers", "train.max_", "train.attention", "train.remat",
+_HARMLESS = ("eval.", "log.", "checkpoint.", "mesh.", "data.num_workers", "data.encoder", "train.max_", "train.attention", "train.remat",
              "train.scan_unroll", "train.init_from")  # fmt: skip
 
 
