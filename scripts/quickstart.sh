@@ -19,4 +19,4 @@ run() {
 run python -m trialgpt_jax.preprocess --config=configs/quickstart.py "$@"
 run python -m trialgpt_jax.train --config=configs/quickstart.py --workdir="$workdir" "$@"
 run python -m trialgpt_jax.evaluate --workdir="$workdir"
-run python -m trialgpt_jax.infer --workdir="$workdir" --prompt="The people of the United States"
+run python -m trialgpt_jax.infer --workdir="$workdir" --prompt="The people of the United States" --top_p=0.9

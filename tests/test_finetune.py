@@ -15,8 +15,9 @@ from trialgpt_jax.config import gpt_config, save_snapshot
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.evaluate import evaluate, load_params
 from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.train import keep_tokenizer, train
+from trialgpt_jax.train import train
 from trialgpt_jax.training.checkpoint import Checkpoints
+from trialgpt_jax.workdir import keep_tokenizer
 
 
 def make_workdir(config, folder):

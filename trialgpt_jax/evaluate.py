@@ -17,10 +17,10 @@ from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.model.gpt import GPTConfig
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.train import check_tokenizer
 from trialgpt_jax.training import train_step as steps_lib
 from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.metrics import bits_per_byte, say
+from trialgpt_jax.workdir import check_tokenizer
 
 
 def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0, split: str = "val") -> dict:

@@ -3,13 +3,8 @@
 A workdir that has checkpoints is resumed, exactly, by the same command. SIGTERM or Ctrl-C saves and exits with status 75.
 """
 
-import contextlib
-import fcntl
-import json
 import math
 import os
-import signal
-import socket
 import time
 from collections.abc import Iterator
 
@@ -19,7 +14,6 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, pretrained
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches, train_batches
 from trialgpt_jax.data.token_store import TokenStore, open_store
 from trialgpt_jax.model import hf
@@ -36,6 +30,7 @@ from trialgpt_jax.training.metrics import (
     say,
 )
 from trialgpt_jax.training.optimizer import make_optimizer, schedule
+from trialgpt_jax.workdir import StopRequest, check_tokenizer, keep_tokenizer, locked
 
 
 def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...] = ()) -> int:
@@ -57,7 +52,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     config = config.copy_and_resolve_references()
     config.model.vocab_size = config.model.vocab_size or store.vocab_size
     check_vocabulary(store, config)
-    with _locked(workdir), _StopRequest() as stop:
+    with locked(workdir), StopRequest() as stop:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, say)
         checkpoints.discard_interrupted()
         steps = checkpoints.steps()
@@ -308,43 +303,6 @@ def check_vocabulary(store: TokenStore, config: ConfigDict) -> None:
         )
 
 
-def keep_tokenizer(store: TokenStore, workdir: str) -> None:
-    """Puts the store's tokenizer into the workdir, so that generation needs no token store.
-
-    Raises:
-      UserError: the workdir's model was trained on ids of another tokenizer.
-    """
-    path = os.path.join(workdir, "tokenizer.json")
-    mine = {"name": store.tokenizer, "hash": store.tokenizer_hash}
-    if os.path.exists(path):
-        check_tokenizer(store, workdir)
-        return
-    if store.tokenizer != "gpt2":
-        tokenizer_lib.from_store(store.folder).save(workdir)
-    with open(path + ".part", "w") as file:
-        json.dump(mine, file)
-    os.replace(path + ".part", path)
-
-
-def check_tokenizer(store: TokenStore, workdir: str) -> None:
-    """Refuses a token store made with another tokenizer than the one that the workdir's model was trained with.
-
-    Raises:
-      UserError: names both.
-    """
-    try:
-        with open(os.path.join(workdir, "tokenizer.json")) as file:
-            trained = json.load(file)
-    except FileNotFoundError:
-        return  # not trained yet
-    same_hash = None in (store.tokenizer_hash, trained["hash"]) or store.tokenizer_hash == trained["hash"]
-    if store.tokenizer != trained["name"] or not same_hash:
-        raise UserError(
-            f"data.dir={store.folder} was made with tokenizer {store.tokenizer} ({store.tokenizer_hash}), but the model in "
-            f"{workdir} was trained with {trained['name']} ({trained['hash']}); preprocess the text with that one"
-        )
-
-
 def memory_plan(compiled: jax.stages.Compiled, device: jax.Device) -> str:
     """The compiled program's memory per device against what the device has, and what to change if it does not fit."""
     plan = compiled.memory_analysis()
@@ -358,70 +316,6 @@ def memory_plan(compiled: jax.stages.Compiled, device: jax.Device) -> str:
     if total > has:
         text += "; THIS DOES NOT FIT: raise train.accumulate_steps, set train.remat=dots or block, or split the state with mesh.fsdp"
     return text
-
-
-@contextlib.contextmanager
-def _locked(workdir: str) -> Iterator[None]:
-    """Holds `<workdir>/lock` for this process; the kernel releases it when the process dies, however it dies.
-
-    Raises:
-      UserError: the folder cannot be written, or another run holds it.
-    """
-    path = os.path.join(workdir, "lock")
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another folder") from None
-    with file:
-        if jax.process_index() == 0:  # one lock for all processes of a job
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(
-                    f"--workdir={workdir} is in use by {holder}; stop it or choose another folder"
-                ) from None
-            file.truncate(0)
-            file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
-            file.flush()
-        yield
-
-
-class _StopRequest:
-    """SIGTERM or Ctrl-C, once: stop after this step. A second one ends the process at once."""
-
-    def __enter__(self):
-        self._asked = False
-        self._previous = {}
-        if (
-            jax.process_count() == 1
-        ):  # with several, JAX's preemption service listens, and a handler here would deafen it
-            for number in (signal.SIGTERM, signal.SIGINT):
-                with contextlib.suppress(
-                    ValueError
-                ):  # not in the main thread (a notebook, a test): nothing to listen to
-                    self._previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number, frame):
-        for each, handler in self._previous.items():
-            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else handler)
-        self._asked = True
-        say("stopping after this step; once more to leave at once")
-
-    def __exit__(self, *exception):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def requested(self, step: int, elapsed: float, max_seconds: float) -> bool:
-        """Whether to stop after `step`; every process gets the same answer at the same step."""
-        late = bool(max_seconds) and elapsed >= max_seconds
-        if jax.process_count() == 1:
-            return self._asked or late
-        late = bool(max_seconds) and bool(multihost_utils.broadcast_one_to_all(late))
-        return multihost_utils.reached_preemption_sync_point(step) or late
 
 
 FLAGS = {

@@ -1,0 +1,115 @@
+"""What keeps a workdir in order besides its checkpoints: one run at a time, a stop on request, the tokenizer it was made with."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from trialgpt_jax import UserError
+from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.data.token_store import TokenStore
+from trialgpt_jax.training.metrics import say
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+    """Holds `<workdir>/lock` for this process; the kernel releases it when the process dies, however it dies.
+
+    Raises:
+      UserError: the folder cannot be written, or another run holds it.
+    """
+    path = os.path.join(workdir, "lock")
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another folder") from None
+    with file:
+        if jax.process_index() == 0:  # one lock for all processes of a job
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"--workdir={workdir} is in use by {holder}; stop it or choose another folder"
+                ) from None
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+            file.flush()
+        yield
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C, once: stop after this step. A second one ends the process at once."""
+
+    def __enter__(self):
+        self._asked = False
+        self._previous = {}
+        if jax.process_count() > 1:  # JAX's preemption service listens then, and a handler here would deafen it
+            return self
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread (a notebook): there is nothing to listen to
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame):
+        for each, handler in self._previous.items():
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else handler)
+        self._asked = True
+        say("stopping after this step; once more to leave at once")
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int, elapsed: float, max_seconds: float) -> bool:
+        """Whether to stop after `step`; every process gets the same answer at the same step."""
+        late = bool(max_seconds) and elapsed >= max_seconds
+        if jax.process_count() == 1:
+            return self._asked or late
+        late = bool(max_seconds) and bool(multihost_utils.broadcast_one_to_all(late))
+        return multihost_utils.reached_preemption_sync_point(step) or late
+
+
+def keep_tokenizer(store: TokenStore, workdir: str) -> None:
+    """Puts the store's tokenizer into the workdir, so that generation needs no token store.
+
+    Raises:
+      UserError: the workdir's model was trained on ids of another tokenizer.
+    """
+    path = os.path.join(workdir, "tokenizer.json")
+    mine = {"name": store.tokenizer, "hash": store.tokenizer_hash}
+    if os.path.exists(path):
+        check_tokenizer(store, workdir)
+        return
+    if store.tokenizer != "gpt2":
+        tokenizer_lib.from_store(store.folder).save(workdir)
+    with open(path + ".part", "w") as file:
+        json.dump(mine, file)
+    os.replace(path + ".part", path)
+
+
+def check_tokenizer(store: TokenStore, workdir: str) -> None:
+    """Refuses a token store made with another tokenizer than the one that the workdir's model was trained with.
+
+    Raises:
+      UserError: names both.
+    """
+    try:
+        with open(os.path.join(workdir, "tokenizer.json")) as file:
+            trained = json.load(file)
+    except FileNotFoundError:
+        return  # not trained yet
+    same_hash = None in (store.tokenizer_hash, trained["hash"]) or store.tokenizer_hash == trained["hash"]
+    if store.tokenizer != trained["name"] or not same_hash:
+        raise UserError(
+            f"data.dir={store.folder} was made with tokenizer {store.tokenizer} ({store.tokenizer_hash}), but the model in "
+            f"{workdir} was trained with {trained['name']} ({trained['hash']}); preprocess the text with that one"
+        )
