@@ -12,10 +12,12 @@ line, Python's start-up included. Memory is the proportional set size of all pro
 import argparse
 import glob
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -144,10 +146,11 @@ def main() -> None:
         }
         with open(f"{folder}/tiktoken0/manifest.json", encoding="utf-8") as file:
             text = sum(shard["bytes"] for shard in json.load(file)["shards"])
-    seconds = {name: min(s for s, _, _ in run) for name, run in runs.items()}
+    seconds = {name: statistics.median(s for s, _, _ in run) for name, run in runs.items()}
     figures = {
-        "what": f"{text / 1e6:.1f} MB of text to GPT-2 ids, {PROCESSES} processes; times as fast: best of the rounds",
+        "what": f"{text / 1e6:.1f} MB of text to GPT-2 ids, {PROCESSES} processes; times as fast: ratio of the medians",
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: importlib.metadata.version(name) for name in ("datasets", "tiktoken", "gigatoken", "numpy")},
         "seconds": {name: [round(s, 2) for s, _, _ in run] for name, run in runs.items()},
         "cpu_seconds": {name: [round(cpu, 1) for _, _, cpu in run] for name, run in runs.items()},
         "peak_memory_mb": {name: round(max(mb for _, mb, _ in run)) for name, run in runs.items()},
