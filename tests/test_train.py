@@ -221,3 +221,29 @@ def test_finished_runs_are_left_alone(reference, long_config, default_file):
     result = train(long_config, reference[0], file=default_file)
     assert result.returncode == 0 and "nothing to do" in result.stderr
     assert (reference[0] / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "llm.c", "mixture"])
+def test_stores_of_others_and_mixtures_train_directly(kind, config, store, tmp_path, default_file):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        ids = rng.integers(0, 50257, 5000).astype("<u2")
+        if kind == "nanogpt":
+            ids.tofile(folder / f"{split}.bin")
+        else:
+            header = np.zeros(256, "<i4")
+            header[:3] = 20240520, 1, len(ids)
+            (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + ids.tobytes())
+    config.data.dir = f"{store}:0.75,{store}:0.25" if kind == "mixture" else str(folder)
+    config.model.vocab_size = 512 if kind == "mixture" else 50257
+    config.train.steps = 6
+    config.eval.every_steps = 3
+    result = train(config, tmp_path / "run", file=default_file)
+    assert result.returncode == 0, result.stderr
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    text = run("infer", f"--workdir={tmp_path}/run", "--prompt=The people", "--max_new_tokens=3")
+    assert text.returncode == 0 and text.stdout.startswith("The people"), text.stderr

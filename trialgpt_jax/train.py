@@ -51,6 +51,11 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     store = open_store(config.data.dir)
     config = config.copy_and_resolve_references()
     config.model.vocab_size = config.model.vocab_size or store.vocab_size
+    if config.data.tokenizer != store.tokenizer:  # generation reads the tokenizer's name from the workdir's config
+        say(
+            f"data.tokenizer={config.data.tokenizer}, but {store.folder} was made with {store.tokenizer}, which is used"
+        )
+        config.data.tokenizer = store.tokenizer
     check_vocabulary(store, config)
     with locked(workdir), StopRequest() as stop:
         checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, say)
