@@ -1,13 +1,18 @@
 """Shared by the tests: a small token store of real text, a small config for it, and the command lines as a user runs them."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
+from trialgpt_jax import config as config_lib
 from trialgpt_jax.config import default_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,3 +104,47 @@ def metrics(workdir, keys=("step", "tokens", "loss", "lr", "grad_norm", "val_los
     """The lines of metrics.jsonl, times left out."""
     lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in keys if key in line} for line in lines]
+
+
+class Result(NamedTuple):
+    """What a command line that ran in this process left: as a CompletedProcess."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class _Watched(io.StringIO):
+    """Output of a command; `on_line` sees each line of it as it is said."""
+
+    def __init__(self, on_line):
+        super().__init__()
+        self._on_line = on_line
+
+    def write(self, text):
+        super().write(text)
+        for line in text.splitlines():
+            self._on_line(line)
+        return len(text)
+
+
+def call(module, *arguments, on_line=lambda line: None):
+    """Runs a command line in this process, as `python -m` would: much faster than `run`, and an error in it is the test's."""
+    main = importlib.import_module(f"trialgpt_jax.{module}").main
+    out, err = io.StringIO(), _Watched(on_line)
+    argv, sys.argv = sys.argv, [module, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            config_lib.run(main)
+    finally:
+        sys.argv = argv
+    return Result(end.value.code, out.getvalue(), err.getvalue())
+
+
+def tree(folder):
+    """Everything below a folder, with contents and times of writing: equal when nothing has been touched."""
+    paths = sorted(pathlib.Path(folder).rglob("*"))
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [pathlib.Path(folder), *paths]
+    }

@@ -95,7 +95,7 @@ def default_config() -> ConfigDict:
     c.train.scan_unroll = 1  # layers per iteration of the scan; n_layer = unrolled
     c.train.init_from = ""  # workdir or Hugging Face folder whose weights start this run (fine-tuning)
     c.train.max_seconds = 0.0  # save and exit 75 after this long; 0 = no limit
-    c.train.max_skipped = 10  # non-finite steps in a row that stop the run
+    c.train.max_skipped = 10  # skipped steps in a row that stop the run
 
     c.mesh = ConfigDict()  # devices per axis; -1 = the rest
     c.mesh.data = -1  # copies of the model, each with its part of the batch
@@ -107,6 +107,8 @@ def default_config() -> ConfigDict:
     c.checkpoint.every_minutes = 0.0  # as well as every_steps; 0 = never
     c.checkpoint.keep_last = 2  # newest checkpoints kept
     c.checkpoint.keep_best = 1  # and this many with the lowest validation loss
+    c.checkpoint.keep_period = 0  # and for ever those of steps that are a multiple of it; 0 = none
+    c.checkpoint.on_error = "stop"  # where one cannot be saved, the disk being full: stop | continue
 
     c.eval = ConfigDict()
     c.eval.every_steps = 1000  # 0 = never
@@ -158,13 +160,15 @@ _CHOICES = {
     "train.dtype": ("auto", "float32", "bfloat16", "float64"), "train.param_dtype": ("float32", "float64"),
     "train.attention": ("auto", "cudnn", "splash", "xla"), "data.split": ("hash", "nanogpt"),
     "data.encoder": ("tiktoken", "gigatoken"), "data.source_options.on_error": ("stop", "skip"),
+    "checkpoint.on_error": ("stop", "continue"),
 }  # fmt: skip
 _AT_LEAST = {
     1: "data.shard_tokens model.block_size model.n_layer model.n_head model.n_embd train.steps train.batch_size "
     "train.accumulate_steps train.scan_unroll train.max_skipped checkpoint.keep_last log.every_steps",
     0: "data.num_workers model.vocab_size model.n_kv_head model.head_dim model.logit_softcap optim.warmup_steps "
     "optim.learning_rate optim.muon_learning_rate optim.weight_decay optim.clip_norm optim.eps train.max_seconds "
-    "checkpoint.every_steps checkpoint.every_minutes checkpoint.keep_best eval.every_steps eval.batches seed data.split_seed",
+    "checkpoint.every_steps checkpoint.every_minutes checkpoint.keep_best "
+    "checkpoint.keep_period eval.every_steps eval.batches seed data.split_seed",
 }
 _UNIT_INTERVAL = ("optim.min_lr_ratio", "optim.decay_fraction")  # 0 <= x <= 1
 _HALF_OPEN = ("data.val_fraction", "model.dropout", "optim.b1", "optim.b2", "optim.muon_momentum")  # 0 <= x < 1

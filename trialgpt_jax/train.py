@@ -3,6 +3,8 @@
 A workdir that has checkpoints is resumed, exactly, by the same command. SIGTERM or Ctrl-C saves and exits with status 75.
 """
 
+import contextlib
+import errno
 import math
 import os
 import time
@@ -20,7 +22,7 @@ from trialgpt_jax.model import hf
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
 from trialgpt_jax.training import train_step as steps_lib
-from trialgpt_jax.training.checkpoint import Checkpoints
+from trialgpt_jax.training.checkpoint import Checkpoints, SaveError, state_bytes
 from trialgpt_jax.training.metrics import (
     MetricsLog,
     bits_per_byte,
@@ -30,23 +32,36 @@ from trialgpt_jax.training.metrics import (
     say,
 )
 from trialgpt_jax.training.optimizer import make_optimizer, schedule
-from trialgpt_jax.workdir import StopRequest, check_tokenizer, keep_tokenizer, locked
+from trialgpt_jax.workdir import StopRequest, check_tokenizer, keep_tokenizer, locked, probe
 
 
-def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...] = ()) -> int:
+def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...] = (), *, dry_run: bool = False) -> int:
     """Trains from the newest whole checkpoint of `workdir`, or from step 0, to `config.train.steps`.
 
     Args:
       config: see `config.default_config`.
       workdir: folder for config.json, metrics.jsonl, checkpoints/ and tensorboard/; made if it is not there.
       allow_config_change: fields that may differ from the ones the workdir's run was started with.
+      dry_run: check everything, compile and read one batch, and leave the workdir as it was.
 
     Returns:
       The exit status: 0 when the last step is done and saved, 75 when stopped on request after saving.
 
     Raises:
-      UserError: a config, token store or workdir that cannot be trained with.
+      UserError: a config, token store or workdir that cannot be trained with, or a disk that is full.
     """
+    try:
+        return _train(config, workdir, allow_config_change, dry_run)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{error.filename or workdir} cannot be written, for the disk is full; free some space, and run the same "
+            "command to go on from the newest checkpoint"
+        ) from None
+
+
+def _train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...], dry_run: bool) -> int:
     config_lib.validate(config, jax.device_count())
     store = open_store(config.data.dir)
     config = config.copy_and_resolve_references()
@@ -57,9 +72,17 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         )
         config.data.tokenizer = store.tokenizer
     check_vocabulary(store, config)
-    with locked(workdir), StopRequest() as stop:
-        checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best, say)
-        checkpoints.discard_interrupted()
+    if config.checkpoint.on_error == "continue" and jax.process_count() > 1:
+        raise UserError(
+            "checkpoint.on_error=continue is for one process: of several, the others wait for the one that failed"
+        )
+    if dry_run:
+        probe(workdir)
+    with contextlib.nullcontext() if dry_run else locked(workdir), StopRequest() as stop:
+        keep = config.checkpoint
+        checkpoints = Checkpoints(workdir, keep.keep_last, keep.keep_best, keep.keep_period, say)
+        if not dry_run:
+            checkpoints.discard_interrupted()
         steps = checkpoints.steps()
         # a workdir of `convert` has parameters alone: its run has yet to begin, and may be any run of that model
         converted = bool(steps) and checkpoints.params_only(steps[-1])
@@ -72,22 +95,30 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
                 for change in config_lib.check_resumable(config, snapshot, allow_config_change):
                     say(change)
             check_tokenizer(store, workdir)
-        if steps and not converted and steps[-1] >= config.train.steps:
-            say(f"done: {workdir} has the checkpoint of step {steps[-1]}; nothing to do")
+        step = None if converted else checkpoints.newest_whole()
+        if step is not None and step >= config.train.steps:
+            say(f"done: {workdir} has the checkpoint of step {step}; nothing to do")
             return 0
         init_from = workdir if converted else "" if steps else config.train.init_from
         if init_from:
             pretrained.check(init_from, config, store)
             if not hf.is_hf_folder(init_from):
                 check_tokenizer(store, init_from)
-        run = _Run(config, workdir, store, checkpoints, stop, init_from)
+        run = _Run(config, store, checkpoints, stop, step)
+        if dry_run:
+            begin = f"go on from checkpoint {step}" if step else "start at step 0"
+            say(f"dry run: a batch of {next(run.batches).shape} ids is read, nothing is written; a run would {begin}")
+            run.batches.close()
+            return 0
+        run.start(workdir, store, init_from)
         return run.loop()
 
 
 class _Run:
     """The compiled step, the state and the data of one run, and the loop over them."""
 
-    def __init__(self, config, workdir, store, checkpoints, stop, init_from):
+    def __init__(self, config, store, checkpoints, stop, step):
+        """Plans and compiles, and writes nothing; `step` is that of the checkpoint to go on from, None = none."""
         self.config, self.checkpoints, self.stop = config, checkpoints, stop
         train = config.train
         self.gpt = config_lib.gpt_config(config, jax.devices()[0].platform)
@@ -97,8 +128,7 @@ class _Run:
         self.tokens_per_step = train.batch_size * self.gpt.block_size
         self.train_split, self.val_split = store.split("train"), store.split("val")
         self.eval_batch_size = train.batch_size // train.accumulate_steps
-        step = None if init_from else checkpoints.newest_whole()
-        self.first_step = step or 0
+        self.resumed, self.first_step = step is not None, step or 0
         # The data first: a split without a window is refused now, and batches are made ready while the step is compiled.
         self.batches = train_batches(
             self.train_split,
@@ -113,7 +143,8 @@ class _Run:
         if config.eval.every_steps:
             next(self._eval_batches())
 
-        layout = steps_lib.state_layout(self.gpt, self.optimizer, self.mesh)
+        self.layout = layout = steps_lib.state_layout(self.gpt, self.optimizer, self.mesh)
+        checkpoints.check_space(state_bytes(layout))
         self.flops_per_token = flops_per_token(layout.params, self.gpt)
         device = jax.devices()[0]
         self.chip = accelerators.chip(device.device_kind)
@@ -142,13 +173,17 @@ class _Run:
             )
         say(f"compiled in {time.monotonic() - start:.1f} s; {memory_plan(self.step, device)}")
 
-        if step is None:
+    def start(self, workdir: str, store: TokenStore, init_from: str) -> None:
+        """Makes or restores the state, and opens the workdir's files."""
+        config = self.config
+        if self.resumed:
+            self.state = self.checkpoints.restore(self.first_step, self.layout)
+            self.checkpoints.set_aside_after(self.first_step)
+            say(f"resumed from checkpoint {self.first_step}")
+        else:
             self.state = steps_lib.create_state(self.gpt, self.optimizer, config.seed, self.mesh)
             if init_from:
                 self.state = self.state.replace(params=pretrained.load(init_from, self.gpt, self.mesh))
-        else:
-            self.state = checkpoints.restore(step, layout)
-            say(f"resumed from checkpoint {step}")
         if jax.process_index() == 0:
             config_lib.save_snapshot(config, workdir)
             keep_tokenizer(store, workdir)
@@ -170,6 +205,8 @@ class _Run:
         stopped = False
         try:
             for step in range(self.first_step + 1, n_steps + 1):
+                with self._save_may_fail():
+                    self.checkpoints.poll()
                 self.state, metrics = self.step(self.state, tokens)
                 if step < n_steps:
                     tokens = put_batch(next(self.batches), sharding)  # while the device computes
@@ -192,14 +229,18 @@ class _Run:
                     pending = None
                     val_loss = self._evaluate(step) if evaluate else None
                     if save:
-                        self._save(step, val_loss)
+                        self._save(step, val_loss, last=stopped or step == n_steps)
                         saved_at, saved_step = time.monotonic(), step
                     self._restart_clock(step)
                 if stopped:
                     break
+            self.checkpoints.wait()
+        except SaveError as error:
+            raise UserError(str(error)) from None
         finally:
             self.batches.close()
-            self.checkpoints.wait()  # however the loop ends: a save that has begun becomes whole
+            with contextlib.suppress(SaveError):  # something else ended the loop, and is told
+                self.checkpoints.wait()  # however it ends: a save that has begun becomes whole
             if self.log:
                 self.log.close()
         if stopped:
@@ -275,11 +316,24 @@ class _Run:
         )
         return loss if math.isfinite(loss) else None
 
-    def _save(self, step: int, val_loss: float | None) -> None:
-        if self.log:
-            self.log.sync()
-        held_up = self.checkpoints.save(step, self.state, val_loss)
-        say(f"step {step}: saving a checkpoint; it held training up for {held_up:.2f} s")
+    def _save(self, step: int, val_loss: float | None, last: bool) -> None:
+        with self._save_may_fail():
+            self.checkpoints.wait()
+        with self._save_may_fail(last):
+            if self.log:
+                self.log.sync()
+            held_up = self.checkpoints.save(step, self.state, val_loss)
+            say(f"step {step}: saving a checkpoint; it held training up for {held_up:.2f} s")
+
+    @contextlib.contextmanager
+    def _save_may_fail(self, last: bool = False) -> Iterator[None]:
+        """Around what tells that a save has failed: training goes on where that is asked for, but never ends unsaved."""
+        try:
+            yield
+        except (SaveError, OSError) as error:
+            if last or self.config.checkpoint.on_error == "stop":
+                raise
+            say(f"{error}; training goes on (checkpoint.on_error=continue)")
 
     def _agree(self, wish) -> bool:
         """Process 0's wish, on all processes: their clocks differ, and they must save together."""
@@ -326,6 +380,7 @@ def memory_plan(compiled: jax.stages.Compiled, device: jax.Device) -> str:
 FLAGS = {
     "workdir": (None, "folder of the run; one that has checkpoints is resumed"),
     "allow_config_change": ("", "comma-separated config fields in which a resumed run may differ"),
+    "dry_run": (False, "check everything, compile, print the plan, read a batch; write nothing"),
     "coordinator_address": (None, "host:port of process 0, where JAX does not find it by itself"),
     "num_processes": (0, "processes of the job, with --coordinator_address"),
     "process_id": (-1, "number of this process, with --coordinator_address"),
@@ -338,7 +393,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--workdir=FOLDER is missing: where the run keeps its config, metrics and checkpoints")
     config_lib.validate(config)
     accelerators.start(flags.coordinator_address, flags.num_processes, flags.process_id)
-    return train(config, flags.workdir, tuple(filter(None, flags.allow_config_change.split(","))))
+    allowed = tuple(filter(None, flags.allow_config_change.split(",")))
+    return train(config, flags.workdir, allowed, dry_run=flags.dry_run)
 
 
 if __name__ == "__main__":

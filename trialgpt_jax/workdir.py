@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,6 +19,31 @@ from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.training.metrics import say
 
 
+def probe(workdir: str) -> None:
+    """Finds out whether `locked` would let a run begin here, and leaves everything as it was.
+
+    Raises:
+      UserError: as `locked`.
+    """
+    path = os.path.abspath(workdir)
+    missing = []
+    while not os.path.isdir(path) and path != os.path.dirname(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    with _writable(workdir):
+        try:
+            for folder in reversed(missing):
+                os.mkdir(folder)
+            with tempfile.NamedTemporaryFile(dir=workdir, prefix="probe"):
+                pass
+        finally:
+            for folder in missing:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(folder)
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(workdir, "lock")) as file:
+        _take(file, workdir)
+
+
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
     """Holds `<workdir>/lock` for this process; the kernel releases it when the process dies, however it dies.
@@ -24,26 +51,33 @@ def locked(workdir: str) -> Iterator[None]:
     Raises:
       UserError: the folder cannot be written, or another run holds it.
     """
-    path = os.path.join(workdir, "lock")
-    try:
+    with _writable(workdir):
         os.makedirs(workdir, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 - open as long as the lock is held
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another folder") from None
+        file = open(os.path.join(workdir, "lock"), "a+")  # noqa: SIM115 - open as long as the lock is held
     with file:
         if jax.process_index() == 0:  # one lock for all processes of a job
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(
-                    f"--workdir={workdir} is in use by {holder}; stop it or choose another folder"
-                ) from None
+            _take(file, workdir)
             file.truncate(0)
             file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
             file.flush()
         yield
+
+
+@contextlib.contextmanager
+def _writable(workdir: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}; choose another folder") from None
+
+
+def _take(file: IO, workdir: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"--workdir={workdir} is in use by {holder}; stop it or choose another folder") from None
 
 
 class StopRequest:

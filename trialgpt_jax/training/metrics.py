@@ -1,14 +1,17 @@
 """What is said about a run: FLOPs, MFU and bits per byte, and where the numbers go."""
 
+import contextlib
 import json
 import math
 import os
+import socket
 import sys
+import time
 
 import jax
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax.model.gpt import GPTConfig, head
 
 
@@ -86,19 +89,15 @@ class MetricsLog:
         self._path = os.path.join(workdir, "metrics.jsonl")
         kept = _lines_up_to(self._path, resume_step)
         self.last = kept[-1] if kept else {}
-        with open(self._path + ".part", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self._path + ".part", self._path)
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)  # of a store's object: nothing can be appended
+        files.write(self._path, self._text)
+        self._size = len(self._text.encode())  # bytes of whole lines on disk
+        self._unwritten = ""
         self._tensorboard = self._wandb = None
-        if log.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            folder = os.path.join(workdir, "tensorboard")
-            # purge_step hides the points of an earlier process that this one will write again
-            self._tensorboard = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
+        if log.tensorboard and files.is_remote(workdir):
+            say("log.tensorboard is off: its files are appended to, which an object store cannot do")
+        elif log.tensorboard:
+            self._tensorboard = _TensorBoard(os.path.join(workdir, "tensorboard"), resume_step)
         if log.wandb:
             try:
                 import wandb
@@ -108,41 +107,104 @@ class MetricsLog:
             self._wandb = wandb.init(project=log.wandb, name=name, id=name, resume="allow", config=config.to_dict())
 
     def write(self, line: dict) -> None:
-        """Appends a line; it carries `step`."""
-        self._file.write(json.dumps(line) + "\n")
-        numbers = {k: v for k, v in line.items() if k != "step"}
+        """Adds a line; it carries `step`. While the disk is full, lines wait for room, and `sync` tells it."""
+        self._unwritten += json.dumps(line) + "\n"
+        if not files.is_remote(self._path):
+            with contextlib.suppress(OSError):
+                self._append(sync=False)
+        numbers = {k: v for k, v in line.items() if k != "step" and v is not None}
         if self._tensorboard:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, line["step"])
+            try:
+                self._tensorboard.write(line["step"], numbers)
+            except OSError as error:
+                say(f"log.tensorboard is off from step {line['step']} on: {error}")
+                self._tensorboard = None
         if self._wandb:
             self._wandb.log(numbers, step=line["step"])
 
+    def _append(self, sync: bool) -> None:
+        data = self._unwritten.encode()
+        with open(self._path, "r+b") as file:
+            file.truncate(self._size)  # of a write that a full disk cut short
+            file.seek(self._size)
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        self._size, self._unwritten = self._size + len(data), ""
+
     def sync(self) -> None:
-        """Puts everything written on disk; called before a checkpoint, which promises the lines up to its step."""
-        os.fsync(self._file.fileno())
+        """Puts everything on disk or into the store; called before a checkpoint, which promises the lines up to its step.
+
+        Raises:
+          OSError: it cannot be written; nothing is lost yet.
+        """
+        if files.is_remote(self._path):
+            self._text, self._unwritten = self._text + self._unwritten, ""
+            files.write(self._path, self._text)
+        else:
+            self._append(sync=True)
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        """Ends the log. What could not be written since the last `sync` belongs to no checkpoint."""
+        with contextlib.suppress(OSError):
+            self.sync()
+            if self._tensorboard:
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
 
+class _TensorBoard:
+    """An event file. tensorboardX's own writer has a thread that a full disk ends, whereupon the run would wait for ever."""
+
+    def __init__(self, folder: str, resume_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        os.makedirs(folder, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"  # sorts by the time when it was begun
+        self._records = RecordWriter(os.path.join(folder, name))
+        self._add(file_version="brain.Event:2")
+        if resume_step:  # hides the points of an earlier process that this one will write again
+            self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._flush()
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._add(step=step, summary=self._summary(value=values))
+        if time.monotonic() - self._flushed > 30:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._records.flush()
+        self._flushed = time.monotonic()
+
+    def _add(self, **fields) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        self._records.close()
+
+
 def _lines_up_to(path: str, step: int) -> list[dict]:
     """The lines of steps <= `step`; a last line that a kill cut short is dropped."""
-    if not os.path.exists(path):
+    if not files.exists(path):
         return []
-    with open(path) as file:
+    with files.open_file(path) as file:
         raw = file.read().splitlines()
     lines = []
     for number, text in enumerate(raw, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+            if type(line["step"]) is not int or not isinstance(line.get("seconds", 0.0), int | float):
+                raise ValueError("no step")
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(raw):
-                raise UserError(f"{path}, line {number}: not JSON; mend or remove the file") from None
+                raise UserError(f"{path}, line {number}: not a line of metrics; mend or remove the file") from None
     return [line for line in lines if line["step"] <= step]
 
 

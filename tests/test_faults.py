@@ -1,0 +1,174 @@
+"""Faults of the machine that one process meets while training: a full disk, bad batches, and what is asked for in time."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import call, metrics, overrides, refused, small_config, tree
+from test_train import assert_same_bits, final_state
+
+
+@pytest.fixture(scope="module")
+def reference(store, tmp_path_factory):
+    """A run that nothing went wrong in."""
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "default.py").write_text("from trialgpt_jax.config import default_config as get_config\n")
+    result = train(small_config(store), folder / "run", str(folder / "default.py"))
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def train(config, workdir, file, *arguments, **options):
+    flags = [f"--config={file}", *overrides(config), f"--workdir={workdir}", *arguments]
+    return call("train", *flags, **options)
+
+
+def folders(workdir):
+    return sorted(os.listdir(workdir / "checkpoints"), key=lambda name: (len(name), name))
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB; a checkpoint of the small model takes up to 0.6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here ({mounted.stderr.strip()}); test_checkpoint injects it")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    """A file that takes all there is."""
+    with open(folder / "hog", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # a traceback on the user's screen
+def test_a_full_disk_stops_the_run_with_one_line_and_when_there_is_room_it_goes_on(
+    reference, config, small_disk, default_file
+):
+    workdir = small_disk / "run"
+    config.checkpoint.update({"every_steps": 1, "keep_period": 1})  # keeps all, until the disk is full
+    result = train(config, workdir, default_file)
+    refused(
+        result, str(workdir / "checkpoints"), "the disk is full: the checkpoint takes", "too few", "last good one is"
+    )
+    last = int(folders(workdir)[-1])
+    assert f"the last good one is {last}" in result.stderr and f"the checkpoint of step {last + 1}" in result.stderr
+    assert f"step {last + 4:2}/20" not in result.stderr, "told late"
+    assert folders(workdir) == [str(step) for step in range(1, last + 1)]  # no temporary folders
+    assert sorted(os.listdir(workdir)) == ["checkpoints", "config.json", "lock", "metrics.jsonl", "tokenizer.json",
+                                           "tokenizer.tiktoken"]  # fmt: skip
+    assert call("convert", f"--workdir={workdir}", "--verify").returncode == 0
+
+    refused(train(config, workdir, default_file), "checkpoint.keep_last + checkpoint.keep_best + 1", "are free")
+    config.checkpoint.update({"every_steps": 5, "keep_period": 0})
+    for step in range(1, last - 1):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    result = train(config, workdir, default_file)
+    assert result.returncode == 0 and f"resumed from checkpoint {last}" in result.stderr, result.stderr
+    assert_same_bits(final_state(workdir), final_state(reference))
+
+
+def test_training_goes_on_over_a_full_disk_where_the_config_says_so(reference, config, small_disk, default_file):
+    workdir = small_disk / "run"
+    config.checkpoint.on_error = "continue"
+    config.log.tensorboard = True
+
+    def disturb(line):
+        if line.startswith("step  7/20"):
+            while (workdir / "saving").exists():
+                pass
+            fill(small_disk)
+        if "training goes on" in line:
+            os.remove(small_disk / "hog")
+
+    result = train(config, workdir, default_file, on_line=disturb)
+    assert result.returncode == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if "could not be saved" in line or "No space" in line]
+    assert len(told) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "step 10" in told[0] or "metrics.jsonl" in told[0]
+    assert set(folders(workdir)) <= {"5", "15", "20"} and folders(workdir)[-1] == "20"
+    assert metrics(workdir) == metrics(reference)
+    assert_same_bits(final_state(workdir), final_state(reference))
+
+
+def test_a_run_never_ends_unsaved_in_silence(config, small_disk, default_file):
+    config.checkpoint.update({"on_error": "continue", "every_steps": 0})
+
+    def disturb(line):
+        if line.startswith("step 12/20"):
+            fill(small_disk)
+
+    result = train(config, small_disk / "run", default_file, on_line=disturb)
+    refused(result, "disk is full")
+    assert "done: step 20" not in result.stderr
+
+
+def test_a_disk_too_small_for_what_is_to_be_kept_is_refused_before_anything_is_compiled(config, tmp_path, monkeypatch,
+                                                                                       default_file):  # fmt: skip
+    monkeypatch.setattr("trialgpt_jax.files.free_bytes", lambda path: 1_000_000)
+    result = train(config, tmp_path / "run", default_file)
+    refused(result, str(tmp_path / "run" / "checkpoints"), "1 = 4 of them need", "MB", "1.0 MB are free", "keep fewer")
+    assert "compiled" not in result.stderr
+
+
+# ---- saving by the clock, and the dry run
+
+
+def test_checkpoints_by_the_clock(config, tmp_path, default_file):
+    config.train.steps = 6
+    config.checkpoint.update({"every_steps": 0, "keep_last": 10})
+    for minutes, expected in ((1e-9, ["1", "2", "3", "4", "5", "6"]), (1e9, ["6"])):
+        config.checkpoint.every_minutes = minutes
+        workdir = tmp_path / str(minutes)
+        assert train(config, workdir, default_file).returncode == 0
+        assert folders(workdir) == expected
+
+
+def test_a_dry_run_checks_compiles_reads_and_leaves_nothing(reference, config, tmp_path, default_file):
+    before = tree(tmp_path)
+    result = train(config, tmp_path / "not" / "there", default_file, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "parameters",
+        "tokens per step",
+        "compiled in",
+        "memory per device",
+        "batch of (8, 33) ids",
+        "step 0",
+    ):
+        assert words in result.stderr, (words, result.stderr)
+    assert tree(tmp_path).keys() == before.keys()
+
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    before = tree(workdir).keys(), {k: v for k, v in tree(workdir).items() if k != str(workdir)}
+    result = train(config, workdir, default_file, "--dry_run")
+    assert result.returncode == 0 and "would go on from checkpoint 15" in result.stderr, result.stderr
+    assert (tree(workdir).keys(), {k: v for k, v in tree(workdir).items() if k != str(workdir)}) == before
+
+
+def test_a_dry_run_refuses_what_a_run_would(reference, config, tmp_path, default_file):
+    import fcntl
+
+    refused(train(config, "/proc/nowhere", default_file, "--dry_run"), "--workdir", "cannot be written")
+    with open(reference / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(train(config, reference, default_file, "--dry_run"), "in use")
+    config.optim.learning_rate = 1.0
+    refused(train(config, reference, default_file, "--dry_run"), "optim.learning_rate")
+    config.data.dir = str(tmp_path / "nowhere")
+    refused(train(config, tmp_path / "run", default_file, "--dry_run"), "data.dir")
+    assert not (tmp_path / "run").exists()
