@@ -14,9 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from trialgpt_jax import UserError
-from trialgpt_jax.model.gpt import GPT, Block, GPTConfig, logits
+from trialgpt_jax.model.gpt import GPT, Block, GPTConfig, cast_matrices, logits
+from trialgpt_jax.parallel.sharding import replicated
 
 
 class Sampling(NamedTuple):
@@ -43,6 +45,7 @@ class Sampling(NamedTuple):
 
 
 DEFAULT_SAMPLING = Sampling()
+CHUNK = 16  # tokens that one dispatch decodes
 
 
 class _State(NamedTuple):
@@ -59,16 +62,14 @@ def split_layers(params, config: GPTConfig):
 
     A slice of a stacked array would be copied at every token. Kernels and embeddings are cast, norms stay float32.
     """
+    return _split(params, config)
 
-    @jax.jit
-    def split(params):
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, p: p.astype(config.dtype) if path[-1].key in ("kernel", "embedding") else p, params
-        )
-        layers = tuple(jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(config.n_layer))
-        return {**params, "blocks": layers}
 
-    return split(params)
+@functools.partial(jax.jit, static_argnums=1)
+def _split(params, config: GPTConfig):
+    params = cast_matrices(params, config.dtype)
+    layers = tuple(jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(config.n_layer))
+    return {**params, "blocks": layers}
 
 
 def generate(
@@ -81,7 +82,7 @@ def generate(
     sampling: Sampling = DEFAULT_SAMPLING,
     seed: int = 0,
     stop_id: int | None = None,
-    chunk: int = 16,
+    chunk: int = CHUNK,
 ) -> Iterator[np.ndarray]:
     """Continues a prompt.
 
@@ -119,11 +120,8 @@ def generate(
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
 
-    draw = _Draw(jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p),
-                 jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples)),
-                 jnp.int32(-1 if stop_id is None else stop_id))  # fmt: skip
-    # Lengths are rounded up to powers of two, so that few programs are compiled.
-    cache_length = min(config.block_size, _power_of_two(len(prompt) + max_new_tokens))
+    draw = _draw(sampling, num_samples, seed, stop_id)
+    cache_length = _cache_length(config, len(prompt), max_new_tokens)
     padded = np.zeros((1, min(cache_length, _power_of_two(len(prompt)))), np.int32)
     padded[0, : len(prompt)] = prompt
     first_BxV, memory = _prefill(params, config, padded, len(prompt), num_samples, cache_length)
@@ -158,6 +156,60 @@ class _Draw(NamedTuple):
     top_p: jax.Array
     keys_B: jax.Array
     stop_id: jax.Array
+
+
+def _draw(sampling: Sampling, num_samples: int, seed: int, stop_id: int | None) -> _Draw:
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
+    stop_id = jnp.int32(-1 if stop_id is None else stop_id)
+    return _Draw(
+        jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p), keys_B, stop_id
+    )
+
+
+def compile_decode(
+    config: GPTConfig, mesh: Mesh, params_layout, *, num_samples: int, prompt_length: int, max_new_tokens: int
+) -> jax.stages.Compiled:
+    """Compiles what `generate` runs token after token for `mesh`, whose devices may be of a chip that is not attached.
+
+    The loop's body, one token of every sample, stands once in the program: its bytes are those of one token.
+
+    Args:
+      config: the model, for the mesh's platform.
+      mesh: from `make_mesh`.
+      params_layout: ShapeDtypeStructs of the parameters on it, from `train_step.params_layout`.
+      num_samples: B.
+      prompt_length: P.
+      max_new_tokens: with P, gives the length of the cache, as in `generate`.
+
+    Returns:
+      (params, state, slot before the first, n, draw) -> (state, tokens [B, chunk]); the state is donated.
+    """
+    S = _cache_length(config, prompt_length, max_new_tokens)
+
+    def array(shape, dtype, sharding=None):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or replicated(mesh))
+
+    def like(tree, shardings):
+        return jax.tree.map(lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding), tree, shardings)
+
+    with jax.set_mesh(mesh):
+        # where the compiler lays the split parameters and the cache is where the decode step finds them
+        split = _split.lower(params_layout, config).compile()
+        params = like(jax.eval_shape(_split, params_layout, config), split.output_shardings)
+        prefill_args = (params, config, array((1, min(S, _power_of_two(prompt_length))), jnp.int32),
+                        array((), jnp.int32), num_samples, S)  # fmt: skip
+        prefill = _prefill.lower(*prefill_args).compile()
+        _, memory = like(jax.eval_shape(_prefill, *prefill_args), prefill.output_shardings)
+        draw = jax.eval_shape(lambda: _draw(DEFAULT_SAMPLING, num_samples, 0, None))
+        draw = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), draw)
+        state = _State(array((num_samples,), jnp.int32), array((), jnp.int32), array((num_samples,), bool), memory)
+        integer = array((), jnp.int32)
+        return _decode.lower(params, config, state, integer, integer, CHUNK, draw).compile()
+
+
+def _cache_length(config: GPTConfig, prompt_length: int, max_new_tokens: int) -> int:
+    """S, rounded up to a power of two, so that few programs are compiled."""
+    return min(config.block_size, _power_of_two(prompt_length + max_new_tokens))
 
 
 def _power_of_two(n: int) -> int:

@@ -263,6 +263,15 @@ class GPT(nn.Module):
         return self.ln_f(x_BxTxC)
 
 
+def cast_matrices(params, dtype: jnp.dtype):
+    """Kernels and embeddings in the matmuls' dtype; biases and norm scales as they are (a norm's scale acts in float32)."""
+
+    def cast(path, p):
+        return p.astype(dtype) if path[-1].key in ("kernel", "embedding") else p
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def head(params, config: GPTConfig) -> jax.Array:
     """The [V, C] matrix whose rows are the ids' output vectors: the token embedding when tied."""
     return params["wte" if config.tie_embeddings else "lm_head"]["embedding"]

@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from trialgpt_jax.model.gpt import GPT, GPTConfig, head
+from trialgpt_jax.model.gpt import GPT, GPTConfig, cast_matrices, head
 from trialgpt_jax.model.loss import cross_entropy_sum
 from trialgpt_jax.parallel.sharding import RULES, batch_sharding, lay_out, put_batch, replicated
 
@@ -111,7 +111,7 @@ def train_step(
     B = tokens_BxU.shape[0]
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     # Matrices are cast once per step rather than once per microbatch. Vectors stay as they are: norms run in float32.
-    compute_params = _cast_matrices(state.params, config.dtype)
+    compute_params = cast_matrices(state.params, config.dtype)
 
     def loss_and_gradients(tokens, rows):
         key = jax.random.fold_in(step_key, rows[0]) if config.dropout else None
@@ -146,15 +146,6 @@ def train_step(
         "skipped_in_a_row": skipped_in_a_row,
     }
     return next_state, metrics
-
-
-def _cast_matrices(params, dtype):
-    """Kernels and embeddings in the matmuls' dtype; biases and norm scales as they are (a norm's scale acts in float32)."""
-
-    def cast(path, p):
-        return p.astype(dtype) if path[-1].key in ("kernel", "embedding") else p
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def eval_step(params, tokens_BxU: jax.Array, valid_B: jax.Array, *, config: GPTConfig) -> tuple[jax.Array, jax.Array]:
