@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: enters the repository root and a virtual environment with what $1 names.
 #   $1: what pip installs, e.g. `.` or `.[test]`
 # VENV is the environment's folder (default .venv, made if it is not there), PYTHON the interpreter that makes it.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 VENV=${VENV:-.venv}
 if [ ! -x "$VENV/bin/python" ]; then
     PYTHON=${PYTHON:-python3}

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of one machine.
+#
+#   bash scripts/multi_gpu.sh [options] [--] --config=FILE --workdir=FOLDER [flags of trialgpt_jax.train]
+#
+#   --processes=N  processes to start (default 1: JAX drives all GPUs of a machine from one process)
+#   --gpus=LIST    the GPUs, e.g. 0,1,2,3, shared out evenly; `none` leaves CUDA_VISIBLE_DEVICES alone
+#                  (default: CUDA_VISIBLE_DEVICES, or else all that nvidia-smi lists)
+#   --port=N       port of process 0 on this machine (default: a free one)
+#   --grace=S      seconds from SIGTERM to SIGKILL for the processes of a run in which one died (default 30)
+#   --dry_run      prints the commands and runs none
+#
+# PYTHON is the interpreter (default `python`). SIGTERM and Ctrl-C go to every process, which save and exit with 75; when one
+# fails, the others are ended, for they would wait for it. The exit status is the first one that is not 0.
+set -euo pipefail
+source "$(dirname "$0")/launcher_lib.sh"
+processes=1 gpus=${CUDA_VISIBLE_DEVICES:-} port='' grace=30 python=${PYTHON:-python}
+while (($#)); do
+    case $1 in
+        --help) usage; exit 0 ;;
+        --dry_run) dry_run=1 ;;
+        --processes=*) processes=${1#*=} ;;
+        --gpus=*) gpus=${1#*=} ;;
+        --port=*) port=${1#*=} ;;
+        --grace=*) grace=${1#*=} ;;
+        --) shift; break ;;
+        *) break ;;
+    esac
+    shift
+done
+(($#)) || die "nothing to run: give --config=FILE and --workdir=FOLDER; --help says more"
+[[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes=$processes: a whole number from 1 is needed"
+train=("$python" -m trialgpt_jax.train "$@")
+
+if ((processes == 1)); then
+    if [ -n "$gpus" ] && [ "$gpus" != none ]; then
+        train=(env "CUDA_VISIBLE_DEVICES=$gpus" "${train[@]}")
+    fi
+    show "${train[@]}"
+    [ -n "$dry_run" ] || exec "${train[@]}"
+    exit 0
+fi
+
+if [ -z "$gpus" ]; then
+    n=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || die "nvidia-smi finds no GPU; give --gpus=0,1,... or --gpus=none"
+    gpus=$(seq -s, 0 $((n - 1)))
+fi
+IFS=, read -ra ids <<<"$gpus"
+if [ "$gpus" != none ] && ((${#ids[@]} % processes)); then
+    die "--processes=$processes does not divide the ${#ids[@]} GPUs $gpus"
+fi
+if [ -z "$port" ]; then
+    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+fi
+
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+for ((i = 0; i < processes; i++)); do
+    command=(env)
+    if [ "$gpus" != none ]; then
+        per=$((${#ids[@]} / processes))
+        command+=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${ids[*]:i*per:per}")")
+    fi
+    command+=("${train[@]}" "--coordinator_address=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$i")
+    show "${command[@]}"
+    if [ -z "$dry_run" ]; then
+        "${command[@]}" &
+        pids+=($!)
+    fi
+done
+
+status=0
+while ((${#pids[@]})); do
+    one=0 pid=
+    wait -n -p pid "${pids[@]}" || one=$?
+    [ -n "${pid:-}" ] || continue # a signal came while waiting: the trap has passed it on
+    left=()
+    for each in "${pids[@]}"; do
+        [ "$each" = "$pid" ] || left+=("$each")
+    done
+    pids=("${left[@]}")
+    ((status)) || status=$one
+    if ((one != 0 && one != 75 && ${#pids[@]})); then
+        echo "process $pid ended with status $one; ending the others" >&2
+        kill -TERM "${pids[@]}" 2>/dev/null || true
+        # One that waits for the dead process in a collective never comes to the step at which it would stop.
+        for ((tenths = 0; tenths < 10 * grace; tenths++)); do
+            [ -n "$(jobs -rp)" ] || break
+            sleep 0.1
+        done
+        kill -KILL "${pids[@]}" 2>/dev/null || true
+        wait "${pids[@]}" 2>/dev/null || true
+        break
+    fi
+done
+exit "$status"

@@ -1,0 +1,206 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU VM or slice: makes it or takes the one there is, copies the code of this git work tree to all
+# workers, installs it, fetches the token store, runs train on all workers, and goes on when the slice is taken away.
+#
+#   bash scripts/tpu_vm.sh --name=NAME --zone=ZONE --type=v5litepod-16 --workdir=gs://BUCKET/runs/NAME --config=FILE
+#        [options] [-- flags of trialgpt_jax.train]
+#
+#   --name=NAME, --zone=ZONE, --type=TYPE   the node; TYPE is gcloud's --accelerator-type: v5litepod-16, v5p-8, v6e-8 ...
+#   --config=FILE       a config that git tracks; changes that are not committed are copied too
+#   --workdir=FOLDER    gs://..., so that checkpoints outlive the node; a path on the workers is refused with --spot and with
+#                       --delete_when_done, and must be on a disk that all workers see
+#   --data=gs://...     a token store's folder: copied to data/ on every worker and trained on (sets --config.data.dir)
+#   --version=VERSION   the runtime (default: the one for TYPE)
+#   --project=PROJECT   (default: gcloud's)
+#   --spot              cheaper, and taken away at any time
+#   --create_flag=FLAG  one more flag for `tpu-vm create`, e.g. --create_flag=--network=mine; may be repeated
+#   --delete_when_done  deletes the node after status 0
+#   --max_creates=N     attempts to create a node in a row before giving up (default 100)
+#   --max_restarts=N    times that a run goes on after it stopped with 75 or lost its node (default 100)
+#   --max_failures=N    other failures in a row (default 3)
+#   --wait=S            seconds before another attempt, doubled each time up to tenfold (default 30)
+#   --dry_run           prints the commands for a node that is not there yet, and runs none
+#
+# Exit status: that of train: 0 done, 2 a mistake to mend, 1 given up. Ctrl-C and SIGTERM stop train, which saves, and exit with
+# 75; the node stays. The same command goes on in every case: it takes the node there is, and train resumes.
+set -euo pipefail
+source "$(dirname "$0")/launcher_lib.sh"
+cd "$(dirname "$0")/.."
+name='' zone='' type='' version='' project='' config='' workdir='' data='' spot='' delete_when_done=''
+create_flags=() max_creates=100 max_restarts=100 max_failures=3 wait=30
+while (($#)); do
+    case $1 in
+        --help) usage; exit 0 ;;
+        --dry_run) dry_run=1 ;;
+        --name=*) name=${1#*=} ;;
+        --zone=*) zone=${1#*=} ;;
+        --type=*) type=${1#*=} ;;
+        --version=*) version=${1#*=} ;;
+        --project=*) project=${1#*=} ;;
+        --config=*) config=${1#*=} ;;
+        --workdir=*) workdir=${1#*=} ;;
+        --data=*) data=${1#*=} ;;
+        --spot) spot=1 ;;
+        --create_flag=*) create_flags+=("${1#*=}") ;;
+        --delete_when_done) delete_when_done=1 ;;
+        --max_creates=*) max_creates=${1#*=} ;;
+        --max_restarts=*) max_restarts=${1#*=} ;;
+        --max_failures=*) max_failures=${1#*=} ;;
+        --wait=*) wait=${1#*=} ;;
+        --) shift; break ;;
+        *) die "$1 is not an option; flags of train come after \`--\`, and --help lists the options" ;;
+    esac
+    shift
+done
+for option in name zone type config workdir; do
+    [ -n "${!option}" ] || die "--$option=... is missing; --help says what it is"
+done
+if [ "${workdir#gs://}" = "$workdir" ] && [ -n "$spot$delete_when_done" ]; then
+    die "--workdir=$workdir would be lost with the node; give a gs:// one, or leave out --spot and --delete_when_done"
+fi
+[ -z "$data" ] || [ "${data#gs://}" != "$data" ] || die "--data=$data: a gs:// folder is needed"
+git ls-files --error-unmatch -- "${config%%:*}" >/dev/null 2>&1 ||
+    die "--config=$config is not a file that git tracks here, and would not be copied; \`git add\` it"
+case ${version:+given}$type in
+    given*) ;;
+    v5litepod*) version=v2-alpha-tpuv5-lite ;;
+    v5p*) version=v2-alpha-tpuv5 ;;
+    v6e*) version=v2-alpha-tpuv6e ;;
+    v[234]-*) version='tpu-ubuntu2204-base' ;;
+    *) die "--version=... is missing: the runtime of --type=$type is not known here" ;;
+esac
+
+folder=trialgpt_jax_run # in the workers' home
+node=("$name" "--zone=$zone" ${project:+"--project=$project"})
+tpu=(gcloud compute tpus tpu-vm)
+train=(bash scripts/tpu_worker.sh train "--config=$config" "--workdir=$workdir")
+install=(bash scripts/tpu_worker.sh install)
+if [ -n "$data" ]; then
+    data=${data%/}
+    install+=("$data" "data/${data##*/}")
+    train+=("--config.data.dir=data/${data##*/}")
+fi
+train+=("$@")
+# Of the folder of an earlier run, what is costly to make again and the number of a train that may still run are kept.
+unpack="mkdir -p $folder && cd $folder && find . -mindepth 1 -maxdepth 1 ! -name .venv ! -name data ! -name runs"
+unpack+=" ! -name train.pid -exec rm -rf {} + && tar -xzf ../$folder.tar.gz"
+
+scratch=$(mktemp -d) there='' child='' stopping=''
+at_exit() {
+    rm -rf "$scratch"
+    [ -z "$there" ] || say "$name is still there, and paid for; to delete it: $(quoted "${tpu[@]}" delete "${node[@]}")"
+}
+on_signal() {
+    stopping=1
+    [ -n "$child" ] || exit 1
+    say "stopping train, which saves; $name stays"
+    on_workers "bash $folder/scripts/tpu_worker.sh stop" || say "it could not be stopped"
+}
+trap at_exit EXIT
+trap on_signal INT TERM
+
+# On all workers. A dead connection is noticed after 5 minutes. gcloud itself then tries ten times more, with the same
+# command, which is why tpu_worker.sh ends the train that it finds before it starts another.
+on_workers() {
+    run "${tpu[@]}" ssh "${node[@]}" --worker=all --quiet --ssh-flag=-oConnectTimeout=20 \
+        --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=10 "--command=$1"
+}
+
+# $1: failures so far.
+back_off() {
+    [ -n "$dry_run" ] || sleep $((wait * ($1 < 4 ? 1 << $1 : 10)))
+}
+
+# "STATE TYPE" of the node; empty when there is none or it cannot be asked: `create` then says why, and harms nothing.
+describe() {
+    "${tpu[@]}" describe "${node[@]}" "--format=value(state,acceleratorType.basename())" 2>/dev/null || true
+}
+
+# Returns when the node is there and ready.
+ensure_node() {
+    local state has attempt
+    local create=("${tpu[@]}" create "${node[@]}" "--accelerator-type=$type" "--version=$version" ${spot:+--spot} --quiet)
+    create+=("${create_flags[@]}")
+    for ((attempt = 0; attempt < max_creates; attempt++)); do
+        state='' has=''
+        [ -n "$dry_run" ] || read -r state has < <(describe) || true
+        case $state in
+            READY)
+                there=1
+                [ "${has:-$type}" = "$type" ] || die "$name is there, but of type $has, not $type; choose another --name"
+                return
+                ;;
+            PREEMPTED | TERMINATED)
+                there=1
+                say "$name is $state; making it anew"
+                run "${tpu[@]}" delete "${node[@]}" --quiet || { back_off "$attempt"; continue; }
+                there=''
+                ;;
+            STOPPED | HIDDEN) die "$name is $state; start or delete it first" ;;
+            '') ;;
+            *)
+                say "$name is $state; waiting"
+                back_off "$attempt"
+                continue
+                ;;
+        esac
+        show "${create[@]}"
+        [ -z "$dry_run" ] || return 0
+        if "${create[@]}" 2>"$scratch/said"; then
+            there=1
+            return
+        fi
+        cat "$scratch/said" >&2
+        if [[ $(<"$scratch/said") =~ INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND ]]; then
+            die "$name cannot be created, see above: ${BASH_REMATCH[0]}"
+        fi
+        say "attempt $((attempt + 1)) of $max_creates to create $name failed"
+        back_off "$attempt"
+    done
+    echo "error: $name could not be made ready in $max_creates attempts" >&2
+    exit 1
+}
+
+# Copies, installs, trains; the status of what failed, or train's.
+train_on_node() {
+    run "${tpu[@]}" scp "$scratch/$folder.tar.gz" "$name:$folder.tar.gz" "${node[@]:1}" --worker=all --quiet || return
+    on_workers "$unpack && $(quoted "${install[@]}")" || return
+    on_workers "cd $folder && $(quoted "${train[@]}")" & # so that a signal to this script is heard at once
+    child=$!
+    local status
+    while true; do
+        status=0
+        wait "$child" || status=$?
+        kill -0 "$child" 2>/dev/null || break # else it was a signal that ended the waiting
+    done
+    child=''
+    return "$status"
+}
+
+changes=$(git stash create) # a commit of the work tree as it is, which changes nothing in it; empty when it is clean
+run git archive --format=tar.gz "--output=$scratch/$folder.tar.gz" "${changes:-HEAD}"
+
+restarts=0 failures=0
+while true; do
+    ensure_node
+    started=$SECONDS status=0
+    train_on_node || status=$?
+    ((status != 0)) || break
+    say "status $status"
+    ((status != 2)) || exit 2
+    [ -z "$stopping" ] || exit "$status"
+    ((SECONDS - started < 1800)) || failures=0
+    back_off "$failures" # the node's state lags behind what happens to it
+    read -r state _ < <(describe) || state=''
+    if ((status == 75)) || [ "$state" != READY ]; then
+        failures=0 restarts=$((restarts + 1))
+        ((restarts <= max_restarts)) || { say "given up after $max_restarts restarts"; exit 1; }
+    else
+        failures=$((failures + 1))
+        ((failures < max_failures)) || { say "given up after $failures failures in a row"; exit 1; }
+    fi
+done
+if [ -n "$delete_when_done" ]; then
+    run "${tpu[@]}" delete "${node[@]}" --quiet
+    there=''
+fi

@@ -1,0 +1,140 @@
+"""Stands in for gcloud, kubectl, srun, scontrol, curl, python3 and a virtual environment's python, for the launchers' tests.
+
+`fake.py NAME ARGUMENT...` appends [NAME, ARGUMENT...] to $FAKE/calls.jsonl and does what $FAKE/scenario.json says: it maps a
+kind of call ("create", "train", "srun", ...) to the outcomes of its first, second, ... call; what is not there succeeds.
+One Cloud TPU node: $FAKE/node holds its state and type, $FAKE/vm is its home, $FAKE/bucket stands for gs://bucket.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+FAKE = pathlib.Path(os.environ["FAKE"])
+NODE, VM = FAKE / "node", FAKE / "vm"
+
+
+def outcome(kind):
+    """What the scenario has for this call; each is used once."""
+    with open(FAKE / "scenario.json", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        scenario = json.load(file)
+        left = scenario.get(kind, [])
+        value = left.pop(0) if left else 0
+        file.seek(0)
+        file.truncate()
+        json.dump(scenario, file)
+    return value
+
+
+def local(path):
+    return path.replace("gs://bucket", str(FAKE / "bucket"))
+
+
+def fail(message, status=1):
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def gcloud(arguments):
+    if arguments[:2] == ["storage", "rsync"]:
+        source, target = arguments[-2:]
+        return shutil.copytree(local(source), target, dirs_exist_ok=True)
+    assert arguments[:3] == ["compute", "tpus", "tpu-vm"], arguments
+    verb, flags = arguments[3], dict(a[2:].split("=", 1) for a in arguments[4:] if a.startswith("--") and "=" in a)
+    if verb == "describe":
+        if (change := outcome("describe")) != 0:
+            NODE.write_text(change)
+        print(NODE.read_text() if NODE.exists() else fail("NOT_FOUND"))
+    elif verb == "create":
+        if (what := outcome("create")) != 0:
+            fail(what)
+        NODE.write_text(f"READY\t{flags['accelerator-type']}")
+        VM.mkdir()
+    elif verb == "delete":
+        NODE.unlink()
+        shutil.rmtree(VM)
+    elif verb == "scp":
+        shutil.copy(arguments[4], VM / arguments[5].split(":", 1)[1])
+    elif verb == "ssh":
+        ssh(flags["command"])
+    else:
+        fail(f"no such verb: {verb}", 2)
+
+
+def ssh(command):
+    kind = command.split("tpu_worker.sh ")[1].split()[0]
+    what = outcome(kind)
+    if isinstance(what, int) and what:
+        sys.exit(what)
+    if kind == "stop":
+        return (FAKE / "stopped").touch()
+    if what == "until stopped":
+        while not (FAKE / "stopped").exists():
+            time.sleep(0.02)
+        sys.exit(75)
+    if what == "preempted":
+        NODE.write_text(NODE.read_text().replace("READY", "PREEMPTED"))
+        sys.exit(255)
+    if kind == "train" and what != "run" and not isinstance(what, dict):
+        return None
+    worker = subprocess.Popen(
+        ["bash", "-c", command], cwd=VM, env=os.environ | {"HOME": str(VM)}, start_new_session=True
+    )
+    if isinstance(what, dict):  # {"preempted at": step}: the machine is gone at that step
+        log = pathlib.Path(local(what["log"]))
+        while worker.poll() is None:
+            lines = log.read_text().splitlines() if log.exists() else []
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= what["preempted at"]:
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
+                NODE.write_text(NODE.read_text().replace("READY", "PREEMPTED"))
+                sys.exit(255)
+            time.sleep(0.002)
+    return sys.exit(worker.wait())
+
+
+def main():
+    name, *arguments = sys.argv[1:]
+    with open(FAKE / "calls.jsonl", "a") as file:
+        file.write(json.dumps([name, *arguments]) + "\n")
+    if name == "gcloud":
+        gcloud(arguments)
+    elif name == "curl":
+        print({"worker-network-endpoints": os.environ.get("FAKE_WORKERS", "host-0"), "agent-worker-number": "1"}[
+            arguments[-1].rsplit("/", 1)[1]
+        ])  # fmt: skip
+    elif name == "python3" and "venv" in arguments:  # `uv venv .venv` on the worker
+        python = pathlib.Path(arguments[-1]) / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" venv-python "$@"\n')
+        python.chmod(0o755)
+    elif name == "venv-python" and arguments[:2] == ["-m", "trialgpt_jax.train"]:
+        os.execv(sys.executable, [sys.executable, *map(local, arguments)])
+    elif name == "python":  # of multi_gpu.sh: {process id: what it does}
+        mine = next((a.split("=")[1] for a in arguments if a.startswith("--process_id=")), "")
+        (FAKE / f"gpus{mine}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
+        what = outcome(f"process {mine}")
+        if what == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        elif what == "until stopped":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        if isinstance(what, str):
+            (FAKE / f"started{mine}").touch()
+            while True:
+                time.sleep(0.02)
+        while not all((FAKE / f"started{other}").exists() for other in os.environ.get("FAKE_WAIT_FOR", "").split()):
+            time.sleep(0.02)
+        sys.exit(what)
+    elif name == "kubectl":
+        (FAKE / "stdin").write_text(sys.stdin.read())
+    elif name == "srun":
+        sys.exit(outcome("srun"))
+
+
+main()
