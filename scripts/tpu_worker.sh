@@ -33,7 +33,7 @@ shift
 case $command in
     install)
         if [ ! -x .venv/bin/python ]; then # the images' own Python is older than 3.11
-            python3 -m pip install --quiet --user uv
+            PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
             python3 -m uv venv --quiet --seed --python=3.12 .venv
         fi
         source scripts/setup_venv.sh '.[tpu]'

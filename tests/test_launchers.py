@@ -43,6 +43,7 @@ class Fakes:
         }
         self.env |= {"FAKE": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
         self.env |= {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CEILING_DIRECTORIES": str(folder)}
+        self.env.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # what is compiled outlives a worker
         self.script()
         (folder / "calls.jsonl").touch()
         skip = shutil.ignore_patterns("__pycache__", "bench")
