@@ -31,7 +31,8 @@ def final_state(workdir):
 
     config = load_snapshot(str(workdir))
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    layout = state_layout(gpt_config(config, "cpu"), make_optimizer(config.optim, config.train.steps), mesh)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    layout = state_layout(gpt_config(config, "cpu"), optimizer, mesh, config.train.skip_spikes)
     sharding = SingleDeviceSharding(jax.devices()[0])
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), layout)
     checkpoints = Checkpoints(str(workdir), say=print)

@@ -95,6 +95,7 @@ def default_config() -> ConfigDict:
     c.train.scan_unroll = 1  # layers per iteration of the scan; n_layer = unrolled
     c.train.init_from = ""  # workdir or Hugging Face folder whose weights start this run (fine-tuning)
     c.train.max_seconds = 0.0  # save and exit 75 after this long; 0 = no limit
+    c.train.skip_spikes = 0.0  # leave out steps so many sigmas beyond the last 128 good ones (6, say); 0 = off
     c.train.max_skipped = 10  # skipped steps in a row that stop the run
 
     c.mesh = ConfigDict()  # devices per axis; -1 = the rest
@@ -166,7 +167,7 @@ _AT_LEAST = {
     1: "data.shard_tokens model.block_size model.n_layer model.n_head model.n_embd train.steps train.batch_size "
     "train.accumulate_steps train.scan_unroll train.max_skipped checkpoint.keep_last log.every_steps",
     0: "data.num_workers model.vocab_size model.n_kv_head model.head_dim model.logit_softcap optim.warmup_steps "
-    "optim.learning_rate optim.muon_learning_rate optim.weight_decay optim.clip_norm optim.eps train.max_seconds "
+    "optim.learning_rate optim.muon_learning_rate optim.weight_decay optim.clip_norm optim.eps train.max_seconds train.skip_spikes "
     "checkpoint.every_steps checkpoint.every_minutes checkpoint.keep_best "
     "checkpoint.keep_period eval.every_steps eval.batches seed data.split_seed",
 }

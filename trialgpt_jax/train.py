@@ -20,7 +20,7 @@ from trialgpt_jax.data.batches import eval_batches, train_batches
 from trialgpt_jax.data.token_store import TokenStore, open_store
 from trialgpt_jax.model import hf
 from trialgpt_jax.parallel import accelerators
-from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
+from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch, replicated
 from trialgpt_jax.training import train_step as steps_lib
 from trialgpt_jax.training.checkpoint import Checkpoints, SaveError, state_bytes
 from trialgpt_jax.training.metrics import (
@@ -32,6 +32,7 @@ from trialgpt_jax.training.metrics import (
     say,
 )
 from trialgpt_jax.training.optimizer import make_optimizer, schedule
+from trialgpt_jax.training.spikes import Window
 from trialgpt_jax.workdir import StopRequest, check_tokenizer, keep_tokenizer, locked, probe
 
 
@@ -143,7 +144,7 @@ class _Run:
         if config.eval.every_steps:
             next(self._eval_batches())
 
-        self.layout = layout = steps_lib.state_layout(self.gpt, self.optimizer, self.mesh)
+        self.layout = layout = steps_lib.state_layout(self.gpt, self.optimizer, self.mesh, train.skip_spikes)
         checkpoints.check_space(state_bytes(layout))
         self.flops_per_token = flops_per_token(layout.params, self.gpt)
         device = jax.devices()[0]
@@ -165,6 +166,7 @@ class _Run:
             batch_size=train.batch_size,
             accumulate_steps=train.accumulate_steps,
             seed=config.seed,
+            skip_spikes=train.skip_spikes,
         )
         self.eval_step = None
         if config.eval.every_steps:
@@ -177,11 +179,18 @@ class _Run:
         """Makes or restores the state, and opens the workdir's files."""
         config = self.config
         if self.resumed:
-            self.state = self.checkpoints.restore(self.first_step, self.layout)
+            layout, window = self.layout, self.layout.window
+            if window is not None and not self.checkpoints.has(self.first_step, "window/"):
+                layout = layout.replace(window=None)  # train.skip_spikes is new here, and allowed to be
+            self.state = self.checkpoints.restore(self.first_step, layout)
+            if layout.window is not window:
+                self.state = self.state.replace(window=jax.device_put(Window.empty(), replicated(self.mesh)))
             self.checkpoints.set_aside_after(self.first_step)
             say(f"resumed from checkpoint {self.first_step}")
         else:
-            self.state = steps_lib.create_state(self.gpt, self.optimizer, config.seed, self.mesh)
+            self.state = steps_lib.create_state(
+                self.gpt, self.optimizer, config.seed, self.mesh, config.train.skip_spikes
+            )
             if init_from:
                 self.state = self.state.replace(params=pretrained.load(init_from, self.gpt, self.mesh))
         if jax.process_index() == 0:
@@ -259,10 +268,15 @@ class _Run:
         now = time.monotonic()
         skipped = int(values["skipped_in_a_row"])
         if skipped:
-            say(f"step {step}: loss or gradients of batch {step - 1} are not finite; the update is skipped")
+            loss, norm = float(values["loss"]), float(values["grad_norm"])
+            spike = f"are a spike (train.skip_spikes={self.config.train.skip_spikes:g})"
+            why = spike if math.isfinite(loss) and math.isfinite(norm) else "are not finite"
+            say(
+                f"step {step}: loss {loss:.4g} or gradients {norm:.4g} of batch {step - 1} {why}; the update is skipped"
+            )
             if skipped >= self.config.train.max_skipped:
                 raise FloatingPointError(
-                    f"{skipped} steps in a row were not finite (train.max_skipped), up to step {step}; the last good "
+                    f"{skipped} steps in a row were skipped (train.max_skipped), up to step {step}; the last good "
                     "state is in the newest checkpoint. Lower the learning rate, or look at the batches"
                 )
         self.seconds += now - self._timed_at

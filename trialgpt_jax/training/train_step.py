@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from trialgpt_jax.model.gpt import GPT, GPTConfig, cast_matrices, head
 from trialgpt_jax.model.loss import cross_entropy_sum
 from trialgpt_jax.parallel.sharding import RULES, batch_sharding, lay_out, put_batch, replicated
+from trialgpt_jax.training import spikes
 
 
 @flax.struct.dataclass
@@ -22,14 +23,19 @@ class TrainState:
     """Everything that a step changes, and all that a checkpoint holds."""
 
     step: jax.Array  # int32: batches consumed; batch k is the one consumed at step k
-    skipped: jax.Array  # int32: steps, of those, whose update was not finite and was left out
+    skipped: jax.Array  # int32: steps, of those, whose update was left out: not finite, or a spike
     skipped_in_a_row: jax.Array  # int32
     params: Any
     opt_state: Any
+    window: spikes.Window | None = None  # with train.skip_spikes alone
 
 
 def init_state(
-    config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, boxed: bool = False
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    boxed: bool = False,
+    skip_spikes: float = 0.0,
 ) -> TrainState:
     """The state before step 0, with random parameters.
 
@@ -38,10 +44,12 @@ def init_state(
       optimizer: whose state is made for the parameters.
       seed: of the initial parameters.
       boxed: leave the leaves boxed with their logical axis names.
+      skip_spikes: not 0 = with the window of `spikes`.
     """
     params = init_params(config, seed)
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, zero, zero, params, optimizer.init(params))
+    window = spikes.Window.empty() if skip_spikes else None
+    state = TrainState(zero, zero, zero, params, optimizer.init(params), window)
     return state if boxed else nn.unbox(state)
 
 
@@ -53,9 +61,11 @@ def init_params(config: GPTConfig, seed: int):
     ]
 
 
-def state_layout(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_layout(
+    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, skip_spikes: float = 0.0
+) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`, as a tree of ShapeDtypeStructs; nothing is allocated."""
-    return lay_out(jax.eval_shape(lambda: init_state(config, optimizer, 0, boxed=True)), mesh)
+    return lay_out(jax.eval_shape(lambda: init_state(config, optimizer, 0, True, skip_spikes)), mesh)
 
 
 def params_layout(config: GPTConfig, mesh: Mesh):
@@ -63,11 +73,13 @@ def params_layout(config: GPTConfig, mesh: Mesh):
     return lay_out(jax.eval_shape(lambda: init_params(config, 0)), mesh)
 
 
-def create_state(config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+def create_state(
+    config: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, skip_spikes: float = 0.0
+) -> TrainState:
     """The state before step 0, made on the devices where its parts belong."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_layout(config, optimizer, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_layout(config, optimizer, mesh, skip_spikes))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        return jax.jit(lambda: init_state(config, optimizer, seed), out_shardings=shardings)()
+        return jax.jit(lambda: init_state(config, optimizer, seed, skip_spikes=skip_spikes), out_shardings=shardings)()
 
 
 def mean_loss(params, config: GPTConfig, tokens_BxU: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -94,8 +106,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulate_steps: int,
     seed: int,
+    skip_spikes: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step: gradients averaged over the microbatches, clipped, applied where they are finite.
+    """One optimizer step: gradients averaged over the microbatches, clipped, applied where they are good.
 
     Args:
       state: donated by `compile_train_step`.
@@ -103,6 +116,7 @@ def train_step(
       config, optimizer: the model and its optimizer.
       accumulate_steps: microbatches of B / accumulate_steps sequences, one after the other.
       seed: of the dropout; a step's key follows from it and the step alone.
+      skip_spikes: leave out a step so many standard deviations beyond the last ones, see `spikes`; 0 = never.
 
     Returns:
       The next state, and float32/int32 scalars: loss (mean over tokens, nats), grad_norm (before clipping), skipped,
@@ -124,20 +138,25 @@ def train_step(
     loss, gradients = accumulated(tokens_BxU, jnp.arange(B))
 
     grad_norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    window = state.window
+    if skip_spikes:
+        good &= ~spikes.stands_out(window, loss, grad_norm, skip_spikes)
+        window = spikes.push(window, loss, grad_norm, good)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
     def keep(new, old):
-        return jnp.where(finite, new, old)
+        return jnp.where(good, new, old)
 
-    skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    skipped_in_a_row = jnp.where(good, 0, state.skipped_in_a_row + 1)
     next_state = TrainState(
         step=state.step + 1,
-        skipped=state.skipped + ~finite,
+        skipped=state.skipped + ~good,
         skipped_in_a_row=skipped_in_a_row,
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        window=window,
     )
     metrics = {
         "loss": loss,
@@ -164,18 +183,25 @@ def compile_train_step(
     batch_size: int,
     accumulate_steps: int,
     seed: int,
+    skip_spikes: float = 0.0,
 ) -> jax.stages.Compiled:
     """Compiles `train_step` for `mesh`, whose devices may be of a chip that is not attached.
 
     Returns:
       (state, tokens [batch_size, block_size + 1]) -> (state, metrics); the state is donated.
     """
-    layout = state_layout(config, optimizer, mesh)
+    layout = state_layout(config, optimizer, mesh, skip_spikes)
     tokens = _tokens(config, mesh, batch_size)
 
     def step(state, tokens_BxU):
         return train_step(
-            state, tokens_BxU, config=config, optimizer=optimizer, accumulate_steps=accumulate_steps, seed=seed
+            state,
+            tokens_BxU,
+            config=config,
+            optimizer=optimizer,
+            accumulate_steps=accumulate_steps,
+            seed=seed,
+            skip_spikes=skip_spikes,
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
