@@ -36,7 +36,7 @@ case $command in
             PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
             python3 -m uv venv --quiet --seed --python=3.12 .venv
         fi
-        source scripts/setup_venv.sh '.[tpu]'
+        source scripts/setup_venv.sh '.[tpu,gs]'
         if (($#)); then
             mkdir -p "$2"
             gcloud storage rsync --recursive "$1" "$2"

@@ -184,7 +184,7 @@ def test_a_preempted_slice_is_made_anew_and_the_run_continues_at_the_saved_step(
     assert fakes.verbs() == ["create", "create", *ONCE, "delete", "create", "create", *ONCE, "delete"]
     first, second = [call for call in fakes.calls("gcloud") if "worker.sh train" in call[-1]]
     assert first == second
-    assert len([call for call in fakes.calls("venv-python") if "pip" in call and call[-1] == ".[tpu]"]) == 2
+    assert len([call for call in fakes.calls("venv-python") if "pip" in call and call[-1] == ".[tpu,gs]"]) == 2
     (step,) = re.findall("^resumed from checkpoint (.*)$", result.stderr, re.MULTILINE)
     assert step in ("10", "20")  # the save of step 20 may have been under way
     said = result.stderr[result.stderr.index("resumed from") :]
