@@ -39,7 +39,7 @@ case $command in
         source scripts/setup_venv.sh '.[tpu,gs]'
         if (($#)); then
             mkdir -p "$2"
-            gcloud storage rsync --recursive "$1" "$2"
+            gcloud storage rsync "$1" "$2" --recursive
         fi
         ;;
     train)

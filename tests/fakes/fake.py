@@ -43,7 +43,7 @@ def fail(message, status=1):
 
 def gcloud(arguments):
     if arguments[:2] == ["storage", "rsync"]:
-        source, target = arguments[-2:]
+        source, target = arguments[2:4]
         return shutil.copytree(local(source), target, dirs_exist_ok=True)
     assert arguments[:3] == ["compute", "tpus", "tpu-vm"], arguments
     verb, flags = arguments[3], dict(a[2:].split("=", 1) for a in arguments[4:] if a.startswith("--") and "=" in a)
