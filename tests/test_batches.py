@@ -58,7 +58,7 @@ def test_batch_k_depends_on_seed_and_k_alone(split):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_get_contiguous_rows_of_the_same_global_batches(split, hosts):
-    parts = [take(split, 20, process_index=i, process_count=hosts, start_step=2) for i in range(hosts)]
+    parts = [take(split, 20, blocks=((i,), hosts), start_step=2) for i in range(hosts)]
     for k, expected in enumerate(take(split, 20, start_step=2)):
         np.testing.assert_array_equal(np.concatenate([part[k] for part in parts]), expected)
 
@@ -91,7 +91,7 @@ def test_large_orders_are_uncorrelated_with_the_corpus():
 @pytest.mark.parametrize(("batch_size", "hosts"), [(10, 1), (12, 2), (103, 1), (200, 4)])
 def test_eval_covers_every_window_once_in_order_with_padding_marked(split, batch_size, hosts):
     arguments = {"block_size": 8, "batch_size": batch_size}
-    parts = [list(batches.eval_batches(split, process_index=i, process_count=hosts, **arguments)) for i in range(hosts)]
+    parts = [list(batches.eval_batches(split, blocks=((i,), hosts), **arguments)) for i in range(hosts)]
     count = batches.n_eval_batches(split, **arguments)
     assert [len(part) for part in parts] == [count] * hosts and count == -(-103 // batch_size)
     windows = []
@@ -119,9 +119,15 @@ def test_a_split_without_a_window_is_refused(split):
         next(batches.eval_batches(empty, block_size=8, batch_size=2))
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_refused(split):
-    with pytest.raises(UserError, match="train.batch_size=12 is not divisible by the 5 processes"):
-        batches.train_batches(split, block_size=8, batch_size=12, seed=0, process_count=5)
+def test_a_process_may_have_any_blocks_of_rows(split):
+    (whole,) = take(split, 1, start_step=3)
+    (part,) = take(split, 1, start_step=3, blocks=((0, 2, 5), 6))
+    np.testing.assert_array_equal(part, whole[[0, 1, 4, 5, 10, 11]])
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(split):
+    with pytest.raises(UserError, match="batch of 12 sequences is not divisible by the 5 devices"):
+        batches.train_batches(split, block_size=8, batch_size=12, seed=0, blocks=((0,), 5))
 
 
 def test_ids_beyond_the_vocabulary_are_refused_where_no_manifest_vouches_for_them(tmp_path):
@@ -158,7 +164,7 @@ def test_a_mixture_takes_its_shares_and_every_window_of_a_part_before_any_again(
 def test_a_mixtures_batch_k_depends_on_seed_and_k_alone(mixture, start, hosts):
     split = mixture.split("train")
     reference = take(split, 140)[start:]
-    parts = [take(split, 140 - start, start_step=start, process_index=i, process_count=hosts) for i in range(hosts)]
+    parts = [take(split, 140 - start, start_step=start, blocks=((i,), hosts)) for i in range(hosts)]
     for k, expected in enumerate(reference):
         np.testing.assert_array_equal(np.concatenate([part[k] for part in parts]), expected)
 

@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
         raise UserError("give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify")
     if -1 not in (flags.step, flags.checkpoint_step) and flags.step != flags.checkpoint_step:
         raise UserError(f"--step={flags.step} and --checkpoint_step={flags.checkpoint_step} name two checkpoints")
-    accelerators.start()
+    accelerators.use_compilation_cache()
     if flags.verify:
         results = verify(flags.workdir)
         for step, problem in results:

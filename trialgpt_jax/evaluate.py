@@ -15,8 +15,8 @@ from trialgpt_jax import config as config_lib
 from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.model.gpt import GPTConfig
-from trialgpt_jax.parallel import accelerators
-from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.parallel import accelerators, processes
+from trialgpt_jax.parallel.sharding import batch_sharding, local_blocks, make_mesh
 from trialgpt_jax.training import train_step as steps_lib
 from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.metrics import bits_per_byte, say
@@ -54,8 +54,7 @@ def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0,
             block_size=gpt.block_size,
             batch_size=batch_size,
             n_batches=-(-batches * config.train.batch_size // batch_size),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            blocks=local_blocks(batch_sharding(mesh)),
         ),
         mesh,
     )
@@ -107,7 +106,7 @@ FLAGS = {
     "batches": (0, "batches of train.batch_size sequences; 0 = the whole split"),
     "split": ("val", "val or train"),
     "json": (False, "print one JSON object on stdout"),
-}
+} | processes.FLAGS
 
 
 def main(argv: list[str]) -> None:
@@ -119,12 +118,17 @@ def main(argv: list[str]) -> None:
     if flags.batches < 0:
         raise UserError(f"--batches={flags.batches} must be at least 1, or 0 for the whole split")
     config_lib.validate(config)
-    accelerators.start()
-    result = evaluate(config, flags.workdir, flags.checkpoint_step, flags.batches, flags.split)
-    if jax.process_index() != 0:
-        return
-    if flags.json:
-        print(json.dumps(result))
+    accelerators.use_compilation_cache()
+    with processes.joined(flags):
+        result = evaluate(config, flags.workdir, flags.checkpoint_step, flags.batches, flags.split)
+        if jax.process_index() == 0:
+            tell(result, flags.json)
+
+
+def tell(result: dict, as_json: bool) -> None:
+    """Prints what `evaluate` found."""
+    if as_json:
+        print(json.dumps(result), flush=True)
         return
     per_byte = result["bits_per_byte"]
     print(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
@@ -17,8 +18,8 @@ from trialgpt_jax import config as config_lib
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.evaluate import load_params
 from trialgpt_jax.model.generate import DEFAULT_SAMPLING, Sampling, generate, split_layers
-from trialgpt_jax.parallel import accelerators
-from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.parallel import accelerators, processes
+from trialgpt_jax.parallel.sharding import AXES, make_mesh
 from trialgpt_jax.training.metrics import say
 
 
@@ -56,15 +57,15 @@ def infer(
     sampling.validate()
     # One copy of the model: decoding is bound by reading the weights, so devices share them along tensor.
     heads = config.model.n_kv_head or config.model.n_head
-    tensor = math.gcd(heads, jax.local_device_count())
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": tensor}, jax.local_devices()[:tensor])
+    tensor = math.gcd(heads, jax.device_count())
+    mesh = _decoding_mesh(tensor)
     tokenizer = tokenizer_lib.load(config.data.tokenizer, workdir)
     if prompt == "":
         raise UserError("--prompt is empty; leave it out to start a new document, or give some text")
     ids = [tokenizer.eot_id] if prompt is None else tokenizer.encode(prompt)
     with jax.set_mesh(mesh):
         gpt, params, step = load_params(config, workdir, step, mesh)
-        say(f"checkpoint {step}, {gpt.dtype} on {tensor} x {jax.local_devices()[0].device_kind}")
+        say(f"checkpoint {step}, {gpt.dtype} on {tensor} x {mesh.devices.flat[0].device_kind}")
         params = split_layers(params, gpt)
         on_text(prompt or "")
         decoder = tokenizer_lib.StreamingDecoder(tokenizer)
@@ -87,6 +88,17 @@ def infer(
         ended = row.index(tokenizer.eot_id) if tokenizer.eot_id in row else len(row)
         samples.append({"text": tokenizer.decode(row[:ended]), "tokens": row[:ended]})
     return {"step": step, "prompt": prompt, "samples": samples}
+
+
+def _decoding_mesh(tensor: int) -> Mesh:
+    """A mesh of `tensor` devices; with several processes one of all devices, as every process must have some of them.
+
+    The devices beyond `tensor` then do the same work along an axis of their own, over which nothing is split.
+    """
+    if jax.process_count() == 1:
+        return make_mesh({"data": 1, "fsdp": 1, "tensor": tensor}, jax.devices()[:tensor])
+    devices = make_mesh({"data": jax.device_count() // tensor, "fsdp": 1, "tensor": tensor}).devices
+    return Mesh(devices[:, None], ("copies", *AXES), axis_types=(AxisType.Auto,) * 4)
 
 
 def read_prompt(prompt: str | None) -> str | None:
@@ -118,7 +130,7 @@ FLAGS = {
     "seed": (0, "of the draws; reproduces a sample"),
     "checkpoint_step": (-1, "which checkpoint; -1 = the newest whole one"),
     "json": (False, "print one JSON object on stdout"),
-}
+} | processes.FLAGS
 
 
 def main(argv: list[str]) -> None:
@@ -129,30 +141,30 @@ def main(argv: list[str]) -> None:
     prompt = read_prompt(flags.prompt)
 
     def stream(text: str) -> None:
-        if not flags.json:
+        if not flags.json and jax.process_index() == 0:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    accelerators.start()
-    if flags.num_samples > 1:
-        stream("--- sample 0\n")
-    result = infer(
-        config,
-        flags.workdir,
-        prompt,
-        num_samples=flags.num_samples,
-        max_new_tokens=flags.max_new_tokens,
-        sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
-        seed=flags.seed,
-        step=flags.checkpoint_step,
-        on_text=stream,
-    )
-    if flags.json:
-        print(json.dumps(result))
-        return
-    stream("\n")
-    for i, sample in enumerate(result["samples"][1:], 1):
-        stream(f"--- sample {i}\n{prompt or ''}{sample['text']}\n")
+    accelerators.use_compilation_cache()
+    with processes.joined(flags):
+        if flags.num_samples > 1:
+            stream("--- sample 0\n")
+        result = infer(
+            config,
+            flags.workdir,
+            prompt,
+            num_samples=flags.num_samples,
+            max_new_tokens=flags.max_new_tokens,
+            sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
+            seed=flags.seed,
+            step=flags.checkpoint_step,
+            on_text=stream,
+        )
+        stream("\n")
+        for i, sample in enumerate(result["samples"][1:], 1):
+            stream(f"--- sample {i}\n{prompt or ''}{sample['text']}\n")
+        if flags.json and jax.process_index() == 0:
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

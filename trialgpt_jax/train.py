@@ -19,8 +19,8 @@ from trialgpt_jax import config as config_lib
 from trialgpt_jax.data.batches import eval_batches, train_batches
 from trialgpt_jax.data.token_store import TokenStore, open_store
 from trialgpt_jax.model import hf
-from trialgpt_jax.parallel import accelerators
-from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch, replicated
+from trialgpt_jax.parallel import accelerators, processes
+from trialgpt_jax.parallel.sharding import batch_sharding, local_blocks, make_mesh, put_batch, replicated
 from trialgpt_jax.training import train_step as steps_lib
 from trialgpt_jax.training.checkpoint import Checkpoints, SaveError, state_bytes
 from trialgpt_jax.training.metrics import (
@@ -84,9 +84,9 @@ def _train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...
         checkpoints = Checkpoints(workdir, keep.keep_last, keep.keep_best, keep.keep_period, say)
         if not dry_run:
             checkpoints.discard_interrupted()
-        steps = checkpoints.steps()
+        steps = processes.from_first(checkpoints.steps)
         # a workdir of `convert` has parameters alone: its run has yet to begin, and may be any run of that model
-        converted = bool(steps) and checkpoints.params_only(steps[-1])
+        converted = bool(steps) and processes.from_first(lambda: checkpoints.params_only(steps[-1]))
         if os.path.exists(os.path.join(workdir, "config.json")):
             snapshot = config_lib.load_snapshot(workdir)
             if converted:
@@ -138,8 +138,7 @@ class _Run:
             seed=config.seed,
             shuffle=config.data.shuffle,
             start_step=self.first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            blocks=local_blocks(batch_sharding(self.mesh)),
         )
         if config.eval.every_steps:
             next(self._eval_batches())
@@ -310,8 +309,7 @@ class _Run:
             block_size=self.gpt.block_size,
             batch_size=self.eval_batch_size,
             n_batches=self.config.eval.batches * self.config.train.accumulate_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            blocks=local_blocks(batch_sharding(self.mesh)),
         )
 
     def _evaluate(self, step: int) -> float | None:
@@ -395,10 +393,7 @@ FLAGS = {
     "workdir": (None, "folder of the run; one that has checkpoints is resumed"),
     "allow_config_change": ("", "comma-separated config fields in which a resumed run may differ"),
     "dry_run": (False, "check everything, compile, print the plan, read a batch; write nothing"),
-    "coordinator_address": (None, "host:port of process 0, where JAX does not find it by itself"),
-    "num_processes": (0, "processes of the job, with --coordinator_address"),
-    "process_id": (-1, "number of this process, with --coordinator_address"),
-}
+} | processes.FLAGS
 
 
 def main(argv: list[str]) -> int:
@@ -406,9 +401,10 @@ def main(argv: list[str]) -> int:
     if not flags.workdir:
         raise UserError("--workdir=FOLDER is missing: where the run keeps its config, metrics and checkpoints")
     config_lib.validate(config)
-    accelerators.start(flags.coordinator_address, flags.num_processes, flags.process_id)
+    accelerators.use_compilation_cache()
     allowed = tuple(filter(None, flags.allow_config_change.split(",")))
-    return train(config, flags.workdir, allowed, dry_run=flags.dry_run)
+    with processes.joined(flags):
+        return train(config, flags.workdir, allowed, dry_run=flags.dry_run)
 
 
 if __name__ == "__main__":

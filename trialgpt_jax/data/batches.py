@@ -6,12 +6,14 @@ computed, not stored: seeking to any step costs nothing, and neither does a larg
 such a sequence of its own, and each run of 1,024 rows takes from the parts by their weights, in a shuffled pattern.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data.token_store import Mixture, Split
+
+WHOLE = ((0,), 1)  # one process feeds all rows of a batch
 
 _NAMES = {"train": "training", "val": "validation"}
 _ROUNDS = 10  # of the Feistel network; with 6, neighbours in a tiny corpus are measurably not independent
@@ -27,8 +29,7 @@ def train_batches(
     seed: int,
     shuffle: bool = True,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    blocks: tuple[Sequence[int], int] = WHOLE,
     prefetch: int = 4,
 ) -> Iterator[np.ndarray]:
     """This process's part of the global batches start_step, start_step+1, ... without end, prefetched by a thread.
@@ -38,19 +39,19 @@ def train_batches(
       batch_size: B, rows of the global batch, over all processes.
       seed: of the order; every epoch has its own permutation.
       shuffle: False leaves the windows in the order of the corpus.
-      process_index, process_count: this process has rows process_index*L ... process_index*L+L-1 of every global batch,
-        L = B / process_count, which is what `jax.make_array_from_process_local_data` expects of a sharded first axis.
+      blocks: which rows of every global batch this process has: numbers of blocks, and into how many equal blocks the
+        batch is cut. ((2, 3), 8) stands for rows B/4 ... B/2-1.
       prefetch: batches kept ready.
 
     Returns:
-      An iterator of int32 arrays [L, T+1].
+      An iterator of int32 arrays [L, T+1], L the number of rows that `blocks` stands for.
 
     Raises:
-      UserError: the split has no window, or the processes do not divide the batch.
+      UserError: the split has no window, or the blocks do not divide the batch.
     """
     import grain  # here, because it loads jax, which the other uses of this module do without
 
-    source = BatchSource(split, block_size, batch_size, seed, shuffle, start_step, process_index, process_count)
+    source = BatchSource(split, block_size, batch_size, seed, shuffle, start_step, blocks)
     # An element is a whole batch: per-window elements cost 3-4 times as much, grain's default reader threads even more.
     batches = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     return _closing(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)))
@@ -62,8 +63,7 @@ def eval_batches(
     block_size: int,
     batch_size: int,
     n_batches: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    blocks: tuple[Sequence[int], int] = WHOLE,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This process's part of the batches that cover windows 0, 1, 2, ... of a split once, in order.
 
@@ -76,11 +76,11 @@ def eval_batches(
     Raises:
       UserError: as `train_batches`.
     """
-    local = _local_rows(batch_size, process_index, process_count)
+    local = _local_rows(batch_size, blocks)
     windows = _count_windows(split, block_size)
     ends = np.cumsum([part.n_windows(block_size) for part, _ in split.parts])
     for k in range(n_eval_batches(split, block_size=block_size, batch_size=batch_size, n_batches=n_batches)):
-        rows = k * batch_size + process_index * local + np.arange(local)
+        rows = k * batch_size + local
         valid = rows < windows
         inside = np.where(valid, rows, 0)
         parts = np.searchsorted(ends, inside, side="right")
@@ -107,12 +107,11 @@ class BatchSource:
         seed: int,
         shuffle: bool = True,
         start_step: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        blocks: tuple[Sequence[int], int] = WHOLE,
     ):
-        self._local = _local_rows(batch_size, process_index, process_count)
+        self._local = _local_rows(batch_size, blocks)
         self._split, self._block_size, self._seed, self._shuffle = split, block_size, seed, shuffle
-        self._first_row, self._batch_size = start_step * batch_size + process_index * self._local, batch_size
+        self._first_row, self._batch_size = start_step * batch_size, batch_size
         _count_windows(split, block_size)
         self._chunk = (-1, np.empty(0), np.empty(0))  # its number, and the parts and windows of its batches
 
@@ -124,9 +123,9 @@ class BatchSource:
         chunk = self._chunk
         if chunk[0] != number:
             batches = number * _CHUNK + np.arange(_CHUNK)
-            rows = (self._first_row + batches[:, None] * self._batch_size + np.arange(self._local)).ravel()
+            rows = (self._first_row + batches[:, None] * self._batch_size + self._local).ravel()
             parts, windows = training_order(rows, self._split, self._block_size, self._seed, self._shuffle)
-            shape = (_CHUNK, self._local)
+            shape = (_CHUNK, len(self._local))
             chunk = self._chunk = number, parts.reshape(shape), windows.reshape(shape)  # at once: safe with threads
         return _gather(self._split, chunk[1][place], chunk[2][place], self._block_size)
 
@@ -255,7 +254,10 @@ def _count_windows(split: Split | Mixture, block_size: int) -> int:
     return split.n_windows(block_size)
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size % process_count or not 0 <= process_index < process_count:
-        raise UserError(f"train.batch_size={batch_size} is not divisible by the {process_count} processes")
-    return batch_size // process_count
+def _local_rows(batch_size: int, blocks: tuple[Sequence[int], int]) -> np.ndarray:
+    """Numbers, int64 [L], of the rows of a batch that `blocks` stands for."""
+    mine, n_blocks = blocks
+    if batch_size % n_blocks:
+        raise UserError(f"a batch of {batch_size} sequences is not divisible by the {n_blocks} devices that share it")
+    size = batch_size // n_blocks
+    return (np.asarray(mine)[:, None] * size + np.arange(size)).ravel()

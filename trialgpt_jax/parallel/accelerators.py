@@ -1,4 +1,4 @@
-"""What the chip is: its peak and memory, the attention kernel it runs, and how processes find each other.
+"""What the chip is: its peak and memory, the attention kernel it runs, and where compiled programs are kept.
 
 A program can be compiled for a chip that is not attached, so nothing here asks JAX which platform it runs on unless it
 is told to: the platform ("cpu", "gpu" or "tpu") and the device kind are arguments.
@@ -94,37 +94,9 @@ def attention_kernel(
     return kernel
 
 
-def start(coordinator_address: str | None = None, num_processes: int = 0, process_id: int = -1) -> None:
-    """Starts JAX for this process: the persistent compilation cache, and the other processes where there are any.
-
-    Args:
-      coordinator_address: host:port of process 0, when the cluster is not one that JAX detects by itself.
-      num_processes: processes of the whole job; 0 = detect (Cloud TPU pods, Slurm, Open MPI), one process otherwise.
-      process_id: this process's number, from 0.
-
-    Raises:
-      UserError: only some of the three are given.
-    """
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk between runs, in the user's cache folder unless JAX has been told where."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "trialgpt_jax", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    given = [coordinator_address is not None, num_processes > 0, process_id >= 0]
-    if any(given):
-        if not all(given):
-            raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three")
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    elif _in_cluster():
-        jax.distributed.initialize()
-
-
-def _in_cluster() -> bool:
-    """Whether the environment says that this is one of several processes that JAX can find by itself."""
-    env = os.environ
-    tpu_hosts = env.get("TPU_WORKER_HOSTNAMES", "")
-    return (
-        ("," in tpu_hosts)
-        or "MEGASCALE_COORDINATOR_ADDRESS" in env
-        or ("SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1)
-        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    )

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from trialgpt_jax import UserError, files
+from trialgpt_jax.parallel import processes
 
 _CHECKSUMS = "checksums.json"
 _REMOVED = ".removed"
@@ -96,9 +97,14 @@ class Checkpoints:
     def newest_whole(self) -> int | None:
         """The newest step whose checkpoint is whole; damaged newer ones are named. None when there are no checkpoints.
 
+        Process 0 reads and decides, and the others take its answer.
+
         Raises:
           UserError: there are checkpoints, and none is whole.
         """
+        return processes.from_first(self._newest_whole)
+
+    def _newest_whole(self) -> int | None:
         steps = self.steps()
         for step in reversed(steps):
             problem = self.problem(step)
@@ -113,11 +119,14 @@ class Checkpoints:
         return None
 
     def check(self, step: int) -> None:
-        """Refuses a step that is not there or not whole.
+        """Refuses a step that is not there or not whole, as process 0 finds it.
 
         Raises:
           UserError: says what is wrong, and which steps there are.
         """
+        processes.from_first(lambda: self._check(step))
+
+    def _check(self, step: int) -> None:
         if step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self._folder} has no checkpoint of step {step}; it has {have}")

@@ -236,8 +236,13 @@ def evaluate(compiled: jax.stages.Compiled, params, batches: Iterable, mesh: Mes
       Nats per token and the number of tokens, over all processes.
     """
     sharding = batch_sharding(mesh)
-    sums = [compiled(params, put_batch(tokens, sharding), put_batch(valid, sharding)) for tokens, valid in batches]
-    totals = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+    totals, pending = np.zeros(2), None
+    for tokens, valid in batches:
+        sums = compiled(params, put_batch(tokens, sharding), put_batch(valid, sharding))
+        if pending:  # one batch late: the device does not wait, and no more than two batches lie on it
+            totals += jax.device_get(pending)
+        pending = sums
+    totals += jax.device_get(pending)
     return float(totals[0] / totals[1]), int(totals[1])
 
 

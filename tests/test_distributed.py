@@ -1,0 +1,341 @@
+"""Several real processes on this machine: the same batches and values as one process, and one end for all of them."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import command, metrics, overrides, refused, run, small_config
+from test_train import assert_same_bits, final_state
+
+from trialgpt_jax import UserError
+from trialgpt_jax.parallel import processes
+
+# Trains as the command line does. Notes which rows each device was given, and sends itself a signal before a step.
+_TRAIN = """
+import os, sys, time
+import numpy as np
+from trialgpt_jax import config, train
+record = sys.argv.pop(1)
+number, at, first_step = (int(sys.argv.pop(1)) for _ in range(3))
+real, seen, sent = train.put_batch, {}, False
+def put_batch(rows, sharding):
+    global sent
+    step = first_step + len(seen) + 1
+    if number and step == at:
+        sent = True
+        os.kill(os.getpid(), number)
+    if sent:
+        time.sleep(0.2)  # the notice takes a moment: JAX looks once a second
+    array = real(rows, sharding)
+    seen[step] = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
+    return array
+train.put_batch = put_batch
+try:
+    config.run(train.main)
+finally:
+    np.savez(record, **{f"{step}/{start}": rows for step, held in seen.items() for start, rows in held.items()})
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def job(n, module, *arguments, devices=4, script=None, stopped=None):
+    """Runs n processes over so many devices in all, and returns their CompletedProcesses.
+
+    `script(i)` gives the first arguments of process i, in place of `-m trialgpt_jax.module`. Process number `stopped`,
+    which stops itself for good, is killed when the others have ended.
+    """
+    port, started, outputs = free_port(), [], {}
+    for i in range(n):
+        argv, env = command(module, *arguments, devices=devices // n)
+        env["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # compiling is most of the time
+        argv[1:3] = script(i) if script else argv[1:3]
+        argv += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={n}", f"--process_id={i}"] * (n > 1)
+        started.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        for i in sorted(range(n), key=lambda i: i == stopped):
+            if i == stopped:
+                started[i].kill()
+            outputs[i] = started[i].communicate(timeout=150)
+    finally:
+        for process in started:
+            process.kill()
+    return [subprocess.CompletedProcess(started[i].args, started[i].returncode, *outputs[i]) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def config(store):
+    """Four devices, over which data and parameters are split."""
+    c = small_config(store)
+    c.model.dropout = 0.1
+    c.train.update({"steps": 24, "batch_size": 8})
+    c.mesh.update({"data": 2, "fsdp": 2})
+    c.checkpoint.update({"every_steps": 6, "keep_last": 3, "keep_best": 0})
+    c.eval.every_steps = 12
+    c.log.every_steps = 2
+    return c
+
+
+@pytest.fixture(scope="module")
+def train(config, tmp_path_factory):
+    """train(workdir, n, ...) trains in n processes and returns their results and the global batches by step."""
+    folder = tmp_path_factory.mktemp("records")
+    file = folder / "default.py"
+    file.write_text("from trialgpt_jax.config import default_config as get_config\n")
+
+    def train(workdir, n, *flags, send=(0, 0, 0), first_step=0, config=config):
+        who, number, at = send
+
+        def script(i):
+            numbers = (number if i == who else 0, at, first_step)
+            return ["-c", _TRAIN, str(folder / f"{i}.npz"), *map(str, numbers)]
+
+        for i in range(n):
+            (folder / f"{i}.npz").unlink(missing_ok=True)
+        results = job(n, "train", f"--config={file}", *overrides(config), f"--workdir={workdir}", *flags,
+                      script=script, stopped=who if number == signal.SIGSTOP else None)  # fmt: skip
+        batches = {}
+        for i in range(n):
+            if (folder / f"{i}.npz").exists():
+                for name, rows in np.load(folder / f"{i}.npz").items():
+                    step, start = map(int, name.split("/"))
+                    batches.setdefault(step, {})[start] = rows
+        return results, {step: np.concatenate([held[k] for k in sorted(held)]) for step, held in batches.items()}
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one(train, tmp_path_factory):
+    """A run of one process that nothing interrupted: workdir and batches."""
+    workdir = tmp_path_factory.mktemp("one")
+    (result,), batches = train(workdir, 1)
+    assert result.returncode == 0, result.stderr
+    return workdir, batches
+
+
+@pytest.fixture(scope="module")
+def two(train, tmp_path_factory):
+    """The same in two processes."""
+    workdir = tmp_path_factory.mktemp("two")
+    results, batches = train(workdir, 2)
+    assert [r.returncode for r in results] == [0, 0], results
+    return workdir, batches, results
+
+
+def assert_same_batches(got, expected):
+    assert got
+    for step, rows in got.items():
+        np.testing.assert_array_equal(rows, expected[step], err_msg=f"step {step}")
+
+
+def assert_close(workdir, reference):
+    lines, expected = metrics(workdir), metrics(reference)
+    for a, b in zip(lines, expected, strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
+    for x, y in zip(*(map(np.asarray, leaves(final_state(w))) for w in (workdir, reference)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-5)
+
+
+def leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def test_two_processes_train_on_the_same_batches_to_the_same_values_and_the_first_alone_speaks(one, two):
+    workdir, batches, results = two
+    assert sorted(batches) == list(range(1, 25))
+    assert_same_batches(batches, one[1])
+    assert_close(workdir, one[0])
+    said = [[line for line in r.stderr.splitlines() if "[Gloo]" not in line] for r in results]  # its C++ speaks
+    assert any("step 24/24" in line for line in said[0]) and "2 process(es)" in results[0].stderr
+    assert said[1] == [] and [r.stdout for r in results] == ["", ""]
+
+
+def test_evaluation_and_generation_in_two_processes_answer_as_one_does(one):
+    for module, arguments in (
+        ("evaluate", ["--json"]),
+        ("infer", ["--json", "--prompt=The people", "--max_new_tokens=12", "--num_samples=3"]),
+    ):
+        arguments.append(f"--workdir={one[0]}")
+        (alone,) = job(1, module, *arguments)
+        assert alone.returncode == 0, alone.stderr
+        first, second = job(2, module, *arguments)
+        assert (first.returncode, second.returncode, second.stdout) == (0, 0, ""), (first.stderr, second.stderr)
+        alone, first = json.loads(alone.stdout), json.loads(first.stdout)
+        if module == "evaluate":
+            assert first.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-5)
+            assert first.pop("perplexity") == pytest.approx(alone.pop("perplexity"), rel=1e-4)
+            assert first.pop("bits_per_byte") == pytest.approx(alone.pop("bits_per_byte"), rel=1e-5)
+        assert first == alone
+
+
+def test_sigterm_to_one_stops_all_at_one_step_and_other_numbers_of_processes_continue(train, one, tmp_path):
+    """One process, then two, then four, the last but one of which is told to stop each time."""
+    reached = 0
+    for n, at in ((1, 3), (2, 3), (4, 0)):
+        results, batches = train(tmp_path / "run", n, send=(max(0, n - 2), signal.SIGTERM if at else 0, reached + at),
+                                 first_step=reached)  # fmt: skip
+        assert [r.returncode for r in results] == [75 if at else 0] * n, [r.stderr for r in results]
+        assert_same_batches(batches, one[1])
+        if reached:
+            assert f"resumed from checkpoint {reached}" in results[0].stderr
+            assert min(batches) == reached + 1
+        kept = max(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints"))
+        if at:
+            assert f"stopped after step {kept}, which is saved" in results[0].stderr
+            assert reached < kept < 24 and kept in batches and max(batches) <= kept + 1
+        reached = kept
+    assert reached == 24
+    assert_close(tmp_path / "run", one[0])
+
+
+def test_a_killed_process_ends_the_other_at_once_and_the_job_starts_again_without_a_damaged_checkpoint(
+    train, two, tmp_path
+):
+    results, _ = train(tmp_path / "run", 2, send=(1, signal.SIGKILL, 16))
+    assert results[1].returncode == -signal.SIGKILL and results[0].returncode in (1, -signal.SIGABRT)
+    assert "died" in results[0].stderr and "the same command on every host continues" in results[0].stderr
+    assert "ended without finishing" in results[1].stderr  # said by the shell that it left behind
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = max(int(name) for name in os.listdir(checkpoints))
+    assert newest in (6, 12)  # a save that was under way may have been lost with it
+    (tmp_path / "run" / "lock").stat()
+    biggest = max(
+        (os.path.join(r, f) for r, _, fs in os.walk(checkpoints / str(newest)) for f in fs), key=os.path.getsize
+    )
+    with open(biggest, "r+b") as file:
+        file.seek(os.path.getsize(biggest) // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    results, batches = train(tmp_path / "run", 2, first_step=newest - 6)
+    assert [r.returncode for r in results] == [0, 0], [r.stderr for r in results]
+    assert f"checkpoint {newest} is damaged" in results[0].stderr and biggest in results[0].stderr
+    assert min(batches) == max(1, newest - 5)
+    assert_same_batches(batches, two[1])
+    assert metrics(tmp_path / "run") == metrics(two[0])
+    assert_same_bits(final_state(tmp_path / "run"), final_state(two[0]))
+
+
+@pytest.mark.parametrize(("number", "who"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_lost_coordinator_or_a_silent_host_ends_the_others_within_the_timeout(train, tmp_path, number, who):
+    results, _ = train(tmp_path / "run", 2, "--peer_timeout_seconds=5", send=(who, number, 4))
+    left = results[1 - who]
+    assert left.returncode in (1, -signal.SIGABRT), left.stderr
+    assert "died" in left.stderr and "the same command on every host continues" in left.stderr, left.stderr
+    with open(tmp_path / "run" / "lock", "a") as lock:  # which died with its holder
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_mistake_that_only_one_process_meets_ends_all_with_its_message(config, tmp_path, default_file):
+    own = [a for a in overrides(config) if not a.startswith("--config.data.dir=")]
+
+    def script(i):
+        folder = f"{tmp_path}/nowhere" if i == 1 else config.data.dir
+        return ["-m", "trialgpt_jax.train", f"--config={default_file}", f"--config.data.dir={folder}"]
+
+    first, second = job(2, "train", *own, f"--workdir={tmp_path}/run", script=script)
+    refused(second, "nowhere", "preprocess")
+    refused(first, "process 1 of 2", "nowhere", "preprocess")
+    with open(tmp_path / "run" / "lock", "a+") as lock:  # process 0 alone finds that the workdir is in use
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write("host elsewhere, pid 7\n")
+        lock.flush()
+        first, second = job(2, "train", f"--config={default_file}", *overrides(config), f"--workdir={tmp_path}/run")
+    refused(first, "in use by host elsewhere, pid 7")
+    refused(second, "process 0 of 2", "in use by host elsewhere, pid 7")
+
+
+def test_flags_that_do_not_go_together_are_refused(default_file, tmp_path):
+    for flags, words in (
+        (["--num_processes=2"], "give all three"),
+        (["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "they count from 0"),
+        (["--peer_timeout_seconds=0"], "--peer_timeout_seconds=0 must be at least 1"),
+    ):
+        refused(run("train", f"--config={default_file}", f"--workdir={tmp_path}", *flags), words)
+
+
+def test_a_process_that_finds_no_others_says_so(default_file, tmp_path):
+    port = free_port()
+    result = run("train", f"--config={default_file}", f"--workdir={tmp_path}", f"--coordinator_address=127.0.0.1:{port}",
+                 "--num_processes=2", "--process_id=1", "--start_timeout_seconds=1")  # fmt: skip
+    assert result.returncode != 0 and "could not be reached" in result.stderr, result.stderr
+
+
+_SLURM = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "16",
+          "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}  # fmt: skip
+_OMPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "4",
+         "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "count"),
+    [
+        ({}, 1),
+        (_SLURM, 16),
+        (_SLURM | {"SLURM_NTASKS": "1"}, 1),
+        ({"SLURM_JOB_ID": "12", "SLURM_NTASKS": "16"}, 1),  # in the batch script itself, outside srun
+        (_OMPI, 4),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 1),  # any pod, such as a notebook's
+    ],
+)
+def test_clusters_are_detected(env, count, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_COMPLETION")):
+            monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert processes.detected(os.environ) == count
+
+
+def test_a_cloud_tpu_pod_is_detected(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
+    monkeypatch.setenv("TPU_WORKER_ID", "2")
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "")
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: pytest.fail(f"asked for {key}"))
+    assert processes.detected(os.environ) == 4
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    assert processes.detected(os.environ) == 8
+
+
+@pytest.mark.parametrize(
+    "env", [{"OMPI_COMM_WORLD_SIZE": "4"}, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, {"JOB_COMPLETION_INDEX": "0"}]
+)
+def test_processes_that_jax_cannot_find_are_refused_rather_than_trained_apart(env, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="does not find the others.*--coordinator_address"):
+        processes.detected(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("env", "own"),
+    [
+        (_SLURM, False),  # eight processes on a node with eight GPUs: JAX gives each its own
+        (_SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
+        (_SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, False),
+        (_SLURM | {"CUDA_VISIBLE_DEVICES": "5"}, True),  # bound by Slurm
+        (_SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, False),
+        (_OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        (_OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+    ],
+)
+def test_which_gpus_a_process_uses(env, own):
+    assert processes.each_has_its_own_gpu(env) == own
