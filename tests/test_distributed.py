@@ -158,14 +158,15 @@ def test_two_processes_train_on_the_same_batches_to_the_same_values_and_the_firs
     assert sorted(batches) == list(range(1, 25))
     assert_same_batches(batches, one[1])
     assert_close(workdir, one[0])
-    said = [[line for line in r.stderr.splitlines() if "[Gloo]" not in line] for r in results]  # its C++ speaks
-    assert any("step 24/24" in line for line in said[0]) and "2 process(es)" in results[0].stderr
-    assert said[1] == [] and [r.stdout for r in results] == ["", ""]
+    first, second = results
+    assert "step 24/24" in first.stderr and "2 process(es)" in first.stderr and "saving" in first.stderr
+    assert not any(word in second.stderr for word in ("step", "parameters", "saving", "done")), second.stderr
+    assert (first.stdout, second.stdout) == ("", "")
 
 
 def test_evaluation_and_generation_in_two_processes_answer_as_one_does(one):
     for module, arguments in (
-        ("evaluate", ["--json"]),
+        ("evaluate", ["--json", "--batches=3"]),
         ("infer", ["--json", "--prompt=The people", "--max_new_tokens=12", "--num_samples=3"]),
     ):
         arguments.append(f"--workdir={one[0]}")
@@ -237,6 +238,18 @@ def test_a_lost_coordinator_or_a_silent_host_ends_the_others_within_the_timeout(
     assert "died" in left.stderr and "the same command on every host continues" in left.stderr, left.stderr
     with open(tmp_path / "run" / "lock", "a") as lock:  # which died with its holder
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("why", ["a time limit", "Ctrl-C"])
+def test_a_time_limit_and_ctrl_c_stop_all_processes_too(train, config, tmp_path, why):
+    config = config.copy_and_resolve_references()
+    config.train.steps, config.eval.every_steps = 100_000, 0
+    config.train.max_seconds = 1.0 if why == "a time limit" else 0.0
+    number = signal.SIGINT if why == "Ctrl-C" else 0
+    results, batches = train(tmp_path / "run", 2, send=(0, number, 3), config=config)
+    assert [r.returncode for r in results] == [75, 75], [r.stderr for r in results]
+    saved = max(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints"))
+    assert f"stopped after step {saved}, which is saved" in results[0].stderr and saved in batches
 
 
 def test_a_mistake_that_only_one_process_meets_ends_all_with_its_message(config, tmp_path, default_file):

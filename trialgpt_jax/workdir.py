@@ -81,14 +81,17 @@ def _take(file: IO, workdir: str) -> None:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C, once: stop after this step. A second one ends the process at once."""
+    """SIGTERM or Ctrl-C, once: stop after this step. A second one ends the process at once.
+
+    With several processes JAX's preemption service listens for SIGTERM to any of them and finds a step at which all can
+    stop. A second SIGTERM does nothing then, as hosts that are taken away are told one after the other.
+    """
 
     def __enter__(self):
         self._asked = False
         self._previous = {}
-        if jax.process_count() > 1:  # JAX's preemption service listens then, and a handler here would deafen it
-            return self
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # a handler of SIGTERM here would deafen the preemption service
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
             with contextlib.suppress(ValueError):  # not the main thread (a notebook): there is nothing to listen to
                 self._previous[number] = signal.signal(number, self._ask)
         return self
@@ -96,8 +99,13 @@ class StopRequest:
     def _ask(self, number, frame):
         for each, handler in self._previous.items():
             signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else handler)
-        self._asked = True
+        self._ask_all()
         say("stopping after this step; once more to leave at once")
+
+    def _ask_all(self) -> None:
+        if jax.process_count() > 1 and not self._asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._asked = True
 
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
@@ -108,8 +116,9 @@ class StopRequest:
         late = bool(max_seconds) and elapsed >= max_seconds
         if jax.process_count() == 1:
             return self._asked or late
-        late = bool(max_seconds) and bool(multihost_utils.broadcast_one_to_all(late))
-        return multihost_utils.reached_preemption_sync_point(step) or late
+        if late:
+            self._ask_all()  # clocks differ: the first one that is late asks, and the service finds the step
+        return multihost_utils.reached_preemption_sync_point(step)
 
 
 def keep_tokenizer(store: TokenStore, workdir: str) -> None:
