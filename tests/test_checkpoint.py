@@ -190,7 +190,7 @@ def test_a_save_that_fails_is_told_once_and_leaves_the_others_and_nothing_else(w
         patch.setattr(target, full)
         with pytest.raises(SaveError) as told:
             checkpoints.save(4, state(4))
-            while checkpoints._thread.is_alive():
+            while not checkpoints.idle():
                 checkpoints.poll()
             checkpoints.poll()
     assert "step 4" in str(told.value) and str(folder) in str(told.value) and "last good one is 3" in str(told.value)

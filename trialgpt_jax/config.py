@@ -6,7 +6,7 @@ Python code and is executed; the snapshot that `train` leaves in the workdir (`c
 """
 
 import difflib
-import json
+import functools
 import os
 import sys
 import traceback
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved on request, the same command continues
@@ -171,6 +171,7 @@ _AT_LEAST = {
     "checkpoint.every_steps checkpoint.every_minutes checkpoint.keep_best "
     "checkpoint.keep_period eval.every_steps eval.batches seed data.split_seed",
 }
+_AT_MOST = 2**31 - 1  # whole numbers: what an int32 of JAX holds
 _UNIT_INTERVAL = ("optim.min_lr_ratio", "optim.decay_fraction")  # 0 <= x <= 1
 _HALF_OPEN = ("data.val_fraction", "model.dropout", "optim.b1", "optim.b2", "optim.muon_momentum")  # 0 <= x < 1
 
@@ -195,6 +196,9 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
         for name in names.split():
             if not least <= flat[name] < float("inf"):  # a comparison with NaN is False, so NaN is refused too
                 raise UserError(f"config field `{name}` is {flat[name]}, but must be at least {least} and finite")
+    for name, value in flat.items():
+        if type(value) is int and value > _AT_MOST:
+            raise UserError(f"config field `{name}` is {value}, but must be at most {_AT_MOST}")
     for name in _UNIT_INTERVAL + _HALF_OPEN:
         if not (0 <= flat[name] < 1 or (flat[name] == 1 and name in _UNIT_INTERVAL)):
             closing = "]" if name in _UNIT_INTERVAL else ")"
@@ -265,13 +269,7 @@ def mesh_sizes(mesh: ConfigDict, n_devices: int) -> dict[str, int]:
 
 def save_snapshot(config: ConfigDict, workdir: str) -> None:
     """Writes the resolved config to `<workdir>/config.json`, whole or not at all."""
-    path = os.path.join(workdir, "config.json")
-    with open(path + ".part", "w") as file:
-        json.dump(config.to_dict(), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
+    files.write_json(os.path.join(workdir, "config.json"), config.to_dict())
 
 
 def load_snapshot(workdir: str) -> ConfigDict:
@@ -282,14 +280,13 @@ def load_snapshot(workdir: str) -> ConfigDict:
     """
     path = os.path.join(workdir, "config.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
+        saved = files.read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; --workdir must be a folder that `train` or `convert` has written"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+        raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from None
     config = default_config()
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds {type(saved).__name__}, not an object of config fields")
@@ -402,7 +399,8 @@ def parse_command_line(
       UserError: an unknown flag or field, a value of the wrong type, neither --config nor a workdir.
     """
     values = flags.FlagValues()
-    define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    integer = functools.partial(flags.DEFINE_integer, lower_bound=-_AT_MOST, upper_bound=_AT_MOST)
+    define = {bool: flags.DEFINE_boolean, int: integer, float: flags.DEFINE_float}
     for name, (default, text) in options.items():
         define.get(type(default), flags.DEFINE_string)(name, default, text, flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.data import hf_tokenizer
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.data.shard_writer import write_json
 from trialgpt_jax.evaluate import load_params
 from trialgpt_jax.model import hf
 from trialgpt_jax.model.gpt import GPTConfig
@@ -46,10 +45,11 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int = -1) -> int:
     config = config.copy_and_resolve_references()
     config.train.attention, config.train.dtype = "xla", "auto"  # nothing is computed here, so no kernel can be missing
     hf.check_expressible(GPTConfig(**config.model.to_dict()))
-    _make_empty(folder, "--to_hf")
+    _check_empty(folder, "--to_hf")
     tokenizer = tokenizer_lib.load(config.data.tokenizer, workdir)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
     gpt, params, step = load_params(config, workdir, step, mesh)
+    _make_empty(folder, "--to_hf")
     hf_tokenizer.write(tokenizer, folder, gpt.block_size)
     hf.write(folder, params, gpt, tokenizer.eot_id)
     return step
@@ -86,7 +86,7 @@ def from_hf(config: ConfigDict, folder: str, workdir: str) -> ConfigDict:
     config_lib.save_snapshot(config, workdir)
     if tokenizer is not None:
         tokenizer.save(workdir)
-        write_json(workdir, "tokenizer.json", {"name": tokenizer.name, "hash": tokenizer.hash})
+        files.write_json(os.path.join(workdir, "tokenizer.json"), {"name": tokenizer.name, "hash": tokenizer.hash})
     checkpoints = Checkpoints(workdir)
     checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, params)})
     checkpoints.wait()
@@ -115,15 +115,19 @@ def _no_tokenizer(folder: str, config: ConfigDict) -> str:
     )
 
 
+def _check_empty(folder: str, flag: str) -> None:
+    """What is in a folder is never overwritten."""
+    if found := files.names(folder):
+        raise UserError(f"{flag}={folder} already holds {found[0]}; name a new or an empty folder")
+
+
 def _make_empty(folder: str, flag: str) -> None:
-    """Makes `folder` where it is not there; what is in one is never overwritten."""
+    """Makes `folder` where it is not there."""
+    _check_empty(folder, flag)
     try:
-        os.makedirs(folder, exist_ok=True)
-        found = sorted(os.listdir(folder))
+        files.make_folder(folder)
     except OSError as error:
         raise UserError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from None
-    if found:
-        raise UserError(f"{flag}={folder} already holds {found[0]}; name a new or an empty folder")
 
 
 FLAGS = {

@@ -113,10 +113,11 @@ def read_prompt(prompt: str | None) -> str | None:
     try:
         with open(path, "rb") as file:
             return file.read().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"--prompt={prompt}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt={prompt}: {path} is not UTF-8 at byte {error.start}; convert it first") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompt={prompt!a}: {path!a} cannot be read: {why}") from None
 
 
 FLAGS = {

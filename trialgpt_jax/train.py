@@ -93,6 +93,7 @@ def _train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...
                 free = [name for name in config_lib.fields(config) if not name.startswith("model.")]
                 config_lib.check_resumable(config, snapshot, (*free, "model.dropout", *allow_config_change))
             else:
+                config_lib.validate(snapshot)  # a run's own was valid
                 for change in config_lib.check_resumable(config, snapshot, allow_config_change):
                     say(change)
             check_tokenizer(store, workdir)
@@ -192,10 +193,11 @@ class _Run:
             )
             if init_from:
                 self.state = self.state.replace(params=pretrained.load(init_from, self.gpt, self.mesh))
+        self.log = None
         if jax.process_index() == 0:
-            config_lib.save_snapshot(config, workdir)
+            self.log = MetricsLog(workdir, config.log, self.first_step, config)
             keep_tokenizer(store, workdir)
-        self.log = MetricsLog(workdir, config.log, self.first_step, config) if jax.process_index() == 0 else None
+            config_lib.save_snapshot(config, workdir)
 
     def loop(self) -> int:
         """Runs the steps that are left. Step k is dispatched before the metrics of step k-1 are fetched."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import socket
@@ -13,7 +12,7 @@ from typing import IO
 import jax
 from jax.experimental import multihost_utils
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.training.metrics import say
@@ -134,25 +133,26 @@ def keep_tokenizer(store: TokenStore, workdir: str) -> None:
         return
     if store.tokenizer != "gpt2":
         tokenizer_lib.from_store(store.folder).save(workdir)
-    with open(path + ".part", "w") as file:
-        json.dump(mine, file)
-    os.replace(path + ".part", path)
+    files.write_json(path, mine)
 
 
 def check_tokenizer(store: TokenStore, workdir: str) -> None:
     """Refuses a token store made with another tokenizer than the one that the workdir's model was trained with.
 
     Raises:
-      UserError: names both.
+      UserError: names both, or the workdir's file, where that is damaged.
     """
+    path = os.path.join(workdir, "tokenizer.json")
     try:
-        with open(os.path.join(workdir, "tokenizer.json")) as file:
-            trained = json.load(file)
+        trained = files.read_json(path)
+        name, digest = trained["name"], trained["hash"]
     except FileNotFoundError:
         return  # not trained yet
-    same_hash = None in (store.tokenizer_hash, trained["hash"]) or store.tokenizer_hash == trained["hash"]
-    if store.tokenizer != trained["name"] or not same_hash:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the name of a tokenizer: {error!r}") from None
+    same_hash = None in (store.tokenizer_hash, digest) or store.tokenizer_hash == digest
+    if store.tokenizer != name or not same_hash:
         raise UserError(
             f"data.dir={store.folder} was made with tokenizer {store.tokenizer} ({store.tokenizer_hash}), but the model in "
-            f"{workdir} was trained with {trained['name']} ({trained['hash']}); preprocess the text with that one"
+            f"{workdir} was trained with {name} ({digest}); preprocess the text with that one"
         )

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax.data.tokenizer import END_OF_TEXT, Tokenizer, byte_characters, load
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -97,8 +97,7 @@ def read(folder: str) -> Tokenizer | None:
     path = os.path.join(folder, "tokenizer.json")
     try:
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                whole = json.load(file)
+            whole = files.read_json(path)
             model = whole["model"]
             vocab, pairs = model["vocab"], [p.split(" ") if isinstance(p, str) else p for p in model["merges"]]
             kind = model.get("type", "BPE"), whole["normalizer"], whole["pre_tokenizer"]["type"]
@@ -106,8 +105,7 @@ def read(folder: str) -> Tokenizer | None:
                 raise ValueError(f"it is {kind[0]} after {kind[2]}, not GPT-2's byte-level BPE")
             extra = [token["content"] for token in whole["added_tokens"] if token["content"] != END_OF_TEXT]
         elif os.path.exists(path := os.path.join(folder, "vocab.json")):
-            with open(path, encoding="utf-8") as file:
-                vocab, extra = json.load(file), []
+            vocab, extra = files.read_json(path), []
             with open(path := os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
                 lines = file.read().split("\n")
             pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]

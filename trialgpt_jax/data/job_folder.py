@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax.data import corpora, token_store
 
 _DECIDING = ("source", "source_options", "tokenizer", "split", "split_seed", "val_fraction", "shard_tokens")
@@ -109,8 +109,7 @@ def digest(files: list[list]) -> str:
 def read_progress(path: str, settings: dict) -> dict:
     """Loads a progress file. Raises UserError if it is damaged or of another config."""
     try:
-        with open(path, encoding="utf-8") as file:
-            progress = json.load(file)
+        progress = files.read_json(path)
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}); remove {os.path.dirname(path)} and run preprocess again"

@@ -10,15 +10,13 @@ import dataclasses
 import glob
 import hashlib
 import itertools
-import json
 import os
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -216,8 +214,7 @@ def verify(folder: str) -> list[dict]:
 def _read_manifest(path: str) -> dict:
     """Loads and checks a manifest: types, names of files, counts."""
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = files.read_json(path)
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format version {manifest['format_version']}, but this program reads {FORMAT_VERSION}"
@@ -227,7 +224,7 @@ def _read_manifest(path: str) -> dict:
         for record in manifest["shards"]:
             integers += [record["tokens"], record["documents"], record["bytes"], record["max_id"]]
             strings += [record["file"], record["sha256"]]
-            if not re.fullmatch(r"[\w.-]+", record["file"], re.ASCII) or record["file"].startswith("."):
+            if not files.is_plain_name(record["file"]):
                 raise UserError(f"{path}: the shard {record['file']!r} is not a plain file name inside the folder")
             if record["split"] not in SPLITS:
                 raise ValueError(f"split {record['split']!r}")

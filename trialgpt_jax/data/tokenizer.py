@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.util
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import tiktoken
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"  # a trained BPE inside its token store: a line per token, base64 bytes and rank
@@ -153,8 +152,7 @@ def from_store(folder: str) -> Tokenizer:
     if not os.path.exists(path):
         return load("gpt2")  # nanoGPT's and llm.c's files hold GPT-2 ids and do not say so
     try:
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)["tokenizer"]
+        saved = files.read_json(path)["tokenizer"]
         name, expected = saved["name"], saved["hash"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error!r}; run preprocess again") from None

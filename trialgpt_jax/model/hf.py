@@ -17,7 +17,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax.model.gpt import EPS, GPTConfig
 
 WEIGHTS = "model.safetensors"
@@ -158,8 +158,7 @@ def read_config(folder: str) -> dict:
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder; it must hold config.json and {WEIGHTS}")
     try:
-        with open(path, encoding="utf-8") as file:
-            theirs = json.load(file)
+        theirs = files.read_json(path)
         if not isinstance(theirs, dict):
             raise TypeError("it does not hold an object")
     except (OSError, ValueError, TypeError) as error:
@@ -183,8 +182,7 @@ def read_config(folder: str) -> dict:
 def is_hf_folder(folder: str) -> bool:
     """Whether a folder's config.json is that of a Hugging Face model, rather than a workdir's (or none at all)."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            return not isinstance(json.load(file).get("model"), dict)
+        return not isinstance(files.read_json(os.path.join(folder, "config.json")).get("model"), dict)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -249,20 +247,19 @@ class SafetensorsFolder(Mapping):
     def __init__(self, folder: str):
         index = os.path.join(folder, f"{WEIGHTS}.index.json")
         if os.path.exists(os.path.join(folder, WEIGHTS)):
-            files = [WEIGHTS]
+            shards = [WEIGHTS]
         elif os.path.exists(index):
             try:
-                with open(index, encoding="utf-8") as file:
-                    files = sorted(set(json.load(file)["weight_map"].values()))
+                shards = sorted(set(files.read_json(index)["weight_map"].values()))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{index} cannot be read as an index of shards: {error!r}") from None
-            if outside := [name for name in files if os.path.basename(name) != name]:
+            if outside := [name for name in shards if not files.is_plain_name(name)]:
                 raise UserError(f"{index}: the shard {outside[0]!r} is not a plain file name inside the folder")
         else:
             pickles = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth"))]
             raise UserError(f"{folder} has no {WEIGHTS}" + (_pickle_advice(folder, pickles[0]) if pickles else ""))
         self._file_of = {}
-        for name in files:
+        for name in shards:
             path = os.path.join(folder, name)
             try:
                 opened = safe_open(path, framework="numpy")

@@ -9,6 +9,8 @@ A file `<step>.removed` beside a step says that the step is being removed.
 import contextlib
 import errno
 import functools
+import hashlib
+import json
 import logging
 import math
 import os
@@ -235,7 +237,7 @@ class Checkpoints:
                     name: [size, files.sha256(os.path.join(folder, name))] for name, size in files.sizes(folder).items()
                 }
                 record = {"step": step, "val_loss": val_loss, "arrays": arrays, "files": listed}
-                files.write_json(os.path.join(folder, _CHECKSUMS), record)
+                files.write_json(os.path.join(folder, _CHECKSUMS), record | {"sha256": _digest(record)})
                 files.remove(self._marker)
                 self._prune()
             self.saved_step = step
@@ -288,9 +290,13 @@ class Checkpoints:
             files.remove_tree(path)
         files.remove(path + _REMOVED)
 
+    def idle(self) -> bool:
+        """Whether nothing is being saved."""
+        return self._thread is None or not self._thread.is_alive()
+
     def poll(self) -> None:
         """Raises what went wrong with the last save, if that is known by now; waits for nothing."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self.idle():
             self.wait()
 
     def wait(self) -> None:
@@ -310,7 +316,8 @@ class Checkpoints:
         `layout` may be a part of what was saved: {"params": ...} reads the parameters alone. The mesh may be another.
 
         Raises:
-          UserError: the checkpoint lacks an array of the layout, or has it in another shape or dtype.
+          UserError: the checkpoint lacks an array of the layout, or has it in another shape or dtype, or it was not
+            written by `save`.
         """
         saved = self._read(step)["arrays"]
         for path, leaf in jax.tree_util.tree_leaves_with_path(layout):
@@ -324,8 +331,15 @@ class Checkpoints:
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), layout
         )
         item = ocp.args.PyTreeRestore(item=layout, restore_args=restore_args, partial_restore=True)
-        with ocp.CheckpointManager(self._folder) as manager:  # a fresh one: a manager is bound to how it saved
-            return manager.restore(step, args=ocp.args.Composite(**{_ITEM: item}))[_ITEM]
+        try:
+            with ocp.CheckpointManager(self._folder) as manager:  # a fresh one: a manager is bound to how it saved
+                return manager.restore(step, args=ocp.args.Composite(**{_ITEM: item}))[_ITEM]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"checkpoint {step} in {self._folder} cannot be read, though it is what was written: "
+                f"{type(error).__name__}: {why}"
+            ) from error
 
     # ---- files
 
@@ -337,6 +351,7 @@ class Checkpoints:
         path = os.path.join(self._path(step), _CHECKSUMS)
         try:
             record = files.read_json(path)
+            own = record.pop("sha256")
             listed, arrays, loss = record["files"], record["arrays"], record["val_loss"]
             good = all(type(size) is int and isinstance(digest, str) for size, digest in listed.values())
             good &= isinstance(arrays, dict) and (loss is None or (type(loss) is float and math.isfinite(loss)))
@@ -344,6 +359,8 @@ class Checkpoints:
             raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from None
         if not good:
             raise ValueError(f"{path} cannot be read: a size, a checksum or the loss is of the wrong type")
+        if own != _digest(record) or record["step"] != step:
+            raise ValueError(f"{path} has changed since it was written (checksum)")
         return record
 
     def _unfinished(self) -> str | None:
@@ -391,6 +408,11 @@ def _is_full(error: Exception) -> bool:
     """Whether a disk, or a user's share of it, is full; TensorStore tells it in words."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"os_error_code='{code}'" in str(error) for code in full)
+
+
+def _digest(record: dict) -> str:
+    """Of the checksums' own file, without this."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _size(n_bytes: int) -> str:
