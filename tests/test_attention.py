@@ -34,9 +34,11 @@ def test_causal_and_cached_attention_in_float64(heads, kv_heads):
         q, k, v = inputs(heads, kv_heads)
         want = reference(q, k, v)
         np.testing.assert_allclose(causal_attention(q, k, v, "xla"), want, rtol=1e-12)
-        filler = np.full((2, 3, kv_heads, 8), 9.0)  # slots that are not written yet
-        k, v = (np.concatenate([x, filler], axis=1) for x in (k, v))
-        one_by_one = [cached_attention(q[:, t : t + 1], k, v, jnp.array([t])) for t in range(7)]
+        cache = (jnp.full((2, kv_heads, 10, 8), 9.0),) * 2  # slots that are not written yet
+        one_by_one = []
+        for t in range(7):
+            y, cache = cached_attention(*(x[:, t : t + 1] for x in (q, k, v)), cache, jnp.array([t]))
+            one_by_one.append(y)
         np.testing.assert_allclose(np.concatenate(one_by_one, axis=1), want, rtol=1e-12)
 
 

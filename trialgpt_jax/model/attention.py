@@ -38,37 +38,47 @@ def causal_attention(
         return _splash(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD)
     T = q_BxTxHxD.shape[1]
     mask_TxS = jnp.tril(jnp.ones((T, T), bool))
-    return _attend(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, mask_TxS, dropout, dropout_key)
+    k_BxKxTxD, v_BxKxTxD = (x.transpose(0, 2, 1, 3) for x in (k_BxTxKxD, v_BxTxKxD))
+    return _attend(q_BxTxHxD, k_BxKxTxD, v_BxKxTxD, mask_TxS, dropout, dropout_key)
 
 
 def cached_attention(
-    q_BxTxHxD: jax.Array, k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array, positions_T: jax.Array
-) -> jax.Array:
-    """Attention of T new tokens over a cache that already holds their own keys and values.
+    q_BxTxHxD: jax.Array,
+    k_BxTxKxD: jax.Array,
+    v_BxTxKxD: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    positions_T: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention of T new tokens over a cache, which takes up their keys and values first.
 
     Args:
-      q_BxTxHxD: queries of the tokens at `positions_T`.
-      k_BxSxKxD, v_BxSxKxD: the cache; slots past a query's position may hold anything finite.
-      positions_T: int32, slot of each new token.
+      q_BxTxHxD, k_BxTxKxD, v_BxTxKxD: of the tokens at `positions_T`.
+      cache: keys and values [B, K, S, D]; slots past a query's position may hold anything finite. The heads lie outside
+        the slots, so that what a head reads is in one piece: otherwise XLA copies the cache into that form at every token.
+      positions_T: int32, slot of each new token, ascending by one.
 
     Returns:
-      [B, T, H, D] in the dtype of q.
+      [B, T, H, D] in the dtype of q, and the cache.
     """
-    mask_TxS = jnp.arange(k_BxSxKxD.shape[1]) <= positions_T[:, None]
-    return _attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask_TxS)
+    k_BxKxSxD, v_BxKxSxD = (
+        jax.lax.dynamic_update_slice_in_dim(old, new.transpose(0, 2, 1, 3), positions_T[0], axis=2)
+        for old, new in zip(cache, (k_BxTxKxD, v_BxTxKxD), strict=True)
+    )
+    mask_TxS = jnp.arange(k_BxKxSxD.shape[2]) <= positions_T[:, None]
+    return _attend(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_TxS), (k_BxKxSxD, v_BxKxSxD)
 
 
-def _attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask_TxS, dropout=0.0, dropout_key=None):
+def _attend(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_TxS, dropout=0.0, dropout_key=None):
     B, T, H, D = q_BxTxHxD.shape
-    K = k_BxSxKxD.shape[2]
+    K = k_BxKxSxD.shape[1]
     q_BxTxKxGxD = q_BxTxHxD.reshape(B, T, K, H // K, D)
     wide = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q_BxTxKxGxD, k_BxSxKxD, preferred_element_type=wide)
+    scores = jnp.einsum("btkgd,bksd->bkgts", q_BxTxKxGxD, k_BxKxSxD, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(mask_TxS, scores / math.sqrt(D), -jnp.inf), axis=-1)
     if dropout_key is not None and dropout > 0:
         keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout), 0)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(q_BxTxHxD.dtype), v_BxSxKxD)
+    out = jnp.einsum("bkgts,bksd->btkgd", weights.astype(q_BxTxHxD.dtype), v_BxKxSxD)
     return out.reshape(B, T, H, D)
 
 

@@ -131,7 +131,7 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxC, positions_T, deterministic: bool, cache=None):
-        """Returns the output [B, T, C] and the cache (keys, values) [B, S, K, D], updated at `positions_T`, or None."""
+        """Returns the output [B, T, C] and the cache (keys, values) [B, K, S, D], updated at `positions_T`, or None."""
         c = self.config
         H, K, D = c.n_head, c.n_kv_head, c.head_dim
         B, T, C = x_BxTxC.shape
@@ -146,10 +146,7 @@ class CausalSelfAttention(nn.Module):
             key = None if deterministic or not c.dropout else self.make_rng("dropout")
             y = causal_attention(q, k, v, c.attention, c.dropout, key)
         else:
-            cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new, positions_T[0], 1) for old, new in zip(cache, (k, v))
-            )
-            y = cached_attention(q, *cache, positions_T)
+            y, cache = cached_attention(q, k, v, cache, positions_T)
         y = _dense(c, C, ("heads", "embed"), _proj_std(c), "c_proj")(y.reshape(B, T, H * D))
         return nn.Dropout(c.dropout)(y, deterministic), cache
 
@@ -281,7 +278,7 @@ def logits(params, config: GPTConfig, hidden_BxTxC: jax.Array) -> jax.Array:
     """Logits [B, T, vocab_size] of float32 (float64 for float64), padding cut off. For whole batches see `loss.py`."""
     wide = jnp.promote_types(config.dtype, jnp.float32)
     matrix_VxC = head(params, config).astype(config.dtype)
-    out_BxTxV = jnp.einsum("btc,vc->btv", hidden_BxTxC, matrix_VxC, preferred_element_type=wide)
+    out_VxBxT = jnp.einsum("vc,btc->vbt", matrix_VxC, hidden_BxTxC, preferred_element_type=wide)
     # the padding is cut off the logits, not off the matrix: a slice of the matrix would be a copy of it
-    out = out_BxTxV[..., : config.vocab_size]
+    out = out_VxBxT[: config.vocab_size].transpose(1, 2, 0)
     return config.logit_softcap * jnp.tanh(out / config.logit_softcap) if config.logit_softcap else out
