@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ def _merges() -> bytes:
 
 GPT2 = tokenizer_lib.load("gpt2")
 MERGES = _merges()
+RANKS = {GPT2.token_bytes(i): i for i in range(50256)}
 TEXTS = ["the cat sat on the mat, and the dog sat on the cat\n" * 20, "Grüße, 世界 🎉 and naïve café", "1234 don't"]
 
 
@@ -35,6 +37,33 @@ def test_decoding_gives_the_text_back_and_both_encoders_agree(text):
     ids = GPT2.encode(text)
     assert GPT2.decode(ids) == text
     assert GPT2.encode_to_numpy(text).tolist() == ids
+
+
+# GPT-2's own form of the pattern, as it was published
+PUBLISHED = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+AS_PUBLISHED = tiktoken.Encoding("published", pat_str=PUBLISHED, mergeable_ranks=RANKS, special_tokens={"<end>": 50256})
+PIECES = st.sampled_from(
+    ["'", "'s", "'ll", "'r", " ", "  ", "\n", "\r\n", "\u2003", "\x1c", "é", "x", "ab", "7", "½", "!?", "\0"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES | st.text(max_size=3), max_size=30).map("".join))
+def test_words_are_cut_as_the_published_pattern_cuts_them(text):
+    assert GPT2.encode(text) == AS_PUBLISHED.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
+def test_a_million_spaces_are_encoded_as_a_few_are(space):
+    assert GPT2.encode("a" + space * 1_100_000 + "b")[-1:] == GPT2.encode("a" + space * 5 + "b")[-1:]
+    text = "a" + space * 1_100_000 + "b" + space * 9000
+    assert GPT2.decode(GPT2.encode(text)) == text
+    run = GPT2.encode(space * 1_099_999)  # the run without its last space, which goes with what follows
+    assert GPT2.encode(space * 1_100_000 + "b") == [*run, *GPT2.encode(space + "b")]
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character():
+    assert GPT2.encode("a\udc80b") == GPT2.encode("a\ufffdb")
 
 
 def test_end_of_text_written_in_a_document_is_ordinary_text():

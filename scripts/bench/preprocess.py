@@ -34,8 +34,15 @@ PROCESSES = 2
 def as_nanogpt(corpus: str, out: str) -> None:
     """The baseline, run in a process of its own: `<out>/train.bin` and `<out>/val.bin`."""
     import datasets
+    import tiktoken
 
-    encoding = tokenizer_lib.load("gpt2")._encoding  # tiktoken's own object, found without a download
+    gpt2 = tokenizer_lib.load(
+        "gpt2"
+    )  # found without a download; what tiktoken.get_encoding("gpt2") gives, its pattern too
+    ranks = {gpt2.token_bytes(i): i for i in range(gpt2.eot_id)}
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=tokenizer_lib.PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": gpt2.eot_id}
+    )
     files = sorted(glob.glob(os.path.join(corpus, "*.jsonl.gz")))
     loaded = datasets.load_dataset(
         "json", data_files=files, split="train", num_proc=PROCESSES, cache_dir=f"{out}/cache"
