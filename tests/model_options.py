@@ -6,7 +6,8 @@ import numpy as np
 from flax import linen as nn
 from hypothesis import strategies as st
 
-from trialgpt_jax.model.gpt import EPS, GPT, GPTConfig
+from trialgpt_jax.model.gpt import GPT, GPTConfig
+from trialgpt_jax.model.layers import EPS
 
 
 @st.composite

@@ -6,6 +6,7 @@ Every combination of options is held against a second implementation, in numpy, 
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -216,18 +217,33 @@ def test_logit_softcap_bounds_logits_in_the_loss_and_in_the_logits():
         assert abs(float(mean_loss(params, config, jnp.asarray(ids))) - expected.mean()) < 1e-12
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("dots", 2), ("block", 3)])
+def kept_for_backward(config: GPTConfig, capsys) -> list[tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of what a layer keeps between the passes, for a batch of 2 x 16, parameters apart."""
+    params = random_params(config)
+    capsys.readouterr()
+    jax.ad_checkpoint.print_saved_residuals(lambda p: mean_loss(p, config, jnp.zeros((2, 17), jnp.int32)), params)
+    arrays = re.findall(r"^(\w+)\[([\d,]+)\] output of", capsys.readouterr().out, re.MULTILINE)
+    shapes = [(dtype, tuple(map(int, dims.split(",")))) for dtype, dims in arrays]
+    return sorted((dtype, shape[1:]) for dtype, shape in shapes if shape[:2] == (3, 2))  # [layers, batch, ...]
+
+
+def test_backward_keeps_matmul_outputs_once_in_the_dtype_of_the_matmuls(capsys):
+    config = GPTConfig(vocab_size=101, block_size=16, n_layer=3, n_head=2, n_embd=8, dtype=jnp.bfloat16)
+    # input, residual after attention, q, k, v; attention weights; the MLP's hidden layer. No norm, no GELU, no float32
+    lean = [("bf16", (16, 8))] * 5 + [("bf16", (16, 32))]
+    weights = ("f32", (2, 1, 16, 16))
+    assert kept_for_backward(config, capsys) == sorted((d, (2, *s)) for d, s in [*lean, weights])
+    assert kept_for_backward(dataclasses.replace(config, remat="block"), capsys) == [("bf16", (2, 16, 8))]
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [("none", 3), ("dots", 2), ("block", 3)])
 def test_remat_and_unrolling_change_no_gradient(remat, unroll):
-    plain = GPTConfig(vocab_size=101, block_size=8, n_layer=3, n_head=2, n_embd=16, **FLOAT64)
-    config = dataclasses.replace(plain, remat=remat, scan_unroll=unroll)
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=3, n_head=2, n_embd=16, **FLOAT64)
+    changed = dataclasses.replace(config, remat=remat, scan_unroll=unroll)
     with jax.enable_x64(True):
-        params, ids = random_params(plain), tokens(plain, (2, 9))
-        program = str(jax.make_jaxpr(lambda p: loss_and_gradients(p, config, ids))(params))
-        assert "remat" in program and "remat" not in str(
-            jax.make_jaxpr(lambda p: loss_and_gradients(p, plain, ids))(params)
-        )
-        _, ours = loss_and_gradients(params, config, ids)
-        _, expected = loss_and_gradients(params, plain, ids)
+        params, ids = random_params(config), tokens(config, (2, 9))
+        _, ours = loss_and_gradients(params, changed, ids)
+        _, expected = loss_and_gradients(params, config, ids)
         for mine, want in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
             assert np.abs(np.asarray(mine - want)).max() < 1e-13
 

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from trialgpt_jax.parallel.sharding import BATCH
@@ -75,6 +76,7 @@ def _attend(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_TxS, dropout=0.0, dropout_key=
     wide = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
     scores = jnp.einsum("btkgd,bksd->bkgts", q_BxTxKxGxD, k_BxKxSxD, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(mask_TxS, scores / math.sqrt(D), -jnp.inf), axis=-1)
+    weights = checkpoint_name(weights, "attention")
     if dropout_key is not None and dropout > 0:
         keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout), 0)
@@ -115,4 +117,4 @@ def _splash_kernel(queries_per_kv: int, length: int):
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
-    return splash.make_splash_mqa_single_device(mask, block_sizes=sizes)
+    return splash.make_splash_mqa_single_device(mask, block_sizes=sizes, residual_checkpoint_name="attention")

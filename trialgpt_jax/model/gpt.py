@@ -14,10 +14,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from trialgpt_jax.model import layers
 from trialgpt_jax.model.attention import cached_attention, causal_attention
-
-EPS = 1e-5  # GPT-2's; Flax's LayerNorm defaults to 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,25 +92,25 @@ def _dense(config: GPTConfig, features: int, axes: tuple[str, str], std: float, 
     )
 
 
-def _norm(config: GPTConfig, name: str | None = None) -> nn.Module:
-    """LayerNorm or RMSNorm over C, statistics in float32."""
-    ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-    shared = {
-        "epsilon": EPS,
-        "dtype": config.dtype,
-        "param_dtype": config.param_dtype,
-        "scale_init": ones,
-        "name": name,
-    }
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(**shared)
-    return nn.LayerNorm(use_bias=config.bias, bias_init=_normal(0, "embed"), use_fast_variance=False, **shared)
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over C."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxC):
+        c = self.config
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", ones, (c.n_embd,), c.param_dtype)
+        centred = c.norm == "layernorm"
+        bias = self.param("bias", _normal(0, "embed"), (c.n_embd,), c.param_dtype) if centred and c.bias else None
+        return layers.norm(x_BxTxC, scale, bias, centred)
 
 
 def _rms(x: jax.Array) -> jax.Array:
     """x / RMS(x) over the last axis, computed in float32: the parameter-free norm of queries and keys."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + EPS)).astype(x.dtype)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + layers.EPS)).astype(x.dtype)
 
 
 def rope(x_BxTxHxD: jax.Array, positions_T: jax.Array) -> jax.Array:
@@ -135,9 +135,10 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         H, K, D = c.n_head, c.n_kv_head, c.head_dim
         B, T, C = x_BxTxC.shape
-        q = _dense(c, H * D, ("embed", "heads"), 0.02, "c_q")(x_BxTxC).reshape(B, T, H, D)
-        k = _dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_k")(x_BxTxC).reshape(B, T, K, D)
-        v = _dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_v")(x_BxTxC).reshape(B, T, K, D)
+        # named before the heads are cut out: a TPU pads the last axis to 128, which would double heads of 64
+        q = checkpoint_name(_dense(c, H * D, ("embed", "heads"), 0.02, "c_q")(x_BxTxC), "qkv").reshape(B, T, H, D)
+        k = checkpoint_name(_dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_k")(x_BxTxC), "qkv").reshape(B, T, K, D)
+        v = checkpoint_name(_dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_v")(x_BxTxC), "qkv").reshape(B, T, K, D)
         if c.qk_norm:
             q, k = _rms(q), _rms(k)
         if c.position == "rope":
@@ -161,13 +162,14 @@ class MLP(nn.Module):
         c = self.config
         # 8/3 rounded up to 128 keeps swiglu's three matrices at the parameters of the other forms' two
         width = 4 * c.n_embd if c.activation != "swiglu" else -(-8 * c.n_embd // (3 * 128)) * 128
-        h = _dense(c, width, ("embed", "mlp"), 0.02, "c_fc")(x_BxTxC)
+        h = checkpoint_name(_dense(c, width, ("embed", "mlp"), 0.02, "c_fc")(x_BxTxC), "mlp")
         if c.activation == "swiglu":
-            h = jax.nn.silu(_dense(c, width, ("embed", "mlp"), 0.02, "c_gate")(x_BxTxC)) * h
+            gate = checkpoint_name(_dense(c, width, ("embed", "mlp"), 0.02, "c_gate")(x_BxTxC), "mlp")
+            h = jax.nn.silu(gate) * h
         elif c.activation == "relu2":
             h = jnp.square(jax.nn.relu(h))
         else:
-            h = jax.nn.gelu(h, approximate=True)  # GPT-2 uses the tanh form
+            h = layers.gelu(h)
         h = _dense(c, c.n_embd, ("mlp", "embed"), _proj_std(c), "c_proj")(h)
         return nn.Dropout(c.dropout)(h, deterministic)
 
@@ -180,16 +182,34 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxC, positions_T, deterministic: bool = True, cache=None):
         """Returns the residual [B, T, C] and the updated cache (None without one)."""
-        x_BxTxC = nn.with_logical_constraint(x_BxTxC, ("batch", "length", "hidden"))
+        x_BxTxC = checkpoint_name(nn.with_logical_constraint(x_BxTxC, ("batch", "length", "hidden")), "input")
         y, cache = CausalSelfAttention(self.config, name="attn")(
-            _norm(self.config, "ln_1")(x_BxTxC), positions_T, deterministic, cache
+            Norm(self.config, name="ln_1")(x_BxTxC), positions_T, deterministic, cache
         )
-        x_BxTxC = x_BxTxC + y
-        x_BxTxC = x_BxTxC + MLP(self.config, name="mlp")(_norm(self.config, "ln_2")(x_BxTxC), deterministic)
+        x_BxTxC = checkpoint_name(x_BxTxC + y, "residual")
+        x_BxTxC = x_BxTxC + MLP(self.config, name="mlp")(Norm(self.config, name="ln_2")(x_BxTxC), deterministic)
         return x_BxTxC, cache
 
 
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
+def _saved_by_design(primitive, *arguments, **parameters):
+    """What every layer keeps for its backward pass: matmul and kernel outputs. Norms and activations are computed again."""
+    named = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "residual", "mlp")
+    # cuDNN's kernel names nothing, so its output and statistics are known by the primitive
+    return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *arguments, **parameters)
+
+
+# train.remat -> what is kept of a layer besides its input
+_REMAT_POLICIES = {
+    "none": _saved_by_design,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 def _rows(table: nn.Embed, ids: jax.Array, axis: str) -> jax.Array:
@@ -210,12 +230,10 @@ class GPT(nn.Module):
         if c.position == "learned":
             self.wpe = nn.Embed(c.block_size, embedding_init=_normal(0.02, "position", "embed"), **table)
         if c.embed_norm:
-            self.ln_e = _norm(c)
+            self.ln_e = Norm(c)
         self.drop = nn.Dropout(c.dropout)
-        block = Block
-        if c.remat != "none":
-            # prevent_cse=False: inside a scan the forward and backward loops are apart, there is nothing to merge
-            block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat], prevent_cse=False, static_argnums=(3,))
+        # prevent_cse=False: inside a scan the forward and backward loops are apart, there is nothing to merge
+        block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat], prevent_cse=False, static_argnums=(3,))
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -225,7 +243,7 @@ class GPT(nn.Module):
             unroll=c.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        self.ln_f = _norm(c)
+        self.ln_f = Norm(c)
         if not c.tie_embeddings:
             head_std = 0.0 if c.zero_init_proj else 0.02
             self.lm_head = nn.Embed(c.padded_vocab_size, embedding_init=_vocabulary(c, head_std), **table)

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trialgpt_jax import UserError, files
-from trialgpt_jax.model.gpt import EPS, GPTConfig
+from trialgpt_jax.model.gpt import GPTConfig
+from trialgpt_jax.model.layers import EPS
 
 WEIGHTS = "model.safetensors"
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from trialgpt_jax.parallel.sharding import BATCH
 
 # Elements of a chunk's logits per device. Larger chunks re-read the head's gradient less often, smaller ones need less memory.
-CHUNK_ELEMENTS = 2**28
+CHUNK_ELEMENTS = 2**29
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

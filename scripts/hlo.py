@@ -1,0 +1,167 @@
+"""Reads a compiled program's text: what it moves through device memory, and what it sends between chips.
+
+Every instruction of the entry computation moves its operands and its results once, and what is inside a fusion moves
+nothing; a loop's body counts as often as it runs, a slice of a stacked array as the slice alone, and what lies in a chip's
+fast memory (a TPU's VMEM) not at all. So the figure is what a program must move if its caches keep nothing between two
+instructions. It follows from the text alone and is the same on every machine.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator
+
+_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
+    "u32": 4, "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
+         "replica-id", "iota", "broadcast-in-dim"}  # fmt: skip
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: its name, result type, operation, what stands in the parentheses and behind them."""
+
+    name: str
+    type: str
+    operation: str
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it takes."""
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+    def called(self) -> list[str]:
+        """Names of the computations it calls."""
+        lists = re.findall(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?([^}\s,]+(?:, ?%[^}\s,]+)*)",
+                           self.attributes)  # fmt: skip
+        return [name.strip().lstrip("%") for names in lists for name in names.split(",")]
+
+
+def type_bytes(hlo_type: str) -> int:
+    """Bytes of device memory that a type, or all parts of a tuple type, take."""
+    total = 0
+    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", hlo_type):
+        if re.search(r"S\([1-9]", layout):  # a memory space other than HBM
+            continue
+        size = _BYTES.get(dtype, 0)
+        for dim in filter(None, dims.split(",")):
+            size *= int(dim)
+        total += size
+    return total
+
+
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """Computation name -> its instructions by name, and the name of the entry computation."""
+    computations, entry, current = {}, "", None
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\)|\{?) ?(?:-> .*)?\{$", line):
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)):
+            rest = found[3]
+            cut = _closing(rest) if rest.startswith("(") else re.match(r"\w+\[[\d,]*\](?:\{[^}]*\})?", rest).end()
+            hlo_type, rest = rest[:cut], rest[cut:].strip()
+            operation = rest.split("(")[0]
+            end = _closing(rest[len(operation) :])
+            arguments, attributes = rest[len(operation) + 1 :][: end - 2], rest[len(operation) + end :]
+            current[found[2]] = Instruction(found[2], hlo_type, operation, arguments, attributes, bool(found[1]))
+    return computations, entry
+
+
+def traffic(text: str) -> dict[str, int]:
+    """Operation (a kernel's name for custom calls) -> bytes moved through device memory in one run of the program."""
+    computations, entry = parse(text)
+    moved = collections.Counter()
+    for times, instruction, computation in _run(computations, entry):
+        if instruction.operation in _FREE or instruction.operation.endswith("-done"):
+            continue
+        kernel = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
+        name = kernel[1] if kernel else instruction.operation.removesuffix("-start")
+        moved[name] += times * _moved(instruction, computation, computations)
+    return dict(moved.most_common())
+
+
+def collectives(text: str) -> dict[str, dict[str, float]]:
+    """Kind -> how often it runs in one step, and the bytes of its results, the larger side for a reduce-scatter."""
+    computations, entry = parse(text)
+    found = {}
+    for times, instruction, computation in _run(computations, entry, fusions=True):
+        kind = instruction.operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            # a pair of start and done has the operands in its result type as well
+            sizes = [type_bytes(computation[name].type) for name in instruction.operands if name in computation]
+            result = type_bytes(instruction.type) - (sum(sizes) if instruction.operation.endswith("-start") else 0)
+            entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+            entry["count"] += times
+            entry["bytes"] += times * max(sum(sizes), result)
+    return found
+
+
+def _run(
+    computations: dict, name: str, times: int = 1, fusions: bool = False
+) -> Iterator[tuple[int, Instruction, dict]]:
+    """Instructions as they run: (how often, instruction, its computation), loops and calls entered."""
+    for instruction in computations[name].values():
+        inside = instruction.operation in ("while", "call", "conditional", "async-start")
+        if inside or (fusions and instruction.operation == "fusion"):
+            trips = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', instruction.attributes)
+            for called in instruction.called():
+                if called in computations:
+                    yield from _run(computations, called, times * int(trips[1] if trips else 1), fusions)
+        if not inside:
+            yield times, instruction, computations[name]
+
+
+def _moved(instruction: Instruction, computation: dict, computations: dict) -> int:
+    """Bytes that one instruction reads and writes."""
+    result = type_bytes(instruction.type)
+    reads = [type_bytes(computation[name].type) if name in computation else 0 for name in instruction.operands]
+    if instruction.operation.endswith("-start"):  # its type is (operands, results, ...)
+        result -= sum(reads)
+    if instruction.operation == "dynamic-slice":
+        return 2 * result
+    if instruction.operation == "dynamic-update-slice":
+        return 2 * reads[1]
+    if (
+        not instruction.operation.startswith("fusion")
+        or not (called := instruction.called())
+        or called[0] not in computations
+    ):
+        return result + sum(reads)
+    inner = computations[called[0]]
+    users = collections.defaultdict(list)
+    for i in inner.values():
+        for operand in i.operands:
+            users[operand].append(i)
+    for i in inner.values():
+        if (
+            i.operation == "parameter"
+        ):  # one that is only sliced is read as far as the slices go; one updated, not at all
+            names = [i.name, *(u.name for u in users[i.name] if u.operation == "bitcast")]
+            ends = [u for name in names for u in users[name] if u.operation != "bitcast"]
+            if ends and all(u.operation.startswith("dynamic-") and u.operands[0] in names for u in ends):
+                slices = [type_bytes(u.type) for u in ends if u.operation == "dynamic-slice"]
+                reads[int(i.arguments)] = min(sum(slices), reads[int(i.arguments)])
+    root = next(i for i in inner.values() if i.is_root)
+    for i in [inner[name] for name in root.operands] if root.operation == "tuple" else [root]:
+        while i.operation in ("bitcast", "copy", "convert") and i.operands[0] in inner:
+            i = inner[i.operands[0]]
+        if i.operation == "dynamic-update-slice":  # in place: only the new part is written
+            result += type_bytes(inner[i.operands[1]].type) - type_bytes(i.type)
+    return max(result, 0) + sum(reads)
+
+
+def _closing(text: str) -> int:
+    """Length of `text` up to the parenthesis that closes the one it starts with."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return place + 1
+    return len(text)
