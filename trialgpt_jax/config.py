@@ -433,6 +433,10 @@ def parse_command_line(
             raise SystemExit(0)
         if len(left := values([argv[0], *own])) > 1:
             raise UserError(f"`{left[1]}` is not a flag; flags start with --")
+        if values.workdir if "workdir" in values else None:
+            files.resolve(values.workdir)  # refuses a URL that nothing here can reach
+        if "workdir" in values and values.workdir:
+            files.resolve(values.workdir)  # refuses a URL that nothing here can reach
         file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
         config = _config_from_file(argv, file) if file else _config_from_snapshot(argv, values, new_workdir)
     except flags.Error as error:

@@ -151,7 +151,11 @@ def remove_tree(folder: str) -> None:
 
 def rename_folder(folder: str, to: str) -> None:
     """Renames a folder; in a store, object by object."""
-    _fs(folder).mv(folder, to, recursive=True) if is_remote(folder) else os.rename(folder, to)
+    if is_remote(folder):
+        _fs(folder).copy(folder, to, recursive=True)
+        remove_tree(folder)
+    else:
+        os.rename(folder, to)
 
 
 def sha256(path: str) -> str:

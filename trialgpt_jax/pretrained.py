@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.data import hf_tokenizer
 from trialgpt_jax.data.token_store import TokenStore
@@ -95,7 +95,7 @@ def _place(array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _model_fields(source: str) -> dict:
     """The fields of `config.model` with which the weights of `source` were made."""
-    if not os.path.isfile(os.path.join(source, "config.json")):
+    if not files.exists(os.path.join(source, "config.json")):
         raise UserError(
             f"train.init_from={source} holds no config.json; it must be a workdir or a Hugging Face folder of GPT-2"
         )

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError, pretrained
+from trialgpt_jax import UserError, files, pretrained
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.data.batches import eval_batches, train_batches
 from trialgpt_jax.data.token_store import TokenStore, open_store
@@ -87,7 +87,7 @@ def _train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...
         steps = processes.from_first(checkpoints.steps)
         # a workdir of `convert` has parameters alone: its run has yet to begin, and may be any run of that model
         converted = bool(steps) and processes.from_first(lambda: checkpoints.params_only(steps[-1]))
-        if os.path.exists(os.path.join(workdir, "config.json")):
+        if files.exists(os.path.join(workdir, "config.json")):
             snapshot = config_lib.load_snapshot(workdir)
             if converted:
                 free = [name for name in config_lib.fields(config) if not name.startswith("model.")]

@@ -12,7 +12,7 @@ from typing import IO
 import jax
 from jax.experimental import multihost_utils
 
-from trialgpt_jax import UserError, files
+from trialgpt_jax import UserError, files, lease
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.training.metrics import say
@@ -24,6 +24,8 @@ def probe(workdir: str) -> None:
     Raises:
       UserError: as `locked`.
     """
+    if files.is_remote(workdir):
+        return lease.probe(workdir)
     path = os.path.abspath(workdir)
     missing = []
     while not os.path.isdir(path) and path != os.path.dirname(path):
@@ -47,9 +49,15 @@ def probe(workdir: str) -> None:
 def locked(workdir: str) -> Iterator[None]:
     """Holds `<workdir>/lock` for this process; the kernel releases it when the process dies, however it dies.
 
+    In an object store there is no such kernel: see `lease`.
+
     Raises:
       UserError: the folder cannot be written, or another run holds it.
     """
+    if files.is_remote(workdir):
+        with lease.held(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+            yield
+        return
     with _writable(workdir):
         os.makedirs(workdir, exist_ok=True)
         file = open(os.path.join(workdir, "lock"), "a+")  # noqa: SIM115 - open as long as the lock is held
@@ -128,7 +136,7 @@ def keep_tokenizer(store: TokenStore, workdir: str) -> None:
     """
     path = os.path.join(workdir, "tokenizer.json")
     mine = {"name": store.tokenizer, "hash": store.tokenizer_hash}
-    if os.path.exists(path):
+    if files.exists(path):
         check_tokenizer(store, workdir)
         return
     if store.tokenizer != "gpt2":

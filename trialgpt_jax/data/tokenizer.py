@@ -102,13 +102,7 @@ class Tokenizer:
         """Writes a trained BPE to `<folder>/tokenizer.tiktoken`, whole or not at all; `gpt2` needs no file."""
         if self.name == "gpt2":
             return
-        path = os.path.join(folder, RANKS_FILE)
-        part = f"{path}.{os.getpid()}.part"
-        with open(part, "wb") as file:
-            file.write(self.ranks_file())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        files.write(os.path.join(folder, RANKS_FILE), self.ranks_file())
 
 
 class StreamingDecoder:
@@ -142,7 +136,7 @@ def load(name: str, folder: str | None = None) -> Tokenizer:
     path = os.path.join(folder or "", RANKS_FILE)
     ranks = {}
     try:
-        with open(path, "rb") as file:
+        with files.open_file(path) as file:
             for number, line in enumerate(file, 1):
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -1,0 +1,137 @@
+"""A workdir in an object store: the same run, the same resume, through the clients of gs:// against a bucket in memory."""
+
+import json
+import os
+import subprocess
+import threading
+import time
+
+import pytest
+from conftest import call, command, metrics, overrides, refused, run
+from gcs_server import serve
+
+from trialgpt_jax import UserError, files, lease
+
+pytest.importorskip("gcsfs", reason="the extra `gs`")
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with serve() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+
+
+def objects(bucket, prefix):
+    return {name: data for (_, name), data in bucket.objects.items() if name.startswith(prefix)}
+
+
+def download(bucket, prefix, folder):
+    for name, data in objects(bucket, prefix).items():
+        path = folder / name.removeprefix(prefix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def test_files_are_whole_found_and_removed_as_on_a_disk(bucket, tmp_path):
+    for root in (str(tmp_path / "a"), "gs://bucket/a"):
+        files.make_folder(root)
+        path = os.path.join(root, "x.json")
+        assert not files.exists(path) and files.names(os.path.join(root, "nothing")) == []
+        files.write_json(path, {"a": 1})
+        assert files.read_json(path) == {"a": 1} and files.exists(path)
+        files.make_folder(os.path.join(root, "sub"))
+        files.write(os.path.join(root, "sub", "y"), b"123")
+        files.write(path, b"again")
+        assert files.names(root) == ["sub", "x.json"] and files.sizes(root) == {"sub/y": 3, "x.json": 5}
+        assert files.sha256(os.path.join(root, "sub", "y")).startswith("a665a459")
+        files.rename_folder(os.path.join(root, "sub"), os.path.join(root, "moved"))
+        assert files.sizes(root) == {"moved/y": 3, "x.json": 5}
+        files.remove(path)
+        files.remove(path)
+        files.remove_tree(os.path.join(root, "moved"))
+        files.remove_tree(os.path.join(root, "moved"))
+        assert files.sizes(root) == {}
+
+
+def test_urls_that_nothing_here_can_reach_are_refused(tmp_path):
+    for url in ("memory://x", "ftp://host/x", "az://x/y"):
+        refused(call("infer", f"--workdir={url}"), url, "not to " + url.split(":")[0])
+    assert not os.path.exists("memory:")
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk_killed_and_resumed(bucket, config, tmp_path, default_file):
+    config.train.steps = 40
+    flags = [f"--config={default_file}", *overrides(config)]
+    assert call("train", *flags, f"--workdir={tmp_path}/disk").returncode == 0
+
+    argv, env = command("train", *flags, "--workdir=gs://bucket/run")
+    with subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if any(name.endswith("/checksums.json") for name in objects(bucket, "run/")):
+                process.kill()
+    assert process.returncode == -9
+    result = run("train", *flags, "--workdir=gs://bucket/run")
+    assert result.returncode == 0, result.stderr
+    assert "resumed from checkpoint" in result.stderr, result.stderr
+    kept = {name.split("/")[2] for name in objects(bucket, "run/checkpoints/")}
+    assert kept == set(os.listdir(tmp_path / "disk" / "checkpoints")) and "run/lock" not in objects(bucket, "run/")
+    download(bucket, "run/", tmp_path / "copy")
+    assert metrics(tmp_path / "copy") == metrics(tmp_path / "disk")
+    from test_train import assert_same_bits, final_state
+
+    assert_same_bits(final_state(tmp_path / "copy"), final_state(tmp_path / "disk"))
+
+    # the other commands read it there
+    result = run("evaluate", "--workdir=gs://bucket/run", "--json")
+    assert result.returncode == 0, result.stderr
+    here = run("evaluate", f"--workdir={tmp_path}/disk", "--json")
+    assert json.loads(result.stdout) == json.loads(here.stdout)
+    result = run("infer", "--workdir=gs://bucket/run", "--prompt=The people", "--max_new_tokens=3")
+    assert result.returncode == 0 and result.stdout.startswith("The people"), result.stderr
+    assert run("convert", "--workdir=gs://bucket/run", "--verify").returncode == 0
+
+    # and damage there is found as here
+    name = next(name for name in objects(bucket, "run/checkpoints/40/") if "/d/" in name)
+    data = bytearray(bucket.objects["bucket", name])
+    data[len(data) // 2] ^= 1
+    bucket.objects["bucket", name] = bytes(data)
+    result = run("convert", "--workdir=gs://bucket/run", "--verify")
+    assert result.returncode == 1 and f"gs://bucket/{name} has changed" in result.stdout
+
+
+def test_a_dry_run_leaves_nothing_in_a_bucket(bucket, config, default_file):
+    before = dict(bucket.objects)
+    result = run("train", f"--config={default_file}", *overrides(config), "--workdir=gs://bucket/dry", "--dry_run")
+    assert result.returncode == 0 and "would start at step 0" in result.stderr, result.stderr
+    assert bucket.objects == before
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
+
+
+def test_a_lock_that_beats_refuses_and_a_silent_one_is_taken_over(bucket, fast):
+    with lease.held("gs://bucket/locked"):
+        with pytest.raises(UserError, match=f"in use by host .*, pid {os.getpid()}"), lease.held("gs://bucket/locked"):
+            pass
+        files.write("gs://bucket/elsewhere/lock", "host another, pid 1\n0123 7\n")
+        begin = time.monotonic()
+        with lease.held("gs://bucket/elsewhere"):
+            assert time.monotonic() - begin > 0.9
+    assert not files.exists("gs://bucket/locked/lock") and threading.active_count() < 50
+    files.write("gs://bucket/dead/lock", bucket_lock_of_a_dead_process())
+    begin = time.monotonic()
+    with lease.held("gs://bucket/dead"):
+        assert time.monotonic() - begin < 0.9
+
+
+def bucket_lock_of_a_dead_process():
+    import socket
+
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return f"host {socket.gethostname()}, pid {process.pid}\n0123 7\n"
