@@ -17,6 +17,7 @@ from trialgpt_jax.config import default_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # of gcsfs, before it is imported: see gcs_server
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the TPU compiler, without a TPU: no metadata server to ask,
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no chip to lock against other processes
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax.data import batches, shard_writer, token_store
 
 
@@ -191,8 +191,7 @@ def test_wrong_mixtures_are_refused(tmp_path, mixture, text, message):
     writer = shard_writer.ShardWriter(str(tmp_path / "other"), "train_00000.bin", "train", np.uint16)
     writer.append(np.array([1, 299]), 1, 5)
     manifest = {"format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0"}, "vocab_size": 300, "eot_id": 299}
-    shard_writer.write_json(
-        str(tmp_path / "other"), "manifest.json", manifest | {"dtype": "uint16", "shards": [writer.finish()]}
-    )
+    manifest |= {"dtype": "uint16", "shards": [writer.finish()]}
+    files.write_json(str(tmp_path / "other" / "manifest.json"), manifest)
     with pytest.raises(UserError, match=message):
         token_store.open_store(text.format(tmp_path))

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, files
 from trialgpt_jax.data import shard_writer, token_store
 
 
@@ -25,7 +25,7 @@ def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
         "format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0" * 64}, "vocab_size": vocab,
         "eot_id": vocab - 1, "dtype": "uint16", "shards": records,
     }  # fmt: skip
-    shard_writer.write_json(str(folder), "manifest.json", manifest)
+    files.write_json(str(folder / "manifest.json"), manifest)
     return ids
 
 

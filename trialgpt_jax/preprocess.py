@@ -21,12 +21,13 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.data import corpora, job_folder, shard_writer, token_store, units, workers
+from trialgpt_jax.data import corpora, job_folder, token_store, units, workers
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.corpora import InputFile
 from trialgpt_jax.data.tokenizer import Tokenizer
 from trialgpt_jax.data.units import Job
 from trialgpt_jax.data.workers import Task
+from trialgpt_jax.files import sync_folder, write_json
 
 TRAINING_CHARACTERS = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents, up to this much text
 SAMPLE_CHARACTERS = 2 << 20  # and a fast encoder is compared with tiktoken on so much of them
@@ -112,7 +113,7 @@ def merge(config: ConfigDict) -> dict:
             elif not os.path.exists(new):
                 raise UserError(f"{old} is missing, though its part is finished; copy it here and merge again")
             shards.append(shard | {"file": os.path.basename(new)})
-    shard_writer.sync_folder(folder)
+    sync_folder(folder)
     manifest = {
         "format_version": token_store.FORMAT_VERSION, **parts[0]["tokenizer"], **settings,
         "input": {
@@ -124,7 +125,7 @@ def merge(config: ConfigDict) -> dict:
     }  # fmt: skip
     manifest["tokenizer"] = {"name": settings["tokenizer"], "hash": parts[0]["tokenizer"]["hash"]}
     del manifest["hash"]
-    shard_writer.write_json(folder, token_store.MANIFEST, manifest)
+    write_json(os.path.join(folder, token_store.MANIFEST), manifest)
     job_folder.remove_leftovers(folder)
     return manifest
 
@@ -137,7 +138,7 @@ def _work(config: ConfigDict, folder: str, progress: dict) -> None:
     data, (index, count) = config.data, progress["worker"]
 
     def save() -> None:
-        shard_writer.write_json(folder, f"progress_{index}_of_{count}.json", progress)
+        write_json(os.path.join(folder, f"progress_{index}_of_{count}.json"), progress)
 
     if not progress["files"]:
         listed = corpora.list_files(data.source, data.source_options)

@@ -2,10 +2,11 @@
 
 import contextlib
 import hashlib
-import json
 import os
 
 import numpy as np
+
+from trialgpt_jax import files
 
 
 class ShardWriter:
@@ -35,7 +36,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._part, os.path.join(self._folder, self.record["file"]))
-        sync_folder(self._folder)
+        files.sync_folder(self._folder)
         self.record["sha256"] = self._digest.hexdigest()
         return self.record
 
@@ -44,24 +45,3 @@ class ShardWriter:
         self._file.close()
         with contextlib.suppress(FileNotFoundError):
             os.remove(self._part)
-
-
-def write_json(folder: str, file: str, value: object) -> None:
-    """Writes JSON to `<folder>/<file>`, durable and whole or not at all."""
-    part = os.path.join(folder, f"{file}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as out:
-        json.dump(value, out, indent=1, ensure_ascii=False)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, os.path.join(folder, file))
-    sync_folder(folder)
-
-
-def sync_folder(folder: str) -> None:
-    """Makes renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
