@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 
 import pytest
-from conftest import call, metrics, overrides, refused, small_config, tree
+from conftest import ROOT, call, metrics, overrides, refused, small_config, tree
 from test_train import assert_same_bits, final_state
 
 
@@ -172,3 +173,13 @@ def test_a_dry_run_refuses_what_a_run_would(reference, config, tmp_path, default
     config.data.dir = str(tmp_path / "nowhere")
     refused(train(config, tmp_path / "run", default_file, "--dry_run"), "data.dir")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    text, module, names = (ROOT / "docs" / "faults.md").read_text(), None, 0
+    for file, name in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", text):
+        module = file or module
+        if name:
+            names += 1
+            assert f"def {name}(" in (ROOT / "tests" / module).read_text(), (module, name)
+    assert names > 25
