@@ -34,7 +34,7 @@ def test_causal_and_cached_attention_in_float64(heads, kv_heads):
         q, k, v = inputs(heads, kv_heads)
         want = reference(q, k, v)
         np.testing.assert_allclose(causal_attention(q, k, v, "xla"), want, rtol=1e-12)
-        cache = (jnp.full((2, kv_heads, 10, 8), 9.0),) * 2  # slots that are not written yet
+        cache = (jnp.full((kv_heads * 2, 10, 8), 9.0),) * 2  # slots that are not written yet
         one_by_one = []
         for t in range(7):
             y, cache = cached_attention(*(x[:, t : t + 1] for x in (q, k, v)), cache, jnp.array([t]))

@@ -39,8 +39,7 @@ def causal_attention(
         return _splash(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD)
     T = q_BxTxHxD.shape[1]
     mask_TxS = jnp.tril(jnp.ones((T, T), bool))
-    k_BxKxTxD, v_BxKxTxD = (x.transpose(0, 2, 1, 3) for x in (k_BxTxKxD, v_BxTxKxD))
-    return _attend(q_BxTxHxD, k_BxKxTxD, v_BxKxTxD, mask_TxS, dropout, dropout_key)
+    return _attend(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, mask_TxS, dropout, dropout_key)
 
 
 def cached_attention(
@@ -54,33 +53,43 @@ def cached_attention(
 
     Args:
       q_BxTxHxD, k_BxTxKxD, v_BxTxKxD: of the tokens at `positions_T`.
-      cache: keys and values [B, K, S, D]; slots past a query's position may hold anything finite. The heads lie outside
-        the slots, so that what a head reads is in one piece: otherwise XLA copies the cache into that form at every token.
+      cache: keys and values [K * B, S, D], the batch within the heads; slots past a query's position may hold anything
+        finite. What a head of a sample reads is so in one piece, whatever the batch: laid out in another way, XLA on CPU
+        copies the whole cache at every token.
       positions_T: int32, slot of each new token, ascending by one.
 
     Returns:
       [B, T, H, D] in the dtype of q, and the cache.
     """
-    k_BxKxSxD, v_BxKxSxD = (
-        jax.lax.dynamic_update_slice_in_dim(old, new.transpose(0, 2, 1, 3), positions_T[0], axis=2)
+    B, T, H, D = q_BxTxHxD.shape
+    K = k_BxTxKxD.shape[2]
+    k_NxSxD, v_NxSxD = (
+        jax.lax.dynamic_update_slice_in_dim(old, new.transpose(2, 0, 1, 3).reshape(K * B, T, D), positions_T[0], axis=1)
         for old, new in zip(cache, (k_BxTxKxD, v_BxTxKxD), strict=True)
     )
-    mask_TxS = jnp.arange(k_BxKxSxD.shape[2]) <= positions_T[:, None]
-    return _attend(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_TxS), (k_BxKxSxD, v_BxKxSxD)
+    G = H // K
+    q_NxMxD = q_BxTxHxD.reshape(B, T, K, G, D).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, D)
+    wide = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
+    scores_NxMxS = jnp.einsum("nmd,nsd->nms", q_NxMxD, k_NxSxD, preferred_element_type=wide)
+    seen_MxS = jnp.arange(k_NxSxD.shape[1]) <= jnp.tile(positions_T, G)[:, None]
+    weights = jax.nn.softmax(jnp.where(seen_MxS, scores_NxMxS / math.sqrt(D), -jnp.inf), axis=-1)
+    out_NxMxD = jnp.einsum("nms,nsd->nmd", weights.astype(q_BxTxHxD.dtype), v_NxSxD)
+    out = out_NxMxD.reshape(K, B, G, T, D).transpose(1, 3, 0, 2, 4).reshape(B, T, H, D)
+    return out, (k_NxSxD, v_NxSxD)
 
 
-def _attend(q_BxTxHxD, k_BxKxSxD, v_BxKxSxD, mask_TxS, dropout=0.0, dropout_key=None):
+def _attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask_TxS, dropout=0.0, dropout_key=None):
     B, T, H, D = q_BxTxHxD.shape
-    K = k_BxKxSxD.shape[1]
+    K = k_BxSxKxD.shape[2]
     q_BxTxKxGxD = q_BxTxHxD.reshape(B, T, K, H // K, D)
     wide = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
-    scores = jnp.einsum("btkgd,bksd->bkgts", q_BxTxKxGxD, k_BxKxSxD, preferred_element_type=wide)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q_BxTxKxGxD, k_BxSxKxD, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(mask_TxS, scores / math.sqrt(D), -jnp.inf), axis=-1)
     weights = checkpoint_name(weights, "attention")
     if dropout_key is not None and dropout > 0:
         keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout), 0)
-    out = jnp.einsum("bkgts,bksd->btkgd", weights.astype(q_BxTxHxD.dtype), v_BxKxSxD)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(q_BxTxHxD.dtype), v_BxSxKxD)
     return out.reshape(B, T, H, D)
 
 

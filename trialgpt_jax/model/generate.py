@@ -55,7 +55,7 @@ class _State(NamedTuple):
     last_B: jax.Array  # newest token of each sample
     n_new: jax.Array  # tokens generated so far, by every sample
     done_B: jax.Array  # samples that have produced the stop id
-    memory: tuple  # per layer the cached keys and values [B, K, S, D]; or the window's tokens [B, T]
+    memory: tuple  # per layer the cached keys and values [K * B, S, D]; or the window's tokens [B, T]
 
 
 def split_layers(params, config: GPTConfig):
@@ -259,7 +259,7 @@ def _prefill(params, config, tokens_1xP, length, num_samples, cache_length):
 
     Slots from `length` on hold what the padding left; each is overwritten before a query can see it.
     """
-    empty = jnp.zeros((1, config.n_kv_head, cache_length, config.head_dim), config.dtype)
+    empty = jnp.zeros((config.n_kv_head, cache_length, config.head_dim), config.dtype)
     caches = ((empty, empty),) * config.n_layer
     hidden, caches = _apply(params, config, tokens_1xP, jnp.arange(tokens_1xP.shape[1]), caches)
     last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)

@@ -131,7 +131,7 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxC, positions_T, deterministic: bool, cache=None):
-        """Returns the output [B, T, C] and the cache (keys, values) [B, K, S, D], updated at `positions_T`, or None."""
+        """Returns the output [B, T, C] and the cache (keys, values) [K * B, S, D], updated at `positions_T`, or None."""
         c = self.config
         H, K, D = c.n_head, c.n_kv_head, c.head_dim
         B, T, C = x_BxTxC.shape
