@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from model_options import configs, random_params, reference_logits
 
 from trialgpt_jax import UserError
 from trialgpt_jax.model import generate as generate_lib
-from trialgpt_jax.model.generate import Sampling, generate, split_layers
+from trialgpt_jax.model.generate import Sampling, compile_decode, generate, split_layers
 from trialgpt_jax.model.gpt import GPT, GPTConfig, logits
+from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.training.train_step import params_layout
 
 CONFIG = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
@@ -170,6 +173,28 @@ def test_bfloat16_decoding_casts_the_matrices_and_keeps_the_norms(params):
     assert layers["blocks"][1]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16 == layers["wte"]["embedding"].dtype
     assert layers["ln_f"]["scale"].dtype == jnp.float32 and len(layers["blocks"]) == 2
     assert produce(layers, config, max_new_tokens=8).shape == (1, 8)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_a_token_reads_each_weight_once_and_copies_neither_weights_nor_cache(samples):
+    """In the compiled program only the update in place makes an array of their shapes, and a kernel has one reader."""
+    config = GPTConfig(vocab_size=700, block_size=64, n_layer=3, n_head=3, n_embd=96)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    layout = params_layout(config, mesh)
+    text = compile_decode(config, mesh, layout, num_samples=samples, prompt_length=5, max_new_tokens=40).as_text()
+    kernels = ("96,96", "384,96", "96,384")  # [out, in]
+    whole = "|".join((*kernels, "768,96", f"{3 * samples},64,32"))  # with the head and the cache
+    made = re.findall(rf"%(\S+) = f32\[(?:{whole})\]\S* ([\w-]+)\(", text)
+    in_place = ("parameter", "get-tuple-element", "bitcast", "dynamic-update-slice")
+    assert [name for name, kind in made if kind not in in_place and "dynamic-update-slice" not in name] == []
+    (body,) = (part for part in re.split(r"\n(?=%|ENTRY)", text) if " dot(" in part and "ROOT %tuple" in part)
+    lines = [line for line in body.splitlines() if " tuple(" not in line]  # handed on to the next token: not a reader
+    readers = [
+        sum(re.search(rf"%{re.escape(name)}[,)]", line) is not None for line in lines)
+        for name, shape in re.findall(r"%(\S+) = f32\[([\d,]+)\]\S* get-tuple-element\(", body)
+        if shape in kernels
+    ]
+    assert readers == [1] * (6 * config.n_layer)
 
 
 @pytest.mark.parametrize(
