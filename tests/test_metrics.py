@@ -11,6 +11,7 @@ from trialgpt_jax.config import default_config, gpt_config
 from trialgpt_jax.parallel.accelerators import chip
 from trialgpt_jax.parallel.sharding import make_mesh
 from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, time_left
+from trialgpt_jax.training.tensorboard import EventFile
 from trialgpt_jax.training.train_step import params_layout
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -61,6 +62,20 @@ def test_lines_after_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path
     log.write({"step": 4})
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_tensorboard_reads_the_curves_and_forgets_what_a_resumed_run_writes_again(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra `test`")
+    for resume_step, last, offset in ((0, 5, 0.0), (3, 7, 100.0)):
+        events = EventFile(str(tmp_path), resume_step * 300)
+        for step in range(resume_step + 1, last + 1):
+            events.write(step * 300, {"loss": step + offset + 0.25, "seconds": 1e-3 * step, "näme": -step})
+        events.close()
+    read = accumulator.EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload()
+    assert read.file_version == 2.0 and sorted(read.Tags()["scalars"]) == ["loss", "näme", "seconds"]
+    points = {point.step: point.value for point in read.Scalars("loss")}
+    assert points == {step * 300: step + 0.25 + (100 if step > 3 else 0) for step in range(1, 8)}
+    assert [point.value for point in read.Scalars("näme")] == [-1, -2, -3, -4, -5, -6, -7]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):

@@ -4,15 +4,14 @@ import contextlib
 import json
 import math
 import os
-import socket
 import sys
-import time
 
 import jax
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, files
 from trialgpt_jax.model.gpt import GPTConfig, head
+from trialgpt_jax.training.tensorboard import EventFile
 
 
 def parameter_count(params) -> int:
@@ -97,7 +96,7 @@ class MetricsLog:
         if log.tensorboard and files.is_remote(workdir):
             say("log.tensorboard is off: its files are appended to, which an object store cannot do")
         elif log.tensorboard:
-            self._tensorboard = _TensorBoard(os.path.join(workdir, "tensorboard"), resume_step)
+            self._tensorboard = EventFile(os.path.join(workdir, "tensorboard"), resume_step)
         if log.wandb:
             try:
                 import wandb
@@ -153,40 +152,6 @@ class MetricsLog:
                 self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-
-class _TensorBoard:
-    """An event file. tensorboardX's own writer has a thread that a full disk ends, whereupon the run would wait for ever."""
-
-    def __init__(self, folder: str, resume_step: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
-        from tensorboardX.record_writer import RecordWriter
-
-        self._event, self._summary = Event, Summary
-        os.makedirs(folder, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"  # sorts by the time when it was begun
-        self._records = RecordWriter(os.path.join(folder, name))
-        self._add(file_version="brain.Event:2")
-        if resume_step:  # hides the points of an earlier process that this one will write again
-            self._add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._flush()
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        self._add(step=step, summary=self._summary(value=values))
-        if time.monotonic() - self._flushed > 30:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._records.flush()
-        self._flushed = time.monotonic()
-
-    def _add(self, **fields) -> None:
-        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-
-    def close(self) -> None:
-        self._records.close()
 
 
 def _lines_up_to(path: str, step: int) -> list[dict]:
