@@ -89,15 +89,17 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     """Kind -> times executed in a step, and bytes that a chip receives by them in a step.
 
     Loops count as often as they run: the bound that a loop's condition compares its counter with. TPU programs mention a
-    collective again in the pieces that overlap it with computation, so each channel counts once in a loop's body. A
-    reduce-scatter is there an all-reduce inside a fusion `all-reduce-scatter`. Of n chips in a group, one receives
+    collective again in the pieces that overlap it with computation, so it counts where it starts. A reduce-scatter is there an all-reduce inside a fusion `all-reduce-scatter`. Of n chips in a group, one receives
     (n-1)/n of an all-gather's result and of a reduce-scatter's operand, and twice that of an all-reduce.
     """
     computations, entry = _computations(text)
     found = {}
 
     def visit(name, times, channels, scattered):
-        for line in computations.get(name, ()):
+        lines = computations.get(name, ())
+        if name.startswith("async_collective_fusion") or any('"AsyncCollectiveDone"' in line for line in lines):
+            return  # what was counted where it starts
+        for line in lines:
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 visit(loop[2], times * _trips(computations[loop[1]], computations[loop[2]], line), set(), False)
                 continue

@@ -352,3 +352,41 @@ def test_processes_that_jax_cannot_find_are_refused_rather_than_trained_apart(en
 )
 def test_which_gpus_a_process_uses(env, own):
     assert processes.each_has_its_own_gpu(env) == own
+
+
+_RESTORE = """
+import json, sys
+import jax, numpy as np
+if len(sys.argv) > 2:
+    flags = dict(argument.removeprefix("--").split("=") for argument in sys.argv[2:])
+    jax.distributed.initialize(flags["coordinator_address"], int(flags["num_processes"]), int(flags["process_id"]))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.training.checkpoint import Checkpoints
+sharding = NamedSharding(make_mesh({"data": 1, "fsdp": jax.device_count(), "tensor": 1}), P(None, "fsdp"))
+checkpoints, shape = Checkpoints(sys.argv[1]), (8, 4096, 256)
+whole = np.random.default_rng(0).standard_normal(shape, np.float32)
+if jax.process_count() == 1:
+    checkpoints.save(1, {"params": {"a": jax.device_put(whole, sharding), "b": jax.device_put(-whole, sharding)}})
+    checkpoints.wait()
+else:
+    read = lambda: int(open("/proc/self/io").read().split()[1])
+    before, leaf = read(), jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+    params = checkpoints.restore(1, {"params": {"a": leaf, "b": leaf}})["params"]
+    print(json.dumps((read() - before) / (2 * whole.nbytes)))
+    for array, expected in ((params["a"], whole), (params["b"], -whole)):
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected[shard.index])
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_each_process_reads_its_own_part_of_a_checkpoint_and_not_the_whole(devices, tmp_path):
+    """Whatever mesh wrote it: 64 MB from one device, where an array lies in one piece, and from four."""
+    script = ["-c", _RESTORE, str(tmp_path)]
+    (saved,) = job(1, "", devices=devices, script=lambda i: script)
+    assert saved.returncode == 0, saved.stderr
+    for result in job(2, "", devices=4, script=lambda i: script):
+        assert result.returncode == 0, result.stderr
+        share = float(next(line for line in result.stdout.splitlines() if line[0].isdigit()))
+        assert 0.3 < share < 0.55, "half of the (slightly compressed) arrays belongs to each of the two"

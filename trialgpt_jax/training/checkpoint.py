@@ -31,6 +31,7 @@ _CHECKSUMS = "checksums.json"
 _REMOVED = ".removed"
 _DAMAGED = ".damaged"
 _ITEM = "state"
+_CHUNK_BYTES = 16 * 2**20  # a host of another mesh reads the chunks of its own part, rather than whole arrays
 _STEP = re.compile(r"0|[1-9][0-9]*")
 
 
@@ -224,7 +225,9 @@ class Checkpoints:
         if self._manager is None:
             _ignore_late_writes()
             self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=None))
-        if not self._manager.save(step, args=ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(state)})):
+        chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), state)
+        item = ocp.args.StandardSave(state, save_args=chunked)
+        if not self._manager.save(step, args=ocp.args.Composite(**{_ITEM: item})):
             raise RuntimeError(f"orbax did not save step {step}; it has {self._manager.all_steps()}")
 
     def _finish(self, step: int, n_bytes: int, arrays: dict, val_loss: float | None) -> None:
