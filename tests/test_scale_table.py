@@ -1,0 +1,93 @@
+"""The collectives of a compiled program are counted as often as they run, once each, by the bytes that a chip receives."""
+
+import importlib.util
+import json
+
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("scale_table", ROOT / "scripts" / "scale_table.py")
+scale_table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(scale_table)
+
+# Six layers; in each a ring of two permutes in each of 8/2 turns, a gather that is overlapped with it in pieces, and a scatter.
+_PROGRAM = """HloModule step
+
+%ring_cond (a: (u32[], f32[4])) -> pred[] {
+  %bound = u32[] constant(8)
+  %a = (u32[], f32[4]) parameter(0)
+  %i = u32[] get-tuple-element(%a), index=0
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+%piece (p: f32[4]) -> f32[16] {
+  %gather.2 = f32[16]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+  ROOT %done = f32[16] custom-call(%gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%ring (b: (u32[], f32[4])) -> (u32[], f32[4]) {
+  %b = (u32[], f32[4]) parameter(0)
+  %one = u32[] constant(1)
+  %i = u32[] get-tuple-element(%b), index=0
+  %x = f32[4] get-tuple-element(%b), index=1
+  %p1 = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1}}
+  %p2 = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=2, source_target_pairs={{1,0}}
+  %f = f32[16] fusion(%x), kind=kCustom, calls=%piece
+  %next = u32[] add(%i, %one)
+  %after = u32[] add(%next, %one), sharding={replicated
+}, metadata={op_name="a brace at the beginning of a line"}
+  ROOT %t = (u32[], f32[4]) tuple(%after, %x)
+}
+
+%start (p: f32[4]) -> f32[16] {
+  %gather.1 = f32[16]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+  ROOT %started = f32[16] custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%all-reduce-scatter (p: f32[16]) -> f32[4] {
+  %sum = f32[16]{0} all-reduce(%p), channel_id=8, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %slice = f32[4] dynamic-slice(%sum), dynamic_slice_sizes={4}
+}
+
+%layer_cond (c: (s32[])) -> pred[] {
+  %layers = s32[] constant(6)
+  %c = (s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%j, %layers), direction=LT
+}
+
+%layer (d: (s32[])) -> (s32[]) {
+  %d = (s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%d), index=0
+  %s = f32[16] fusion(%d), kind=kCustom, calls=%start
+  %w = (u32[], f32[4]) while(%s), condition=%ring_cond, body=%ring
+  %r = f32[4] fusion(%w), kind=kCustom, calls=%all-reduce-scatter
+  %one = s32[] constant(1)
+  %k = s32[] add(%j, %one)
+  ROOT %t = (s32[]) tuple(%k)
+}
+
+ENTRY %main (e: (s32[])) -> (s32[]) {
+  %e = (s32[]) parameter(0)
+  %norm = f32[]{:T(128)} all-reduce(%e), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %w = (s32[]) while(%e), condition=%layer_cond, body=%layer
+}
+"""
+
+
+def test_collectives_count_as_often_as_they_run_and_by_what_a_chip_receives():
+    assert scale_table.collectives(_PROGRAM) == {
+        "all-gather": {"times": 6, "bytes": 6 * 64 * 3 / 4},
+        "collective-permute": {"times": 6 * 4 * 2, "bytes": 6 * 4 * 2 * 16},
+        "reduce-scatter": {"times": 6, "bytes": 6 * 64 * 3 / 4},
+        "all-reduce": {"times": 1, "bytes": 2 * 4 * 3 / 4},
+    }
+
+
+def test_the_tables_in_the_docs_are_those_of_the_results(tmp_path, monkeypatch):
+    copy = tmp_path / "scale.md"
+    copy.write_text((ROOT / "docs" / "scale.md").read_text())
+    monkeypatch.setattr(scale_table, "DOC", str(copy))
+    scale_table.main(["--tables"])
+    assert copy.read_text() == (ROOT / "docs" / "scale.md").read_text()
+    for row in json.loads((ROOT / "scripts" / "bench" / "results" / "scale.json").read_text()):
+        assert row["mesh"]["data"] * row["mesh"]["fsdp"] * row["mesh"]["tensor"] == row["chips"]
