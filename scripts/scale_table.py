@@ -2,7 +2,7 @@
 """Compiles the configs for slices and hosts that are not attached, and writes what that takes as a table.
 
     python scripts/scale_table.py            # compiles the rows that scale.json lacks, one at a time, then writes docs/scale.md
-    python scripts/scale_table.py --again    # compiles all of them
+    python scripts/scale_table.py --rows=1   # compiles one of them and stops; --rows=0 makes the tables again
 
 Results: scripts/bench/results/scale.json, a row as soon as it is compiled; the tables in docs/scale.md are made from it alone.
 Needs what `aot_compile.py` needs: `libtpu` for TPUs; for H200 rows the extra `cuda`, in the environment of `--cuda_python`.
@@ -24,7 +24,11 @@ DOC = os.path.join(ROOT, "docs", "scale.md")
 LINKS = {"v5e": 1600e9 / 8, "v5p": 4800e9 / 8, "v6e": 3584e9 / 8, "h200": 450e9}
 PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "h200": 989e12}  # dense bf16 FLOP/s
 
-_FITS = {  # config -> {target: (mesh fsdp, sequences of a microbatch on a chip)}; data takes the rest
+# Columns of a kernel's shard: a TPU's tile has 128, and for less its compiler makes an all-reduce, of twice the bytes, out of
+# each all-gather and reduce-scatter. So fsdp is the largest power of two that leaves so many, and data takes the other chips.
+_COLUMNS = 128
+_WIDTH = {"gpt_7b": 4096, "gpt_13b": 5120, "gpt2_1558m": 1600, "gpt2_774m": 1280, "gpt2_350m": 1024, "gpt2_124m": 768}
+_FITS = {  # config -> {target: sequences of a microbatch on a chip}
     "gpt_7b": {"v5e:4x4": 1, "v5p:4x4x4": 4, "h200:8": 4, "v6e:2x4": 2, "v5p:2x2x1": 4, "v5e:8x8": 2, "v5e:16x16": 2,
                "v6e:16x16": 4},
     "gpt_13b": {"v5p:4x4x4": 4, "h200:8": 4, "v5e:4x4": 1, "v6e:2x4": 1, "v5p:2x2x1": 2, "v5e:8x8": 1, "v5e:16x16": 1,
@@ -33,8 +37,7 @@ _FITS = {  # config -> {target: (mesh fsdp, sequences of a microbatch on a chip)
     "gpt2_774m": {"v5e:4x4": 2, "h200:8": 4, "v6e:2x4": 4, "v5p:2x2x1": 4},
     "gpt2_350m": {"v5e:4x4": 4, "h200:8": 4, "v6e:2x4": 4, "v5p:2x2x1": 4},
 }  # fmt: skip
-_GROWTH = {"v5e:1x1": 8, "v5e:2x2": 8, "v5e:4x4": 8, "v5e:8x8": 8, "v5e:16x16": 8}  # of gpt2_124m, split by fsdp
-_CHIPS = {"h200:8": 8}
+_GROWTH = {"v5e:1x1": 8, "v5e:2x2": 8, "v5e:4x4": 8, "v5e:8x8": 8, "v5e:16x16": 8}  # of gpt2_124m
 
 
 def rows() -> list[dict]:
@@ -49,6 +52,13 @@ def rows() -> list[dict]:
     return first[:1] + growth + [row for row in fits if row not in first] + first[1:]
 
 
+def fsdp(row: dict) -> int:
+    size = 1
+    while size < chips(row["target"]) and _WIDTH[row["config"]] // (2 * size) >= _COLUMNS:
+        size *= 2
+    return size
+
+
 def chips(target: str) -> int:
     count = 1
     for size in re.findall(r"\d+", target.split(":")[1]):
@@ -56,10 +66,10 @@ def chips(target: str) -> int:
     return count
 
 
-def compile_row(row: dict, cuda_python: str) -> dict | None:
+def compile_row(row: dict, cuda_python: str) -> dict:
     """The row with what `aot_compile.py --json` reports of it, and the collectives of one step by kind.
 
-    None, with a word on stderr, where the compiler fails for another reason than memory. The optimizer step has two microbatches of the row's size: enough that the loop over them is there, and its cost is
+    They are None where JAX cannot print the compiled program. The optimizer step has two microbatches of the row's size: enough that the loop over them is there, and its cost is
     then known for any number.
     """
     n = chips(row["target"]) * row["on_chip"]
@@ -67,16 +77,16 @@ def compile_row(row: dict, cuda_python: str) -> dict | None:
     with tempfile.NamedTemporaryFile(suffix=".txt") as hlo:
         argv = [python, os.path.join(ROOT, "scripts", "aot_compile.py"), f"--config={ROOT}/configs/{row['config']}.py",
                 f"--target={row['target']}", f"--config.train.batch_size={2 * n}", "--config.train.accumulate_steps=2",
-                "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--json", f"--hlo={hlo.name}"]  # fmt: skip
+                "--config.mesh.data=-1", f"--config.mesh.fsdp={fsdp(row)}", "--json", f"--hlo={hlo.name}"]  # fmt: skip
         env = os.environ | {"PYTHONPATH": ROOT}
         result = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
         lines = result.stdout.splitlines()
         if not lines or not lines[-1].startswith("{"):
-            print(f"left out: {result.stderr.strip().splitlines()[-1:]}", file=sys.stderr, flush=True)
-            return None
+            raise SystemExit(f"{row}: {result.stderr.strip().splitlines()[-1:]}")
         report = json.loads(lines[-1])
         report.pop("custom_calls", None)
-        report["collectives"] = collectives(hlo.read().decode()) if report["fits"] else {}
+        text = hlo.read().decode()
+        report["collectives"] = collectives(text) if text else None
     return row | report
 
 
@@ -110,8 +120,11 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
             if op and not (channel and channel[1] in channels):
                 channels.add(channel and channel[1])
                 sizes = [_size(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", op[1])]
-                size = max(sizes) if op[3] else sum(sizes)  # a start holds operand and result
-                n, kind = _group(line), op[2]
+                n, kind, size = _group(line), op[2], sum(sizes)
+                if op[3] and kind == "collective-permute":  # a start holds the operands as well as the results
+                    size = sizes[0]
+                elif op[3] and kind != "all-reduce":
+                    size *= n / (n + 1)
                 if kind == "all-reduce" and scattered:
                     kind = "reduce-scatter"
                 elif kind == "reduce-scatter":
@@ -192,58 +205,58 @@ def _group(line: str) -> int:
 def tables(results: list[dict]) -> tuple[str, str, str]:
     """Markdown: what fits where, the FSDP collectives against theory, growth."""
     fits = [
-        "| config | chips | mesh fsdp | sequences a chip | GB a chip | of | state, GB | whole state / chips, GB "
+        "| config | chips | data x fsdp | sequences a chip | GB a chip | of | state, GB | whole state / fsdp, GB "
         + "| collectives of a microbatch: times, GB received by a chip | FLOPs of a microbatch |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     theory = ["| config | chips | 2 gathers + 1 scatter, GB | compiled, GB | ratio |", "|---|---|---|---|---|"]
-    growth = ["| chips | GB a chip | compute, ms | communication, ms | communication / compute | received, GB |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
+    growth = ["| chips | mesh | GB a chip | compute, ms | communication, ms | communication / compute | received, GB |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in results:
-        family = row["target"].split(":")[0]
+        family, mesh = row["target"].split(":")[0], f"{row['mesh']['data']} x {row['mesh']['fsdp']}"
         name = f"{row['chips']} x {row['device_kind'].removeprefix('NVIDIA ')}"
-        if not row["fits"] and "bytes_needed" not in row:
-            fits.append(
-                f"| {row['config']} | {name} | {row['mesh']['fsdp']} | {row['on_chip']} | does not fit | | | | | |"
-            )
+        if "bytes_needed" not in row:
+            fits.append(f"| {row['config']} | {name} | {mesh} | {row['on_chip']} | does not fit | | | | | |")
             continue
         found = row["collectives"]
-        received = sum(kind["bytes"] for kind in found.values()) / 2 / 1e9
-        if row["kind"] == "fits":
-            listed = ", ".join(
-                f"{kind} {v['times'] / 2:g}: {v['bytes'] / 2e9:.2f}" for kind, v in sorted(found.items())
-            )
-            fits.append(
-                f"| {row['config']} | {name} | {row['mesh']['fsdp']} | {row['on_chip']} | {row['bytes_needed'] / 1e9:.2f}"
-                f"{'' if row['fits'] else ' DOES NOT FIT'} | {row['bytes_of_chip'] / 1e9:.2f} | {row['argument_bytes'] / 1e9:.3f} | "
-                f"{12 * row['parameters'] / row['chips'] / 1e9:.3f} | {listed} | {row['flops_per_step'] / 2:.3g} |"
-            )
-            share = (row["chips"] - 1) / row["chips"]
-            expected = 3 * 2 * row["parameters"] * share / 1e9
-            theory.append(f"| {row['config']} | {name} | {expected:.2f} | {received:.2f} | {received / expected:.2f} |")
-        else:
+        received = found and sum(kind["bytes"] for kind in found.values()) / 2 / 1e9
+        if row["kind"] == "growth":
             compute = row["flops_per_step"] / 2 / row["chips"] / PEAK[family]
             communication = received * 1e9 / LINKS[family]
             growth.append(
-                f"| {row['chips']} | {row['bytes_needed'] / 1e9:.2f} | {compute * 1e3:.1f} | {communication * 1e3:.1f} | "
+                f"| {row['chips']} | {mesh} | {row['bytes_needed'] / 1e9:.2f} | {compute * 1e3:.1f} | {communication * 1e3:.1f} | "
                 f"{communication / compute:.2f} | {received:.2f} |"
             )
+            continue
+        listed = "not printable"
+        if found:
+            listed = ", ".join(
+                f"{kind} {v['times'] / 2:g}: {v['bytes'] / 2e9:.2f}" for kind, v in sorted(found.items())
+            )
+            # the gradients are also summed over data: an all-reduce of each chip's part
+            data, shards = row["mesh"]["data"], row["mesh"]["fsdp"]
+            expected = 2 * row["parameters"] * (3 * (shards - 1) / shards + 2 * (data - 1) / data / shards) / 1e9
+            theory.append(f"| {row['config']} | {name} | {expected:.2f} | {received:.2f} | {received / expected:.2f} |")
+        fits.append(
+            f"| {row['config']} | {name} | {mesh} | {row['on_chip']} | {row['bytes_needed'] / 1e9:.2f}"
+            f"{'' if row['fits'] else ' DOES NOT FIT'} | {row['bytes_of_chip'] / 1e9:.2f} | {row['argument_bytes'] / 1e9:.3f} | "
+            f"{12 * row['parameters'] / row['mesh']['fsdp'] / 1e9:.3f} | {listed} | {row['flops_per_step'] / 2:.3g} |"
+        )
     return "\n".join(fits), "\n".join(theory), "\n".join(growth)
 
 
 def limits(results: list[dict]) -> str:
     """Markdown: tokens on a chip, and with it chips for the config's batch, at which communication takes as long as compute."""
-    sizes = {"gpt_7b": 1024 * 2048, "gpt_13b": 1024 * 2048}
     lines = ["| config | chips compiled for | tokens a chip at the limit | chips at the limit, of 2.1M tokens a step |",
              "|---|---|---|---|"]  # fmt: skip
     for row in results:
-        if row["kind"] != "fits" or not row["fits"] or row["config"] not in sizes or not row["collectives"]:
+        if row["kind"] != "fits" or not row["config"].startswith("gpt_") or not row.get("collectives"):
             continue
         family = row["target"].split(":")[0]
         seconds = sum(kind["bytes"] for kind in row["collectives"].values()) / 2 / LINKS[family]
         tokens = seconds * PEAK[family] / (row["flops_per_step"] / row["tokens_per_step"])
         name = f"{row['chips']} x {row['device_kind'].removeprefix('NVIDIA ')}"
-        lines.append(f"| {row['config']} | {name} | {tokens:,.0f} | {sizes[row['config']] / tokens:,.0f} |")
+        lines.append(f"| {row['config']} | {name} | {tokens:,.0f} | {1024 * 2048 / tokens:,.0f} |")
     return "\n".join(lines)
 
 
@@ -261,19 +274,18 @@ def write_doc(results: list[dict]) -> None:
 def main(argv: list[str]) -> None:
     cuda_python = next((a.split("=", 1)[1] for a in argv if a.startswith("--cuda_python=")), sys.executable)
     done = []
-    if os.path.exists(RESULTS) and "--again" not in argv:
+    n_rows = next((int(a.split("=", 1)[1]) for a in argv if a.startswith("--rows=")), len(rows()))
+    if os.path.exists(RESULTS):
         with open(RESULTS) as file:
             done = json.load(file)
     have = {(row["kind"], row["config"], row["target"], row["on_chip"]) for row in done}
-    for row in rows() if "--tables" not in argv else ():
-        if tuple(row.values()) not in have:
-            print(*row.values(), file=sys.stderr, flush=True)
-            if (compiled := compile_row(row, cuda_python)) is None:
-                continue
-            done.append(compiled)
-            with open(RESULTS + ".part", "w") as file:
-                json.dump(done, file, indent=1)
-            os.replace(RESULTS + ".part", RESULTS)
+    missing = [row for row in rows() if tuple(row.values()) not in have]
+    for row in missing[:n_rows]:
+        print(*row.values(), file=sys.stderr, flush=True)
+        done.append(compile_row(row, cuda_python))
+        with open(RESULTS + ".part", "w") as file:
+            json.dump(done, file, indent=1)
+        os.replace(RESULTS + ".part", RESULTS)
     write_doc(sorted(done, key=lambda row: (row["kind"], [*_FITS, "gpt2_124m"].index(row["config"]), row["chips"])))
 
 
