@@ -219,7 +219,7 @@ def tables(results: list[dict]) -> tuple[str, str, str]:
             fits.append(f"| {row['config']} | {name} | {mesh} | {row['on_chip']} | does not fit | | | | | |")
             continue
         found = row["collectives"]
-        received = found and sum(kind["bytes"] for kind in found.values()) / 2 / 1e9
+        received = sum(kind["bytes"] for kind in (found or {}).values()) / 2 / 1e9
         if row["kind"] == "growth":
             compute = row["flops_per_step"] / 2 / row["chips"] / PEAK[family]
             communication = received * 1e9 / LINKS[family]
