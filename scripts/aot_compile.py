@@ -2,10 +2,13 @@
 """Compiles the real train step for chips that are not attached, and says what they would execute.
 
     python scripts/aot_compile.py --config=configs/gpt2_124m.py --target=v5e:2x2 --config.train.batch_size=64
+    python scripts/aot_compile.py --config=configs/gpt2_124m.py --target=v5e:1x1 --find_batch   # the largest that fits
+    python scripts/aot_compile.py --config=configs/gpt2_124m.py --target=v5e:1x1 --decode=8     # a token of 8 samples
 
 Targets: v5e:4x4, v5p:2x2x1, v6e:4x4, v4:2x2x1, TPU7x:2x2x1 (needs `libtpu`, from the extras `test` and `tpu`), h200 or h200:8
 (needs the extra `cuda`). It is the real compiler: whether the step fits, its memory, its collectives and kernels are facts.
-A speed is not to be had this way. The batch of one optimizer step is --config.train.batch_size, over all chips.
+A speed is not to be had this way. The batch of one optimizer step is --config.train.batch_size, over all chips. Bytes and
+collectives are those of one run on one chip, read off the program's text by hlo.py.
 """
 
 import collections
@@ -18,11 +21,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what runs here; the target is a
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the metadata server of a TPU VM
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks the chips, of which none is used
 
+import hlo
 import jax
 from jax.experimental import topologies
 
 from trialgpt_jax import UserError
 from trialgpt_jax import config as config_lib
+from trialgpt_jax.model.generate import CHUNK, compile_decode
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import make_mesh
 from trialgpt_jax.training.metrics import flops_per_token, parameter_count
@@ -43,8 +48,6 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 28 patch: 1 }
 device_description_str: "NVIDIA H200"
 """
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-_COLLECTIVES = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 
 
 def target_devices(target: str) -> tuple[list, str]:
@@ -67,44 +70,43 @@ def target_devices(target: str) -> tuple[list, str]:
         raise UserError(f"--target={target} cannot be compiled for here: {reason}; see the top of this file") from None
 
 
-def collectives(hlo_text: str) -> dict[str, dict[str, float]]:
-    """Kind -> {count, bytes} of the collectives in a program's text; one in a loop's body counts once."""
-    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    for shape, kind in re.findall(rf"= (\(?[^=]*?\)?) ({_COLLECTIVES})(?:-start)?\(", hlo_text):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-        size = 0
-        for dtype, dims in arrays:
-            count = 1
-            for dim in filter(None, dims.split(",")):
-                count *= int(dim)
-            size += count * _BYTES.get(dtype, 4)
-        found[kind]["count"] += 1
-        found[kind]["bytes"] += size
-    return dict(found)
+def compile_for(config, target: str, decode: int = 0) -> tuple[dict, str]:
+    """Compiles the train step, or the decode step, and describes it; returns the description and the program's text.
 
-
-def compile_for(config, target: str) -> tuple[dict, str]:
-    """Compiles and describes; returns the description and the optimised program's text.
+    Args:
+      config: the config, for all chips of the target.
+      target: see the top of this file.
+      decode: samples to decode at a time, to compile one run of the decode loop; 0 = the train step.
 
     Raises:
       UserError: as `target_devices`, or a config that does not go with the target.
     """
     devices, platform = target_devices(target)
-    config_lib.validate(config, len(devices))
+    if not decode:
+        config_lib.validate(config, len(devices))
     gpt = config_lib.gpt_config(config, platform)
     mesh = make_mesh(config_lib.mesh_sizes(config.mesh, len(devices)), devices)
     params = params_layout(gpt, mesh)
+    tokens = decode * CHUNK or config.train.batch_size * gpt.block_size
+    known = accelerators.chip(devices[0].device_kind)
     report = {
         "target": target, "device_kind": devices[0].device_kind, "chips": len(devices), "mesh": dict(mesh.shape),
-        "parameters": parameter_count(params), "tokens_per_step": config.train.batch_size * gpt.block_size,
-        "flops_per_step": flops_per_token(params, gpt) * config.train.batch_size * gpt.block_size,
+        "parameters": parameter_count(params), "program": "decode" if decode else "train_step",
+        "tokens_per_step": tokens, "flops_per_step": (2 * parameter_count(params) if decode else flops_per_token(params, gpt)) * tokens,
         "attention": gpt.attention, "remat": gpt.remat, "jax": jax.__version__,
+        "bytes_of_chip": known and known.memory_bytes,
     }  # fmt: skip
     try:
-        compiled = compile_train_step(
-            gpt, make_optimizer(config.optim, config.train.steps), mesh, batch_size=config.train.batch_size,
-            accumulate_steps=config.train.accumulate_steps, seed=config.seed,
-        )  # fmt: skip
+        if decode:
+            prompt = gpt.block_size // 2
+            compiled = compile_decode(
+                gpt, mesh, params, num_samples=decode, prompt_length=prompt, max_new_tokens=gpt.block_size - prompt
+            )
+        else:
+            compiled = compile_train_step(
+                gpt, make_optimizer(config.optim, config.train.steps), mesh, batch_size=config.train.batch_size,
+                accumulate_steps=config.train.accumulate_steps, seed=config.seed,
+            )  # fmt: skip
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -116,23 +118,46 @@ def compile_for(config, target: str) -> tuple[dict, str]:
         if "RET_CHECK" not in str(error):
             raise
         text = ""
-    known = accelerators.chip(devices[0].device_kind)
     need = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     return report | {
         "fits": known is None or need <= known.memory_bytes,
         "bytes_needed": need,
-        "bytes_of_chip": known and known.memory_bytes,
         "argument_bytes": plan.argument_size_in_bytes,
         "temporary_bytes": plan.temp_size_in_bytes,
-        "collectives": collectives(text) if text else None,
+        "bytes_moved": sum(hlo.traffic(text).values()) if text else None,
+        "collectives": hlo.collectives(text) if text else None,
         "custom_calls": dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))),
     }, text  # fmt: skip
+
+
+def find_batch(config, target: str) -> tuple[dict, str]:
+    """As `compile_for` with the largest microbatch that fits, to an eighth of it; `accumulate_steps` becomes 1."""
+    sizes = config_lib.mesh_sizes(config.mesh, len(target_devices(target)[0]))
+    config.train.accumulate_steps, shards = 1, sizes["data"] * sizes["fsdp"]
+    fits, too_large, best = 0, None, None
+    size = 1
+    while True:
+        config.train.batch_size = size * shards
+        report, text = compile_for(config, target)
+        print(f"{size} sequences a chip: {'fits' if report['fits'] else 'does not fit'}", file=sys.stderr)
+        if report["fits"]:
+            fits, best = size, (report, text)
+        else:
+            too_large = size
+        if too_large is None:
+            size *= 2
+        elif too_large - fits <= max(1, fits // 8):
+            return best or (report, text)
+        else:
+            size = (fits + too_large) // 2
 
 
 FLAGS = {
     "target": (None, "chips to compile for, e.g. v5e:4x4 or h200"),
     "json": (False, "print one JSON object on stdout"),
     "hlo": (None, "file for the optimised program"),
+    "find_batch": (False, "look for the largest microbatch that fits, with as many compilations as that takes"),
+    "decode": (0, "compile a run of the decode loop for so many samples instead of the train step"),
 }
 
 
@@ -140,7 +165,10 @@ def main(argv: list[str]) -> int:
     flags, config = config_lib.parse_command_line(argv, __doc__, FLAGS)
     if not flags.target:
         raise UserError("--target is missing, e.g. --target=v5e:4x4 or --target=h200")
-    report, text = compile_for(config, flags.target)
+    if flags.find_batch:
+        report, text = find_batch(config, flags.target)
+    else:
+        report, text = compile_for(config, flags.target, flags.decode)
     if flags.hlo and text:
         with open(flags.hlo, "w") as file:
             file.write(text)
@@ -165,10 +193,14 @@ def main(argv: list[str]) -> int:
         f"{gib['bytes_needed']:.2f} of {gib['bytes_of_chip']:.2f} GiB: {'fits' if report['fits'] else 'DOES NOT FIT'}"
     )
     if report["collectives"] is None:
-        print("collectives and kernels are not known, for JAX cannot print this program")
+        print("bytes, collectives and kernels are not known, for JAX cannot print this program")
         return 0 if report["fits"] else 1
+    per_token = report["bytes_moved"] * report["chips"] / report["tokens_per_step"]
+    print(
+        f"device memory: {report['bytes_moved'] / 1e9:.2f} GB moved per chip and step, {per_token / 1e6:.3f} MB a token"
+    )
     for kind, size in sorted(report["collectives"].items()):
-        print(f"{kind}: {size['count']} in the program, {size['bytes'] / 2**20:.1f} MiB (a loop's body counted once)")
+        print(f"{kind}: {size['count']} a step, {size['bytes'] / 2**20:.1f} MiB")
     print(
         "kernels:", ", ".join(f"{name} x {count}" for name, count in sorted(report["custom_calls"].items())) or "none"
     )

@@ -43,11 +43,11 @@ class Instruction:
         return [name.strip().lstrip("%") for names in lists for name in names.split(",")]
 
 
-def type_bytes(hlo_type: str) -> int:
-    """Bytes of device memory that a type, or all parts of a tuple type, take."""
+def type_bytes(hlo_type: str, fast_memory: bool = False) -> int:
+    """Bytes that a type, or all parts of a tuple type, take in device memory, and in fast memory where that counts."""
     total = 0
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", hlo_type):
-        if re.search(r"S\([1-9]", layout):  # a memory space other than HBM
+        if not fast_memory and re.search(r"S\([1-9]", layout):  # a memory space other than HBM
             continue
         size = _BYTES.get(dtype, 0)
         for dim in filter(None, dims.split(",")):
@@ -78,44 +78,62 @@ def traffic(text: str) -> dict[str, int]:
     """Operation (a kernel's name for custom calls) -> bytes moved through device memory in one run of the program."""
     computations, entry = parse(text)
     moved = collections.Counter()
-    for times, instruction, computation in _run(computations, entry):
+    for times, instruction, name in _run(computations, entry):
         if instruction.operation in _FREE or instruction.operation.endswith("-done"):
             continue
         kernel = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
-        name = kernel[1] if kernel else instruction.operation.removesuffix("-start")
-        moved[name] += times * _moved(instruction, computation, computations)
+        what = kernel[1] if kernel else instruction.operation.removesuffix("-start")
+        moved[what] += times * _moved(instruction, computations[name], computations)
     return dict(moved.most_common())
 
 
-def collectives(text: str) -> dict[str, dict[str, float]]:
-    """Kind -> how often it runs in one step, and the bytes of its results, the larger side for a reduce-scatter."""
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Kind -> how often it runs in one run of the program, and the bytes on a chip of its larger side."""
     computations, entry = parse(text)
-    found = {}
-    for times, instruction, computation in _run(computations, entry, fusions=True):
+    found, channels = {}, set()
+    for times, instruction, name in _run(computations, entry, fusions=True):
         kind = instruction.operation.removesuffix("-start")
         if kind in COLLECTIVES:
-            # a pair of start and done has the operands in its result type as well
-            sizes = [type_bytes(computation[name].type) for name in instruction.operands if name in computation]
-            result = type_bytes(instruction.type) - (sum(sizes) if instruction.operation.endswith("-start") else 0)
-            entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-            entry["count"] += times
-            entry["bytes"] += times * max(sum(sizes), result)
+            # one that runs beside matmuls stands in each of their fusions, under one channel
+            if channel := re.search(r"channel_id=(\d+)", instruction.attributes):
+                if channel[1] in channels:
+                    continue
+                channels.add(channel[1])
+            # TPU programs write a reduce-scatter as a fusion of that name around an all-reduce
+            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
+            operands = sum(type_bytes(computations[name][o].type, True) for o in instruction.operands)
+            result = type_bytes(instruction.type, True)
+            if instruction.operation.endswith("-start"):  # its type is (operands, results, ...)
+                result -= operands
+            sums = found.setdefault(kind, {"count": 0, "bytes": 0})
+            sums["count"] += times
+            sums["bytes"] += times * max(operands, result)
     return found
 
 
 def _run(
     computations: dict, name: str, times: int = 1, fusions: bool = False
-) -> Iterator[tuple[int, Instruction, dict]]:
-    """Instructions as they run: (how often, instruction, its computation), loops and calls entered."""
+) -> Iterator[tuple[int, Instruction, str]]:
+    """Instructions as they run: (how often, instruction, its computation's name), loops and calls entered."""
     for instruction in computations[name].values():
         inside = instruction.operation in ("while", "call", "conditional", "async-start")
         if inside or (fusions and instruction.operation == "fusion"):
-            trips = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', instruction.attributes)
+            trips = _trips(instruction, computations) if instruction.operation == "while" else 1
             for called in instruction.called():
                 if called in computations:
-                    yield from _run(computations, called, times * int(trips[1] if trips else 1), fusions)
+                    yield from _run(computations, called, times * trips, fusions)
         if not inside:
-            yield times, instruction, computations[name]
+            yield times, instruction, name
+
+
+def _trips(loop: Instruction, computations: dict) -> int:
+    """How often a loop's body runs: as XLA:GPU writes it, or the bound in the condition, for a loop that counts from 0."""
+    if known := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    inner = computations.get(condition[1], {}) if condition else {}
+    bounds = [int(i.arguments) for i in inner.values() if i.operation == "constant" and i.arguments.isdigit()]
+    return max(bounds, default=1)
 
 
 def _moved(instruction: Instruction, computation: dict, computations: dict) -> int:

@@ -4,8 +4,12 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT, command, refused
+
+from trialgpt_jax.config import default_config
 
 SMALL = ["--config.model.n_layer=2", "--config.model.n_embd=256", "--config.model.n_head=4", "--config.model.block_size=256",
          "--config.model.vocab_size=2000", "--config.train.accumulate_steps=2", "--config.train.batch_size=16"]  # fmt: skip
@@ -45,3 +49,87 @@ def test_a_step_that_does_not_fit_says_so_and_an_unknown_target_is_refused():
     assert result.returncode == 1 and "DOES NOT FIT" in result.stdout, result.stdout + result.stderr[-500:]
     refused(aot_compile("--target=v5e:3x5x7"), "--target=v5e:3x5x7")
     refused(aot_compile(), "--target")
+
+
+def test_the_decode_loop_compiles_and_moves_no_weight_twice_a_token():
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
+    decode = json.loads(aot_compile(*SMALL, "--target=v5e:1x1", "--decode=2", "--json").stdout)
+    assert decode["program"] == "decode" and decode["tokens_per_step"] == 2 * 16
+    # a model this small stays in the chip's fast memory, so this is a bound from above
+    assert decode["fits"] and 0 < decode["bytes_moved"] / 16 < 2 * 2 * decode["parameters"]
+
+
+@pytest.mark.parametrize(("room", "found"), [(0, 1), (1, 1), (7, 7), (29, 28), (100, 96)])
+def test_find_batch_ends_within_an_eighth_of_the_largest_microbatch_that_fits(monkeypatch, room, found):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import aot_compile as tool
+
+    def compile_for(config, target):
+        return {"fits": config.train.batch_size <= 4 * room, "batch": config.train.batch_size}, ""
+
+    monkeypatch.setattr(tool, "target_devices", lambda target: ([None] * 4, "tpu"))
+    monkeypatch.setattr(tool, "compile_for", compile_for)
+    config = default_config()
+    config.mesh.fsdp, config.mesh.data = -1, 1
+    report, _ = tool.find_batch(config, "v5e:2x2")
+    assert report == {"fits": room > 0, "batch": 4 * found}
+
+
+HLO = """HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (p: f32[64,8]) -> f32[16,8] {
+  %p = f32[64,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %all-reduce.1 = f32[64,8]{1,0} all-reduce(%p), channel_id=2, to_apply=%sum
+  ROOT %mine = f32[16,8]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={16,8}
+}
+
+%body (state: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %state = (s32[], f32[64,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[64,8]{1,0} get-tuple-element(%state), index=1
+  %scattered = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %gathered = f32[64,8]{1,0} all-gather(%scattered), channel_id=3, dimensions={0}
+  ROOT %next = (s32[], f32[64,8]{1,0}) tuple(%i, %gathered)
+}
+
+%condition (state: (s32[], f32[64,8])) -> pred[] {
+  %state = (s32[], f32[64,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %last = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %last), direction=LT
+}
+
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[64,8]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], f32[64,8]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[64,8]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_bytes_and_collectives_count_a_loop_as_often_as_it_runs():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import hlo
+
+    whole, part = 4 * 64 * 8, 4 * 16 * 8
+    once = {"count": 7, "bytes": 7 * whole}
+    assert hlo.collectives(HLO) == {"reduce-scatter": once, "all-gather": once}
+    assert hlo.traffic(HLO) == {"fusion": 7 * (whole + part), "all-gather": 7 * (whole + part)}
+
+    def compiled(times):  # of a stacked array, each turn of the loop reads its own slice
+        scan = jax.jit(lambda x, ws: jax.lax.scan(lambda x, w: (jnp.sin(x) + w, None), x, ws)[0])
+        x = jax.ShapeDtypeStruct((4096,), jnp.float32)
+        return scan.lower(x, jax.ShapeDtypeStruct((times, 4096), jnp.float32)).compile().as_text()
+
+    moved = {times: sum(hlo.traffic(compiled(times)).values()) for times in (70, 140)}
+    per_turn = (moved[140] - moved[70]) / 70
+    assert 3 * 4 * 4096 <= per_turn < 6 * 4 * 4096, "x and a slice read, x written"

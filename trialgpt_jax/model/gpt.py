@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from trialgpt_jax.model import layers
 from trialgpt_jax.model.attention import cached_attention, causal_attention
+from trialgpt_jax.parallel.sharding import BATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,10 +214,23 @@ _REMAT_POLICIES = {
 }
 
 
-def _rows(table: nn.Embed, ids: jax.Array, axis: str) -> jax.Array:
-    """The table's rows for `ids`. Its columns are gathered first: looked up as they lie, they would cost an all-to-all."""
-    whole = nn.with_logical_constraint(table.embedding.astype(table.dtype), (axis, "hidden"))
-    return jnp.take(whole, ids, axis=0)
+def _rows(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
+    """The table's rows for `ids_BxT`. On a mesh each device gathers the columns of the ids it holds and looks its own
+    sequences up, so that the table's gradient is reduced and scattered; left to XLA it is an all-reduce."""
+    matrix_VxC = table.embedding.astype(table.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or table.is_initializing():  # one token, which no mesh divides
+        return jnp.take(matrix_VxC, ids_BxT, axis=0)
+
+    def local(matrix_VxC, ids_BxT):
+        matrix_VxC = jax.lax.all_gather(matrix_VxC, "fsdp", axis=1, tiled=True)
+        rows_BxT = ids_BxT - jax.lax.axis_index("tensor") * matrix_VxC.shape[0]
+        here = (rows_BxT >= 0) & (rows_BxT < matrix_VxC.shape[0])
+        found = jnp.take(matrix_VxC, jnp.where(here, rows_BxT, 0), axis=0)
+        return jax.lax.psum(jnp.where(here[..., None], found, 0), "tensor")
+
+    split = {"in_specs": (P("tensor", "fsdp"), P(BATCH)), "out_specs": P(BATCH)}
+    return jax.shard_map(local, mesh=mesh, **split, check_vma=False)(matrix_VxC, ids_BxT)
 
 
 class GPT(nn.Module):
@@ -266,10 +281,12 @@ class GPT(nn.Module):
 
     def embed(self, tokens_BxT: jax.Array, positions_T: jax.Array, deterministic: bool = True) -> jax.Array:
         """The residual stream's start, [B, T, C]."""
-        x = _rows(self.wte, tokens_BxT, "vocab")
-        if self.config.position == "learned":
-            x = x + _rows(self.wpe, positions_T, "position")
-        if self.config.embed_norm:
+        c = self.config
+        x = _rows(self.wte, tokens_BxT)
+        if c.position == "learned":
+            whole = nn.with_logical_constraint(self.wpe.embedding.astype(c.dtype), ("position", "hidden"))
+            x = x + jnp.take(whole, positions_T, axis=0)
+        if c.embed_norm:
             x = self.ln_e(x)
         return nn.with_logical_constraint(self.drop(x, deterministic), ("batch", "length", "hidden"))
 
