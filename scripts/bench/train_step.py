@@ -1,0 +1,175 @@
+"""Measures the train step, and nanoGPT's in turns with it in the same run: tokens/s, ms, MFU, memory, bytes moved.
+
+    python scripts/bench/train_step.py --peer=path/to/nanoGPT    # writes scripts/bench/results/train_step.json
+
+Without --shapes: on a CPU, GPT-2 124M at 2 x 1,024 and a 6-layer 384-wide model at 8 x 256, float32; on a GPU, GPT-2 124M
+at 32 x 1,024 with heads of 64 and of 128, bfloat16. Both sides: random ids, AdamW, gradients clipped at norm 1, biases, no
+dropout; nanoGPT's step is that of its train.py, its model.py eager and under torch.compile. A round runs every way for
+--steps steps after one that does not count; compilation is apart. Times are synchronised, and the ratio is that of medians.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+import jax
+import numpy as np
+
+from trialgpt_jax.config import default_config, gpt_config
+from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
+from trialgpt_jax.training import train_step as steps
+from trialgpt_jax.training.metrics import flops_per_token, parameter_count
+from trialgpt_jax.training.optimizer import make_optimizer
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import hlo
+
+VOCABULARY = 50304  # a multiple of 64, as nanoGPT advises, so that both multiply the same matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and its batch, written `layers,heads,width,batch,length`."""
+
+    layers: int
+    heads: int
+    width: int
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, {self.heads} heads, width {self.width}, {self.batch} x {self.length}"
+
+
+SHAPES = {"cpu": ["12,12,768,2,1024", "6,6,384,8,256"], "gpu": ["12,12,768,32,1024", "12,6,768,32,1024"]}
+
+
+def ours(shape: Shape, tokens_BxU: np.ndarray) -> tuple:
+    """A function that runs n steps and returns the loss, and facts of the compiled step."""
+    config = default_config()
+    config.model.update({"vocab_size": VOCABULARY, "block_size": shape.length, "n_layer": shape.layers,
+                         "n_head": shape.heads, "n_embd": shape.width})  # fmt: skip
+    gpt = gpt_config(config, jax.devices()[0].platform)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    optimizer = make_optimizer(config.optim, 1000)
+    compiled = steps.compile_train_step(gpt, optimizer, mesh, batch_size=shape.batch, accumulate_steps=1, seed=0)
+    state = steps.create_state(gpt, optimizer, 0, mesh)
+    batch = put_batch(tokens_BxU, batch_sharding(mesh))
+
+    def run(n: int) -> float:
+        nonlocal state
+        for _ in range(n):
+            state, metrics = compiled(state, batch)
+        return float(metrics["loss"])
+
+    plan = compiled.memory_analysis()
+    tokens = shape.batch * shape.length
+    return run, {
+        "attention": gpt.attention,
+        "dtype": str(gpt.dtype),
+        "parameters": parameter_count(state.params),
+        "flops_per_token": flops_per_token(state.params, gpt),
+        "planned_memory_gb": round((plan.argument_size_in_bytes + plan.temp_size_in_bytes) / 1e9, 2),
+        "bytes_moved_per_token": round(sum(hlo.traffic(compiled.as_text()).values()) / tokens),
+    }
+
+
+def nanogpt(folder: str, shape: Shape, tokens_BxU: np.ndarray, compiled: bool) -> tuple:
+    """As `ours`, for nanoGPT."""
+    import torch
+
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    from model import GPT, GPTConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    sizes = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width, "block_size": shape.length}
+    raw = GPT(GPTConfig(vocab_size=VOCABULARY, dropout=0.0, bias=True, **sizes)).to(device)
+    optimizer = raw.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+    model = torch.compile(raw) if compiled else raw
+    x = torch.from_numpy(tokens_BxU[:, :-1].astype(np.int64)).to(device)
+    y = torch.from_numpy(tokens_BxU[:, 1:].astype(np.int64)).contiguous().to(device)
+    wide = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+    def run(n: int) -> float:
+        for _ in range(n):
+            with wide:
+                _, loss = model(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return run, {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "train_step.json")
+    parser.add_argument("--peer", metavar="FOLDER", help="nanoGPT's repository, to measure it too")
+    parser.add_argument("--shapes", nargs="*", help="layers,heads,width,batch,length")
+    parser.add_argument("--rounds", type=int, default=5, help="each runs every way once")
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of a round")
+    parser.add_argument("--output", default=results, help="file for the figures")
+    parser.add_argument("--note", default="", help="what the reader of the figures should know")
+    given = parser.parse_args()
+
+    device = jax.devices()[0]
+    chip = accelerators.chip(device.device_kind)
+    packages = ("jax", "jaxlib", "flax", "optax", *(("torch",) if given.peer else ()))
+    figures = {
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
+        "device": device.device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "shapes": {},
+        "note": given.note,
+    }
+    for text in given.shapes or SHAPES[device.platform]:
+        shape = Shape(*map(int, text.split(",")))
+        tokens_BxU = np.random.default_rng(0).integers(0, VOCABULARY, (shape.batch, shape.length + 1), np.int32)
+        ways = {"ours": ours(shape, tokens_BxU)}
+        if given.peer:
+            ways |= {"nanogpt eager": nanogpt(given.peer, shape, tokens_BxU, False),
+                     "nanogpt compiled": nanogpt(given.peer, shape, tokens_BxU, True)}  # fmt: skip
+        compile_seconds, seconds = {}, {way: [] for way in ways}
+        for way, (run, _) in ways.items():
+            started = time.perf_counter()
+            run(2)
+            compile_seconds[way] = time.perf_counter() - started
+        for _ in range(given.rounds):
+            for way, (run, _) in ways.items():
+                run(1)
+                started = time.perf_counter()
+                run(given.steps)
+                seconds[way].append((time.perf_counter() - started) / given.steps)
+        tokens = shape.batch * shape.length
+        medians = {way: statistics.median(times) for way, times in seconds.items()}
+        facts = ways["ours"][1]
+        row = facts | {
+            "tokens_per_second": {way: round(tokens / s, 1) for way, s in medians.items()},
+            "ms": {way: [round(1000 * s, 1) for s in times] for way, times in seconds.items()},
+            "first_two_steps_seconds": {way: round(s, 1) for way, s in compile_seconds.items()},
+            "times_as_fast": {way: round(s / medians["ours"], 3) for way, s in medians.items() if way != "ours"},
+        }
+        if chip:
+            row["mfu"] = round(tokens / medians["ours"] * facts["flops_per_token"] / chip.peak_flops, 4)
+        if stats := device.memory_stats():
+            row["peak_memory_gb"] = round(stats["peak_bytes_in_use"] / 1e9, 2)
+        figures["shapes"][str(shape)] = row
+        print(shape, json.dumps(row, indent=1))
+    with open(given.output, "w", encoding="utf-8") as file:
+        file.write(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
