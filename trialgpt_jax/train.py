@@ -387,7 +387,7 @@ def memory_plan(compiled: jax.stages.Compiled, device: jax.Device) -> str:
         return text
     text += f" = {total / 2**30:.2f} of {has / 2**30:.1f} GiB"
     if total > has:
-        text += "; THIS DOES NOT FIT: raise train.accumulate_steps, set train.remat=dots or block, or split the state with mesh.fsdp"
+        text += "; THIS DOES NOT FIT: raise train.accumulate_steps, set train.remat=block, or split the state with mesh.fsdp"
     return text
 
 
