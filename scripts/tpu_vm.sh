@@ -173,6 +173,10 @@ train_on_node() {
         wait "$child" || status=$?
         kill -0 "$child" 2>/dev/null || break # else it was a signal that ended the waiting
     done
+    if [ -n "$stopping" ]; then # it may have ended while the signal was dealt with, and its status is still to be had
+        status=0
+        wait "$child" || status=$?
+    fi
     child=''
     return "$status"
 }

@@ -64,6 +64,14 @@ def test_lines_after_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+def test_a_run_that_begins_again_at_step_0_begins_its_log_again(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "val_loss": 5.0, "seconds": 0.0}\n{"step": 1, "seconds": 0.1}\n'
+    )
+    again = open_log(tmp_path, 0)
+    assert again.last == {} and (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_tensorboard_reads_the_curves_and_forgets_what_a_resumed_run_writes_again(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra `test`")
     for resume_step, last, offset in ((0, 5, 0.0), (3, 7, 100.0)):

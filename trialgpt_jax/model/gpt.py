@@ -219,7 +219,8 @@ def _rows(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
     sequences up, so that the table's gradient is reduced and scattered; left to XLA it is an all-reduce."""
     matrix_VxC = table.embedding.astype(table.dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or table.is_initializing():  # one token, which no mesh divides
+    # nothing to gather; or one token, which no mesh divides
+    if mesh.empty or mesh.shape["fsdp"] == 1 or table.is_initializing():
         return jnp.take(matrix_VxC, ids_BxT, axis=0)
 
     def local(matrix_VxC, ids_BxT):

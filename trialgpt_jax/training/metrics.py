@@ -80,7 +80,7 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: str, log: ConfigDict, resume_step: int, config: ConfigDict):
-        """Opens the log and drops lines of steps after `resume_step`, which will be run again.
+        """Opens the log and drops lines of steps after `resume_step`, which will be run again; all for 0.
 
         Raises:
           UserError: W&B is asked for and not installed, or a line before the last is not JSON.
@@ -155,7 +155,7 @@ class MetricsLog:
 
 
 def _lines_up_to(path: str, step: int) -> list[dict]:
-    """The lines of steps <= `step`; a last line that a kill cut short is dropped."""
+    """The lines of steps <= `step`, none for 0; a last line that a kill cut short is dropped."""
     if not files.exists(path):
         return []
     with files.open_file(path) as file:
@@ -170,7 +170,8 @@ def _lines_up_to(path: str, step: int) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(raw):
                 raise UserError(f"{path}, line {number}: not a line of metrics; mend or remove the file") from None
-    return [line for line in lines if line["step"] <= step]
+    # a run killed before its first checkpoint begins anew, with the evaluation of step 0
+    return [line for line in lines if line["step"] <= step] if step else []
 
 
 def say(text: str) -> None:
