@@ -215,8 +215,8 @@ _REMAT_POLICIES = {
 
 
 def _rows(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
-    """The table's rows for `ids_BxT`. On a mesh each device gathers the columns of the ids it holds and looks its own
-    sequences up, so that the table's gradient is reduced and scattered; left to XLA it is an all-reduce."""
+    """The table's rows for `ids_BxT`. Where fsdp splits the columns, each device gathers those of the ids it holds and looks
+    its own sequences up, so that the table's gradient is asked for as a reduce-scatter; left to XLA it is an all-reduce."""
     matrix_VxC = table.embedding.astype(table.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     # nothing to gather; or one token, which no mesh divides
