@@ -91,10 +91,9 @@ def default_config() -> ConfigDict:
     c.train.dtype = "auto"  # of the matmuls: float32 | bfloat16 | float64; auto = bfloat16, on CPU float32
     c.train.param_dtype = "float32"  # of parameters and optimizer state
     c.train.attention = "auto"  # auto | cudnn | splash | xla; auto = the fused kernel of the platform
-    c.train.remat = (
-        "none"  # what backward computes again: none (norms and activations) | dots (all but matmuls) | block
-    )
-    # (the whole layer) | offload (the whole layer, its input kept in the host's memory)
+    # what backward computes again: none (norms and activations) | dots (all but matmuls) | block (the whole layer) |
+    # offload (the whole layer, its input kept in the host's memory)
+    c.train.remat = "none"
     c.train.scan_unroll = 0  # layers per iteration of the scan over layers; 0 = all of them on GPU, one elsewhere
     c.train.init_from = ""  # workdir or Hugging Face folder whose weights start this run (fine-tuning)
     c.train.max_seconds = 0.0  # save and exit 75 after this long; 0 = no limit
@@ -433,8 +432,6 @@ def parse_command_line(
             raise SystemExit(0)
         if len(left := values([argv[0], *own])) > 1:
             raise UserError(f"`{left[1]}` is not a flag; flags start with --")
-        if values.workdir if "workdir" in values else None:
-            files.resolve(values.workdir)  # refuses a URL that nothing here can reach
         if "workdir" in values and values.workdir:
             files.resolve(values.workdir)  # refuses a URL that nothing here can reach
         file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
