@@ -17,6 +17,7 @@ _BYTES = {
 }  # fmt: skip
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
          "replica-id", "iota", "broadcast-in-dim"}  # fmt: skip
+_TAKE_A_PART = ("dynamic-slice", "slice", "dynamic-update-slice", "gather")  # of their first operand
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -142,7 +143,7 @@ def _moved(instruction: Instruction, computation: dict, computations: dict) -> i
     reads = [type_bytes(computation[name].type) if name in computation else 0 for name in instruction.operands]
     if instruction.operation.endswith("-start"):  # its type is (operands, results, ...)
         result -= sum(reads)
-    if instruction.operation == "dynamic-slice":
+    if instruction.operation in ("dynamic-slice", "slice", "gather"):
         return 2 * result
     if instruction.operation == "dynamic-update-slice":
         return 2 * reads[1]
@@ -160,12 +161,12 @@ def _moved(instruction: Instruction, computation: dict, computations: dict) -> i
     for i in inner.values():
         if (
             i.operation == "parameter"
-        ):  # one that is only sliced is read as far as the slices go; one updated, not at all
+        ):  # one that is only sliced or gathered from is read as far as that goes; one updated, not at all
             names = [i.name, *(u.name for u in users[i.name] if u.operation == "bitcast")]
             ends = [u for name in names for u in users[name] if u.operation != "bitcast"]
-            if ends and all(u.operation.startswith("dynamic-") and u.operands[0] in names for u in ends):
-                slices = [type_bytes(u.type) for u in ends if u.operation == "dynamic-slice"]
-                reads[int(i.arguments)] = min(sum(slices), reads[int(i.arguments)])
+            if ends and all(u.operation in _TAKE_A_PART and u.operands[0] in names for u in ends):
+                parts = [type_bytes(u.type) for u in ends if u.operation != "dynamic-update-slice"]
+                reads[int(i.arguments)] = min(sum(parts), reads[int(i.arguments)])
     root = next(i for i in inner.values() if i.is_root)
     for i in [inner[name] for name in root.operands] if root.operation == "tuple" else [root]:
         while i.operation in ("bitcast", "copy", "convert") and i.operands[0] in inner:

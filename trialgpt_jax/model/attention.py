@@ -4,6 +4,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key/value heads 
 Softmax is computed in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
 """
 
+import functools
 import math
 
 import jax
@@ -37,9 +38,12 @@ def causal_attention(
         return jax.nn.dot_product_attention(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, is_causal=True, implementation="cudnn")
     if kernel == "splash":
         return _splash(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD)
-    T = q_BxTxHxD.shape[1]
-    mask_TxS = jnp.tril(jnp.ones((T, T), bool))
-    return _attend(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, mask_TxS, dropout, dropout_key)
+    B, T, H, D = q_BxTxHxD.shape
+    K = k_BxTxKxD.shape[2]
+    q_BxKxGxTxD = q_BxTxHxD.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
+    k_BxKxTxD, v_BxKxTxD = k_BxTxKxD.transpose(0, 2, 1, 3), v_BxTxKxD.transpose(0, 2, 1, 3)
+    out = _blocked(q_BxKxGxTxD, k_BxKxTxD, v_BxKxTxD, dropout_key, dropout if dropout_key is not None else 0.0)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 def cached_attention(
@@ -78,19 +82,76 @@ def cached_attention(
     return out, (k_NxSxD, v_NxSxD)
 
 
-def _attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, mask_TxS, dropout=0.0, dropout_key=None):
-    B, T, H, D = q_BxTxHxD.shape
-    K = k_BxSxKxD.shape[2]
-    q_BxTxKxGxD = q_BxTxHxD.reshape(B, T, K, H // K, D)
-    wide = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q_BxTxKxGxD, k_BxSxKxD, preferred_element_type=wide)
-    weights = jax.nn.softmax(jnp.where(mask_TxS, scores / math.sqrt(D), -jnp.inf), axis=-1)
-    weights = checkpoint_name(weights, "attention")
-    if dropout_key is not None and dropout > 0:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
-        weights = jnp.where(keep, weights / (1 - dropout), 0)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(q_BxTxHxD.dtype), v_BxSxKxD)
-    return out.reshape(B, T, H, D)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, dropout_key, dropout):
+    """Causal attention in plain XLA, a block of queries at a time over the keys that it sees, [B, K, G, T, D].
+
+    The backward pass keeps the output and the softmax's logarithm of each row, and makes the weights again, as
+    FlashAttention's does (Dao et al. 2022): on CPU that is quicker than reading [T, S] weights back.
+    """
+    return _blocked_forward(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, dropout_key, dropout)[0]
+
+
+def _query_blocks(T: int) -> list[slice]:
+    """At most eight, of at least 128 queries: an eighth of the masked half is computed, and programs stay small."""
+    size = max(128, -(-T // 8))
+    return [slice(begin, min(begin + size, T)) for begin in range(0, T, size)]
+
+
+def _scores(q_BxKxGxMxD, k_BxKxSxD, rows: slice):
+    """Scaled scores [B, K, G, M, S] of the queries `rows` and the keys up to the last of them, -inf for later ones."""
+    wide = jnp.promote_types(q_BxKxGxMxD.dtype, jnp.float32)
+    scores = jnp.einsum("bkgmd,bksd->bkgms", q_BxKxGxMxD, k_BxKxSxD, preferred_element_type=wide)
+    seen_MxS = jnp.arange(rows.stop) <= jnp.arange(rows.start, rows.stop)[:, None]
+    return jnp.where(seen_MxS, scores / math.sqrt(q_BxKxGxMxD.shape[-1]), -jnp.inf)
+
+
+def _scale_kept(shape, dropout_key, dropout, rows: slice):
+    """What dropout multiplies the weights of a block by: 0 or 1 / (1 - rate)."""
+    if not dropout:
+        return 1.0
+    return jax.random.bernoulli(jax.random.fold_in(dropout_key, rows.start), 1 - dropout, shape) / (1 - dropout)
+
+
+def _blocked_forward(q, k, v, dropout_key, dropout):
+    outs, logs = [], []
+    for rows in _query_blocks(q.shape[3]):
+        scores = _scores(q[:, :, :, rows], k[:, :, : rows.stop], rows)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        # the barriers here and below: XLA on CPU would fuse exp into the sums, where it is six times as slow
+        weights = jax.lax.optimization_barrier(jnp.exp(scores - top))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights * _scale_kept(weights.shape, dropout_key, dropout, rows)
+        out = jnp.einsum(
+            "bkgms,bksd->bkgmd", weights.astype(v.dtype), v[:, :, : rows.stop], preferred_element_type=top.dtype
+        )
+        outs.append((out / total).astype(v.dtype))
+        logs.append(top + jnp.log(total))
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
+    return out, (q, k, v, dropout_key, out, checkpoint_name(jnp.concatenate(logs, axis=3), "attention"))
+
+
+def _blocked_backward(dropout, kept, d_out):
+    q, k, v, dropout_key, out, log_total = kept
+    wide = log_total.dtype
+    inner = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+    for rows in _query_blocks(q.shape[3]):
+        q_i, d_i, seen = q[:, :, :, rows], d_out[:, :, :, rows], slice(rows.stop)
+        scores = _scores(q_i, k[:, :, seen], rows)
+        weights = jax.lax.optimization_barrier(jnp.exp(scores - log_total[:, :, :, rows]))
+        scale = _scale_kept(weights.shape, dropout_key, dropout, rows)
+        d_weights = jnp.einsum("bkgmd,bksd->bkgms", d_i, v[:, :, seen], preferred_element_type=wide) * scale
+        d_scores = weights * (d_weights - inner[:, :, :, rows]) / math.sqrt(q.shape[-1])
+        d_scores = jax.lax.optimization_barrier(d_scores.astype(q.dtype))
+        d_q.append(jnp.einsum("bkgms,bksd->bkgmd", d_scores, k[:, :, seen]))
+        d_k_i = jnp.einsum("bkgms,bkgmd->bksd", d_scores, q_i, preferred_element_type=wide)
+        d_v_i = jnp.einsum("bkgms,bkgmd->bksd", (weights * scale).astype(v.dtype), d_i, preferred_element_type=wide)
+        d_k, d_v = d_k.at[:, :, seen].add(d_k_i), d_v.at[:, :, seen].add(d_v_i)
+    return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def _splash(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD):

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from trialgpt_jax import UserError
-from trialgpt_jax.model.gpt import GPT, Block, GPTConfig, cast_matrices, logits
+from trialgpt_jax.model.gpt import GPT, Block, Dense, GPTConfig, cast_matrices, logits
 from trialgpt_jax.parallel.sharding import replicated
 
 
@@ -81,13 +81,15 @@ def _split(params, config: GPTConfig):
 
 
 def _dense_of_rows(call, args, kwargs, context):
-    """Takes the place of `nn.Dense.__call__`, for kernels [out, in]."""
-    dense = context.module
-    if not isinstance(dense, nn.Dense) or context.method_name != "__call__":
+    """Takes the place of `Dense.__call__`, for kernels [out, in]."""
+    if not isinstance(context.module, Dense) or context.method_name != "__call__":
         return call(*args, **kwargs)
-    weights = dense.variables["params"]
+    weights = context.module.variables["params"]
     out = jnp.einsum("oi,bti->obt", weights["kernel"], args[0]).transpose(1, 2, 0)
-    return out + weights["bias"].astype(out.dtype) if dense.use_bias else out
+    bias = weights["bias"].astype(out.dtype) if "bias" in weights else None
+    if not kwargs.get("add_bias", True):
+        return out, bias
+    return out if bias is None else out + bias
 
 
 def generate(

@@ -82,16 +82,24 @@ def _proj_std(config: GPTConfig) -> float:
     return 0.0 if config.zero_init_proj else 0.02 / math.sqrt(2 * config.n_layer)
 
 
-def _dense(config: GPTConfig, features: int, axes: tuple[str, str], std: float, name: str) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=config.bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=_normal(std, *axes),
-        bias_init=_normal(0, axes[1]),
-        name=name,
-    )
+class Dense(nn.Module):
+    """x @ kernel + bias, the bias apart where the caller has a better place to add it."""
+
+    config: GPTConfig
+    features: int
+    axes: tuple[str, str]  # logical names of the kernel's two
+    std: float  # of the kernel's first values
+
+    @nn.compact
+    def __call__(self, x, add_bias: bool = True):
+        """Returns [..., features] of `config.dtype`; with `add_bias=False` the product and the bias (None without one)."""
+        c = self.config
+        kernel = self.param("kernel", _normal(self.std, *self.axes), (x.shape[-1], self.features), c.param_dtype)
+        bias = self.param("bias", _normal(0, self.axes[1]), (self.features,), c.param_dtype) if c.bias else None
+        y, bias = x @ kernel.astype(c.dtype), bias if bias is None else bias.astype(c.dtype)
+        if not add_bias:
+            return y, bias
+        return y if bias is None else y + bias
 
 
 class Norm(nn.Module):
@@ -107,12 +115,6 @@ class Norm(nn.Module):
         centred = c.norm == "layernorm"
         bias = self.param("bias", _normal(0, "embed"), (c.n_embd,), c.param_dtype) if centred and c.bias else None
         return layers.norm(x_BxTxC, scale, bias, centred)
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    """x / RMS(x) over the last axis, computed in float32: the parameter-free norm of queries and keys."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + layers.EPS)).astype(x.dtype)
 
 
 def rope(x_BxTxHxD: jax.Array, positions_T: jax.Array) -> jax.Array:
@@ -138,11 +140,12 @@ class CausalSelfAttention(nn.Module):
         H, K, D = c.n_head, c.n_kv_head, c.head_dim
         B, T, C = x_BxTxC.shape
         # named before the heads are cut out: a TPU pads the last axis to 128, which would double heads of 64
-        q = checkpoint_name(_dense(c, H * D, ("embed", "heads"), 0.02, "c_q")(x_BxTxC), "qkv").reshape(B, T, H, D)
-        k = checkpoint_name(_dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_k")(x_BxTxC), "qkv").reshape(B, T, K, D)
-        v = checkpoint_name(_dense(c, K * D, ("embed", "kv_heads"), 0.02, "c_v")(x_BxTxC), "qkv").reshape(B, T, K, D)
+        q = Dense(c, H * D, ("embed", "heads"), 0.02, name="c_q")(x_BxTxC)
+        k = Dense(c, K * D, ("embed", "kv_heads"), 0.02, name="c_k")(x_BxTxC)
+        v = Dense(c, K * D, ("embed", "kv_heads"), 0.02, name="c_v")(x_BxTxC)
+        q, k, v = (checkpoint_name(x, "qkv").reshape(B, T, -1, D) for x in (q, k, v))
         if c.qk_norm:
-            q, k = _rms(q), _rms(k)
+            q, k = layers.rms(q), layers.rms(k)
         if c.position == "rope":
             q, k = rope(q, positions_T), rope(k, positions_T)
         if cache is None:
@@ -150,7 +153,7 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v, c.attention, c.dropout, key)
         else:
             y, cache = cached_attention(q, k, v, cache, positions_T)
-        y = _dense(c, C, ("heads", "embed"), _proj_std(c), "c_proj")(y.reshape(B, T, H * D))
+        y = Dense(c, C, ("heads", "embed"), _proj_std(c), name="c_proj")(y.reshape(B, T, H * D))
         return nn.Dropout(c.dropout)(y, deterministic), cache
 
 
@@ -164,15 +167,18 @@ class MLP(nn.Module):
         c = self.config
         # 8/3 rounded up to 128 keeps swiglu's three matrices at the parameters of the other forms' two
         width = 4 * c.n_embd if c.activation != "swiglu" else -(-8 * c.n_embd // (3 * 128)) * 128
-        h = checkpoint_name(_dense(c, width, ("embed", "mlp"), 0.02, "c_fc")(x_BxTxC), "mlp")
-        if c.activation == "swiglu":
-            gate = checkpoint_name(_dense(c, width, ("embed", "mlp"), 0.02, "c_gate")(x_BxTxC), "mlp")
-            h = jax.nn.silu(gate) * h
-        elif c.activation == "relu2":
-            h = jnp.square(jax.nn.relu(h))
+        h, bias = Dense(c, width, ("embed", "mlp"), 0.02, name="c_fc")(x_BxTxC, add_bias=False)
+        h = checkpoint_name(h, "mlp")
+        if c.activation == "gelu":
+            h = layers.gelu(h, bias)
         else:
-            h = layers.gelu(h)
-        h = _dense(c, c.n_embd, ("mlp", "embed"), _proj_std(c), "c_proj")(h)
+            h = h if bias is None else h + bias
+            if c.activation == "relu2":
+                h = jnp.square(jax.nn.relu(h))
+            else:
+                gate = Dense(c, width, ("embed", "mlp"), 0.02, name="c_gate")(x_BxTxC)
+                h = jax.nn.silu(checkpoint_name(gate, "mlp")) * h
+        h = Dense(c, c.n_embd, ("mlp", "embed"), _proj_std(c), name="c_proj")(h)
         return nn.Dropout(c.dropout)(h, deterministic)
 
 

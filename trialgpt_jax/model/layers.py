@@ -43,6 +43,12 @@ def _statistics(x: jax.Array, centred: bool) -> tuple[jax.Array, jax.Array]:
     return mean, jax.lax.rsqrt(jnp.mean(jnp.square(x - mean), -1, keepdims=True) + EPS)
 
 
+def rms(x: jax.Array) -> jax.Array:
+    """x / RMS(x) over the last axis, in the dtype of `x`: the parameter-free norm of queries and keys."""
+    wide = _wide(x)
+    return (wide * _statistics(wide, centred=False)[1]).astype(x.dtype)
+
+
 def _norm_forward(x, scale, bias, centred):
     wide = _wide(x)
     mean, inverse = _statistics(wide, centred)
@@ -71,16 +77,28 @@ _A, _B = math.sqrt(2 / math.pi), 0.044715
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in the tanh form that GPT-2 uses (Hendrycks and Gimpel 2016), in the dtype of `x`."""
-    return jax.nn.gelu(x, approximate=True)
+def gelu(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """GELU of x + bias in the tanh form that GPT-2 uses (Hendrycks and Gimpel 2016).
+
+    Args:
+      x: [..., C], a matmul's output. It is what the backward pass reads, so that the sum is never stored.
+      bias: [C] or None.
+
+    Returns:
+      [..., C] in the dtype of `x`.
+    """
+    return jax.nn.gelu(x if bias is None else x + bias, approximate=True)
 
 
-def _gelu_backward(x, dy):
-    wide = _wide(jax.lax.optimization_barrier(x))
+def _gelu_backward(kept, dy):
+    x, bias = kept
+    x = jax.lax.optimization_barrier(x)
+    wide = _wide(x if bias is None else x + bias)
     tanh = jnp.tanh(_A * (wide + _B * wide**3))
     slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh**2) * _A * (1 + 3 * _B * wide**2)
-    return ((_wide(dy) * slope).astype(x.dtype),)
+    dx = (_wide(dy) * slope).astype(x.dtype)
+    # summed in the dtype of x: asked for in float32, XLA:GPU stores all of dx in float32 first
+    return dx, None if bias is None else jax.lax.reduce_sum(dx, tuple(range(x.ndim - 1))).astype(bias.dtype)
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+gelu.defvjp(lambda x, bias: (gelu(x, bias), (x, bias)), _gelu_backward)

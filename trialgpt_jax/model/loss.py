@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from trialgpt_jax.parallel.sharding import BATCH
 
 # Elements of a chunk's logits per device. Larger chunks re-read the head's gradient less often, smaller ones need less memory.
-CHUNK_ELEMENTS = 2**29
+CHUNK_ELEMENTS = 2**30
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -56,7 +56,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 def _run(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients):
     """`_chunked` on each device of the mesh in use, or as it is where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients, on_mesh=False)
     local = functools.partial(
         _chunked, vocab_size=vocab_size, softcap=softcap, with_gradients=with_gradients, on_mesh=True
@@ -78,6 +78,11 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
     first_id = jax.lax.axis_index("tensor") * V if on_mesh else 0  # the id of this device's first row
     ids_V = first_id + jnp.arange(V)
 
+    def kept(x):
+        """In float32, as on CPU, the exponentials are worth keeping for the gradient; beside bfloat16 they would be a
+        float32 copy, and are made again in the pass that needs them."""
+        return jax.lax.optimization_barrier(x) if dtype == wide else x
+
     def over_vocab(reduce, x):
         return reduce(x, "tensor") if on_mesh else x
 
@@ -86,9 +91,11 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
         if softcap:
             capped = jnp.tanh(logits_NxV / softcap)
             logits_NxV = softcap * capped
-        logits_NxV = jnp.where(ids_V < vocab_size, logits_NxV, -jnp.inf)
+        if on_mesh or V > vocab_size:
+            logits_NxV = jnp.where(ids_V < vocab_size, logits_NxV, -jnp.inf)
         max_N = over_vocab(jax.lax.pmax, jnp.max(logits_NxV, axis=1))
-        sum_N = over_vocab(jax.lax.psum, jnp.sum(jnp.exp(logits_NxV - max_N[:, None]), axis=1))
+        exp_NxV = kept(jnp.exp(logits_NxV - max_N[:, None]))
+        sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
         is_label_NxV = ids_V == labels_N[:, None]
         # a masked sum, not a gather: it fuses with the reductions above and needs no index of another device's rows
         label_logit_N = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1))
@@ -97,7 +104,7 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
         loss = jnp.sum(jnp.where(valid_N, log_normaliser_N - label_logit_N, 0))
         if not with_gradients:
             return loss, None, None
-        d_logits = jnp.exp(logits_NxV - log_normaliser_N[:, None]) - is_label_NxV
+        d_logits = exp_NxV / sum_N[:, None] - is_label_NxV
         if softcap:
             d_logits = d_logits * (1 - capped**2)
         d_logits = jnp.where(valid_N[:, None], d_logits, 0).astype(dtype)
