@@ -200,7 +200,7 @@ def main(argv: list[str]) -> int:
         f"device memory: {report['bytes_moved'] / 1e9:.2f} GB moved per chip and step, {per_token / 1e6:.3f} MB a token"
     )
     for kind, size in sorted(report["collectives"].items()):
-        print(f"{kind}: {size['count']} a step, {size['bytes'] / 2**20:.1f} MiB")
+        print(f"{kind}: {size['count']} a step, {size['bytes'] / 2**20:.1f} MiB received by a chip")
     print(
         "kernels:", ", ".join(f"{name} x {count}" for name, count in sorted(report["custom_calls"].items())) or "none"
     )

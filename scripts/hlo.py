@@ -8,6 +8,7 @@ instructions. It follows from the text alone and is the same on every machine.
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -88,28 +89,64 @@ def traffic(text: str) -> dict[str, int]:
     return dict(moved.most_common())
 
 
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Kind -> how often it runs in one run of the program, and the bytes on a chip of its larger side."""
+def collectives(text: str) -> dict[str, dict[str, float]]:
+    """Kind -> how often it runs in one run of the program, and the bytes that a chip receives by it.
+
+    Loops count as often as they run. TPU programs mention a collective again in the pieces that overlap it with
+    computation, so it counts where it starts; a reduce-scatter is there an all-reduce inside a fusion of that name. Of n
+    chips in a group, one receives (n-1)/n of an all-gather's result and of a reduce-scatter's operand, and twice that of
+    an all-reduce.
+    """
     computations, entry = parse(text)
-    found, channels = {}, set()
-    for times, instruction, name in _run(computations, entry, fusions=True):
-        kind = instruction.operation.removesuffix("-start")
-        if kind in COLLECTIVES:
-            # one that runs beside matmuls stands in each of their fusions, under one channel
-            if channel := re.search(r"channel_id=(\d+)", instruction.attributes):
-                if channel[1] in channels:
-                    continue
-                channels.add(channel[1])
-            # TPU programs write a reduce-scatter as a fusion of that name around an all-reduce
-            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-            operands = sum(type_bytes(computations[name][o].type, True) for o in instruction.operands)
-            result = type_bytes(instruction.type, True)
-            if instruction.operation.endswith("-start"):  # its type is (operands, results, ...)
-                result -= operands
-            sums = found.setdefault(kind, {"count": 0, "bytes": 0})
-            sums["count"] += times
-            sums["bytes"] += times * max(operands, result)
+    found = {}
+
+    def visit(name, times, channels, scattered):
+        inner = computations.get(name, {}).values()
+        if name.startswith("async_collective_fusion") or any('"AsyncCollectiveDone"' in i.attributes for i in inner):
+            return  # what was counted where it starts
+        for instruction in inner:
+            if instruction.operation == "while":
+                for body in instruction.called():
+                    visit(body, times * _trips(instruction, computations), set(), False)
+                continue
+            kind = instruction.operation.removesuffix("-start")
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            if kind in COLLECTIVES and not (channel and channel[1] in channels):
+                channels.add(channel and channel[1])
+                kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
+                total = found.setdefault(kind, {"count": 0, "bytes": 0})
+                total["count"] += times
+                total["bytes"] += times * _received(instruction, kind)
+            for called in instruction.called():
+                visit(called, times, channels, "all-reduce-scatter" in called)
+
+    visit(entry, 1, set(), False)
     return found
+
+
+def _received(collective: Instruction, kind: str) -> float:
+    """Bytes that a chip receives by one run of a collective; `kind` may be another than the operation's own."""
+    sizes = [type_bytes(array, True) for array in re.findall(r"\w+\[[\d,]*\]", collective.type)]
+    n, size = _group(collective.attributes), sum(sizes)
+    if collective.operation == "collective-permute-start":  # a start holds the operands as well as the results
+        return sizes[0]
+    if collective.operation.endswith("-start") and collective.operation != "all-reduce-start":
+        size *= n / (n + 1)
+    elif collective.operation == "reduce-scatter":
+        size *= n
+    return size if kind == "collective-permute" else size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+
+def _group(attributes: str) -> int:
+    """Chips of a collective's group."""
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(iota[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return listed[1].count(",") + 1
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return 1
 
 
 def _run(
@@ -128,13 +165,31 @@ def _run(
 
 
 def _trips(loop: Instruction, computations: dict) -> int:
-    """How often a loop's body runs: as XLA:GPU writes it, or the bound in the condition, for a loop that counts from 0."""
+    """How often a loop's body runs: what it says, or the bound of its counter over the counter's step (from 0)."""
     if known := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    inner = computations.get(condition[1], {}) if condition else {}
-    bounds = [int(i.arguments) for i in inner.values() if i.operation == "constant" and i.arguments.isdigit()]
-    return max(bounds, default=1)
+    condition, body = (
+        computations.get(found[1], {}) if (found := re.search(rf"{part}=%?([\w.\-]+)", loop.attributes)) else {}
+        for part in ("condition", "body")
+    )
+    bounds = [int(i.arguments) for i in condition.values() if i.operation == "constant" and i.arguments.isdigit()]
+    bound = max(bounds, default=1)
+    read = next((i for i in condition.values() if i.operation == "get-tuple-element"), None)
+    root = next((i for i in body.values() if i.is_root), None)
+    place = int(re.search(r"index=(\d+)", read.attributes)[1]) if read else None
+    if root is None or root.operation != "tuple" or place is None or place >= len(root.operands):
+        return bound
+
+    def added(name: str, depth: int = 0) -> int:
+        """Sum of the constants on the way from a value back to the counter."""
+        i = body.get(name)
+        if i is None or depth > 8:
+            return 0
+        if i.operation == "constant" and i.arguments.isdigit():
+            return int(i.arguments)
+        return sum(added(operand, depth + 1) for operand in i.operands) if i.operation in ("add", "copy") else 0
+
+    return -(-bound // max(1, added(root.operands[place])))
 
 
 def _moved(instruction: Instruction, computation: dict, computations: dict) -> int:

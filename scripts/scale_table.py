@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "scripts", "bench", "results", "scale.json")
@@ -67,136 +66,24 @@ def chips(target: str) -> int:
 
 
 def compile_row(row: dict, cuda_python: str) -> dict:
-    """The row with what `aot_compile.py --json` reports of it, and the collectives of one step by kind.
+    """The row with what `aot_compile.py --json` reports of it.
 
-    They are None where JAX cannot print the compiled program. The optimizer step has two microbatches of the row's size: enough that the loop over them is there, and its cost is
-    then known for any number.
+    Its collectives are None where JAX cannot print the compiled program. The optimizer step has two microbatches of the
+    row's size: enough that the loop over them is there, and its cost is then known for any number.
     """
     n = chips(row["target"]) * row["on_chip"]
     python = cuda_python if row["target"].startswith("h200") else sys.executable
-    with tempfile.NamedTemporaryFile(suffix=".txt") as hlo:
-        argv = [python, os.path.join(ROOT, "scripts", "aot_compile.py"), f"--config={ROOT}/configs/{row['config']}.py",
-                f"--target={row['target']}", f"--config.train.batch_size={2 * n}", "--config.train.accumulate_steps=2",
-                "--config.mesh.data=-1", f"--config.mesh.fsdp={fsdp(row)}", "--json", f"--hlo={hlo.name}"]  # fmt: skip
-        env = os.environ | {"PYTHONPATH": ROOT}
-        result = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-        lines = result.stdout.splitlines()
-        if not lines or not lines[-1].startswith("{"):
-            raise SystemExit(f"{row}: {result.stderr.strip().splitlines()[-1:]}")
-        report = json.loads(lines[-1])
-        report.pop("custom_calls", None)
-        text = hlo.read().decode()
-        report["collectives"] = collectives(text) if text else None
+    argv = [python, os.path.join(ROOT, "scripts", "aot_compile.py"), f"--config={ROOT}/configs/{row['config']}.py",
+            f"--target={row['target']}", f"--config.train.batch_size={2 * n}", "--config.train.accumulate_steps=2",
+            "--config.mesh.data=-1", f"--config.mesh.fsdp={fsdp(row)}", "--json"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": ROOT}
+    result = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines()
+    if not lines or not lines[-1].startswith("{"):
+        raise SystemExit(f"{row}: {result.stderr.strip().splitlines()[-1:]}")
+    report = json.loads(lines[-1])
+    report.pop("custom_calls", None)
     return row | report
-
-
-# ---- reading the compiled program
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-_KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
-
-
-def collectives(text: str) -> dict[str, dict[str, float]]:
-    """Kind -> times executed in a step, and bytes that a chip receives by them in a step.
-
-    Loops count as often as they run: the bound that a loop's condition compares its counter with. TPU programs mention a
-    collective again in the pieces that overlap it with computation, so it counts where it starts. A reduce-scatter is
-    there an all-reduce inside a fusion `all-reduce-scatter`. Of n chips in a group, one receives (n-1)/n of an
-    all-gather's result and of a reduce-scatter's operand, and twice that of an all-reduce.
-    """
-    computations, entry = _computations(text)
-    found = {}
-
-    def visit(name, times, channels, scattered):
-        lines = computations.get(name, ())
-        if name.startswith("async_collective_fusion") or any('"AsyncCollectiveDone"' in line for line in lines):
-            return  # what was counted where it starts
-        for line in lines:
-            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                visit(loop[2], times * _trips(computations[loop[1]], computations[loop[2]], line), set(), False)
-                continue
-            op = re.match(rf"(?:ROOT )?%?[\w.\-]+ = (\(?.*?\)?) ({_KINDS})(-start)?\(", line)
-            channel = re.search(r"channel_id=(\d+)", line)
-            if op and not (channel and channel[1] in channels):
-                channels.add(channel and channel[1])
-                sizes = [_size(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", op[1])]
-                n, kind, size = _group(line), op[2], sum(sizes)
-                if op[3] and kind == "collective-permute":  # a start holds the operands as well as the results
-                    size = sizes[0]
-                elif op[3] and kind != "all-reduce":
-                    size *= n / (n + 1)
-                if kind == "all-reduce" and scattered:
-                    kind = "reduce-scatter"
-                elif kind == "reduce-scatter":
-                    size *= 1 if op[3] else n
-                share = 1 if kind == "collective-permute" else (n - 1) / n * (2 if kind == "all-reduce" else 1)
-                total = found.setdefault(kind, {"times": 0, "bytes": 0})
-                total["times"] += times
-                total["bytes"] += times * size * share
-            for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
-                visit(called, times, channels, "all-reduce-scatter" in called)
-
-    visit(entry, 1, set(), False)
-    return found
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    found, name, entry = {}, None, ""
-    for line in text.splitlines():
-        if begin := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = begin[2]
-            found[name] = []
-            entry = name if begin[1] else entry
-        elif line == "}":  # some attributes run over several lines, which may begin with a brace
-            name = None
-        elif name:
-            found[name].append(line.strip())
-    return found, entry
-
-
-def _trips(condition: list[str], body: list[str], line: str) -> int:
-    """How often a loop runs: what it says, or the bound of its counter over the counter's step (from 0)."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-        return int(known[1])
-    bound = max((int(n) for text in condition for n in re.findall(r"constant\((\d+)\)", text)), default=1)
-    place = next((int(n) for text in condition for n in re.findall(r" get-tuple-element\(.*index=(\d+)", text)), None)
-    defined = {m[1]: m[2] for text in body if (m := re.match(r"(?:ROOT )?%?([\w.\-]+) = (.*)", text))}
-    root = next((text for text in body if text.startswith("ROOT")), "")
-    results = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2])
-    if place is None or place >= len(results):
-        return bound
-
-    def added(name, depth=0):
-        """Sum of the constants on the way from a value back to the counter."""
-        text = defined.get(name, "")
-        if constant := re.search(r" constant\((\d+)\)", text):
-            return int(constant[1])
-        if depth > 8 or not (add := re.search(r" (?:add|copy)\((.*?)\)", text)):
-            return 0
-        return sum(added(operand, depth + 1) for operand in re.findall(r"%([\w.\-]+)", add[1]))
-
-    return -(-bound // max(1, added(results[place])))
-
-
-def _size(dtype: str, dims: str) -> int:
-    count = _BYTES.get(dtype, 0)
-    for dim in filter(None, dims.split(",")):
-        count *= int(dim)
-    return count
-
-
-def _group(line: str) -> int:
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(iota[1])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return listed[1].count(",") + 1
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        count = 1
-        for axis in re.findall(r"'(\w+)'", named[2]):
-            count *= int(sizes[axis])
-        return count
-    return 1
 
 
 # ---- the tables
@@ -231,7 +118,7 @@ def tables(results: list[dict]) -> tuple[str, str, str]:
         listed = "not printable"
         if found:
             listed = ", ".join(
-                f"{kind} {v['times'] / 2:g}: {v['bytes'] / 2e9:.2f}" for kind, v in sorted(found.items())
+                f"{kind} {v['count'] / 2:g}: {v['bytes'] / 2e9:.2f}" for kind, v in sorted(found.items())
             )
             # the gradients are also summed over data: an all-reduce of each chip's part
             data, shards = row["mesh"]["data"], row["mesh"]["fsdp"]

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import sys
 
 from conftest import ROOT
 
 spec = importlib.util.spec_from_file_location("scale_table", ROOT / "scripts" / "scale_table.py")
 scale_table = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scale_table)
+sys.path.insert(0, str(ROOT / "scripts"))
+import hlo
 
 # Six layers; in each a ring of two permutes in each of 8/2 turns, a gather that is overlapped with it in pieces, and a scatter.
 _PROGRAM = """HloModule step
@@ -75,11 +78,11 @@ ENTRY %main (e: (s32[])) -> (s32[]) {
 
 
 def test_collectives_count_as_often_as_they_run_and_by_what_a_chip_receives():
-    assert scale_table.collectives(_PROGRAM) == {
-        "all-gather": {"times": 6, "bytes": 6 * 64 * 3 / 4},
-        "collective-permute": {"times": 6 * 4 * 2, "bytes": 6 * 4 * 2 * 16},
-        "reduce-scatter": {"times": 6, "bytes": 6 * 64 * 3 / 4},
-        "all-reduce": {"times": 1, "bytes": 2 * 4 * 3 / 4},
+    assert hlo.collectives(_PROGRAM) == {
+        "all-gather": {"count": 6, "bytes": 6 * 64 * 3 / 4},
+        "collective-permute": {"count": 6 * 4 * 2, "bytes": 6 * 4 * 2 * 16},
+        "reduce-scatter": {"count": 6, "bytes": 6 * 64 * 3 / 4},
+        "all-reduce": {"count": 1, "bytes": 2 * 4 * 3 / 4},
     }
 
 

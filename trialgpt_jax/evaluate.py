@@ -120,6 +120,7 @@ def main(argv: list[str]) -> None:
     config_lib.validate(config)
     accelerators.use_compilation_cache()
     with processes.joined(flags):
+        accelerators.keep_freed_memory()
         result = evaluate(config, flags.workdir, flags.checkpoint_step, flags.batches, flags.split)
         if jax.process_index() == 0:
             tell(result, flags.json)

@@ -406,6 +406,7 @@ def main(argv: list[str]) -> int:
     accelerators.use_compilation_cache()
     allowed = tuple(filter(None, flags.allow_config_change.split(",")))
     with processes.joined(flags):
+        accelerators.keep_freed_memory()
         return train(config, flags.workdir, allowed, dry_run=flags.dry_run)
 
 

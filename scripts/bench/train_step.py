@@ -4,7 +4,8 @@
 
 Without --shapes: on a CPU, GPT-2 124M at 2 x 1,024 and a 6-layer 384-wide model at 8 x 256, float32; on a GPU, GPT-2 124M
 at 32 x 1,024 with heads of 64 and of 128, bfloat16. Both sides: random ids, AdamW, gradients clipped at norm 1, biases, no
-dropout; nanoGPT's step is that of its train.py, its model.py eager and under torch.compile. A round runs every way for
+dropout; nanoGPT's step is that of its train.py, its model.py eager and under torch.compile. Each way is a process of its
+own, as its user would start it, for what one side does to the allocator would help the other, too. A round runs every way for
 --steps steps after one that does not count; compilation is apart. Times are synchronised, and the ratio is that of medians.
 """
 
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 
@@ -113,6 +115,44 @@ def nanogpt(folder: str, shape: Shape, tokens_BxU: np.ndarray, compiled: bool) -
     return run, {}
 
 
+def serve(way: str, shape: Shape, folder: str) -> None:
+    """The process of one way: prints its facts, then for every number of steps on stdin the seconds they took."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # nanoGPT prints
+    tokens_BxU = np.random.default_rng(0).integers(0, VOCABULARY, (shape.batch, shape.length + 1), np.int32)
+    if way == "ours":
+        accelerators.keep_freed_memory()
+        run, facts = ours(shape, tokens_BxU)
+    else:
+        run, facts = nanogpt(folder, shape, tokens_BxU, way == "nanogpt compiled")
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        run(int(line))
+        seconds = time.perf_counter() - started
+        stats = jax.devices()[0].memory_stats() if way == "ours" else None
+        print(json.dumps([seconds, stats and stats["peak_bytes_in_use"]]), file=answers, flush=True)
+
+
+class Way:
+    """A process that runs `serve`."""
+
+    def __init__(self, way: str, shape: Shape, folder: str):
+        argv = [sys.executable, __file__, "--serve", way, "--shapes", ",".join(map(str, dataclasses.astuple(shape)))]
+        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the ways share the card
+        self._process = subprocess.Popen([*argv, "--peer", folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)  # fmt: skip
+        self.facts = json.loads(self._process.stdout.readline())
+
+    def run(self, n: int) -> float:
+        """Seconds of n steps."""
+        print(n, file=self._process.stdin, flush=True)
+        seconds, self.peak_bytes = json.loads(self._process.stdout.readline())
+        return seconds
+
+    def stop(self) -> None:
+        self._process.communicate()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "train_step.json")
@@ -122,7 +162,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a round")
     parser.add_argument("--output", default=results, help="file for the figures")
     parser.add_argument("--note", default="", help="what the reader of the figures should know")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # the way that this process runs, for the one that measures
     given = parser.parse_args()
+    if given.serve:
+        return serve(given.serve, Shape(*map(int, given.shapes[0].split(","))), given.peer)
 
     device = jax.devices()[0]
     chip = accelerators.chip(device.device_kind)
@@ -136,35 +179,28 @@ def main() -> None:
     }
     for text in given.shapes or SHAPES[device.platform]:
         shape = Shape(*map(int, text.split(",")))
-        tokens_BxU = np.random.default_rng(0).integers(0, VOCABULARY, (shape.batch, shape.length + 1), np.int32)
-        ways = {"ours": ours(shape, tokens_BxU)}
-        if given.peer:
-            ways |= {"nanogpt eager": nanogpt(given.peer, shape, tokens_BxU, False),
-                     "nanogpt compiled": nanogpt(given.peer, shape, tokens_BxU, True)}  # fmt: skip
-        compile_seconds, seconds = {}, {way: [] for way in ways}
-        for way, (run, _) in ways.items():
-            started = time.perf_counter()
-            run(2)
-            compile_seconds[way] = time.perf_counter() - started
+        names = ("ours", "nanogpt eager", "nanogpt compiled") if given.peer else ("ours",)
+        ways = {name: Way(name, shape, given.peer or "") for name in names}
+        first, seconds = {name: way.run(2) for name, way in ways.items()}, {name: [] for name in ways}
         for _ in range(given.rounds):
-            for way, (run, _) in ways.items():
-                run(1)
-                started = time.perf_counter()
-                run(given.steps)
-                seconds[way].append((time.perf_counter() - started) / given.steps)
+            for name, way in ways.items():
+                way.run(1)
+                seconds[name].append(way.run(given.steps) / given.steps)
         tokens = shape.batch * shape.length
         medians = {way: statistics.median(times) for way, times in seconds.items()}
-        facts = ways["ours"][1]
+        facts = ways["ours"].facts
         row = facts | {
             "tokens_per_second": {way: round(tokens / s, 1) for way, s in medians.items()},
             "ms": {way: [round(1000 * s, 1) for s in times] for way, times in seconds.items()},
-            "first_two_steps_seconds": {way: round(s, 1) for way, s in compile_seconds.items()},
+            "first_two_steps_seconds": {way: round(s, 1) for way, s in first.items()},
             "times_as_fast": {way: round(s / medians["ours"], 3) for way, s in medians.items() if way != "ours"},
         }
         if chip:
             row["mfu"] = round(tokens / medians["ours"] * facts["flops_per_token"] / chip.peak_flops, 4)
-        if stats := device.memory_stats():
-            row["peak_memory_gb"] = round(stats["peak_bytes_in_use"] / 1e9, 2)
+        if ways["ours"].peak_bytes:
+            row["peak_memory_gb"] = round(ways["ours"].peak_bytes / 1e9, 2)
+        for way in ways.values():
+            way.stop()
         figures["shapes"][str(shape)] = row
         print(shape, json.dumps(row, indent=1))
     with open(given.output, "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ A program can be compiled for a chip that is not attached, so nothing here asks 
 is told to: the platform ("cpu", "gpu" or "tpu") and the device kind are arguments.
 """
 
+import ctypes
 import os
 from typing import NamedTuple
 
@@ -100,3 +101,17 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "trialgpt_jax", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def keep_freed_memory() -> None:
+    """On CPU, lets this process keep the memory that a step frees, for the next step: with glibc alone, elsewhere nothing.
+
+    XLA allocates its buffers anew at every step, and glibc returns large ones to the kernel as soon as they are freed,
+    so that every step would fault in and zero all of its pages again (scripts/bench/LOG.md has the measurement).
+    """
+    if jax.default_backend() != "cpu":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of <malloc.h>
+    for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)) if mallopt else ():
+        mallopt(parameter, value)
