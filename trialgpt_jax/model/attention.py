@@ -135,7 +135,8 @@ def _blocked_backward(dropout, kept, d_out):
     q, k, v, dropout_key, out, log_total = kept
     wide = log_total.dtype
     inner = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+    # [B, K, D, S]: so the matmuls below turn their [M, D] operand around, and not the [M, S] one
+    d_q, (d_k, d_v) = [], (jnp.zeros(x.swapaxes(2, 3).shape, wide) for x in (k, v))
     for rows in _query_blocks(q.shape[3]):
         q_i, d_i, seen = q[:, :, :, rows], d_out[:, :, :, rows], slice(rows.stop)
         scores = _scores(q_i, k[:, :, seen], rows)
@@ -145,10 +146,11 @@ def _blocked_backward(dropout, kept, d_out):
         d_scores = weights * (d_weights - inner[:, :, :, rows]) / math.sqrt(q.shape[-1])
         d_scores = jax.lax.optimization_barrier(d_scores.astype(q.dtype))
         d_q.append(jnp.einsum("bkgms,bksd->bkgmd", d_scores, k[:, :, seen]))
-        d_k_i = jnp.einsum("bkgms,bkgmd->bksd", d_scores, q_i, preferred_element_type=wide)
-        d_v_i = jnp.einsum("bkgms,bkgmd->bksd", (weights * scale).astype(v.dtype), d_i, preferred_element_type=wide)
-        d_k, d_v = d_k.at[:, :, seen].add(d_k_i), d_v.at[:, :, seen].add(d_v_i)
-    return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+        d_k_i = jnp.einsum("bkgmd,bkgms->bkds", q_i, d_scores, preferred_element_type=wide)
+        d_v_i = jnp.einsum("bkgmd,bkgms->bkds", d_i, (weights * scale).astype(v.dtype), preferred_element_type=wide)
+        d_k, d_v = d_k.at[..., seen].add(d_k_i), d_v.at[..., seen].add(d_v_i)
+    d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
+    return jnp.concatenate(d_q, axis=3), d_k, d_v, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
