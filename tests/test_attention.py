@@ -42,6 +42,38 @@ def test_causal_and_cached_attention_in_float64(heads, kv_heads):
         np.testing.assert_allclose(np.concatenate(one_by_one, axis=1), want, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("length", "kv_heads"), [(128, 4), (300, 2), (1100, 1)])  # one block of queries, three, eight
+def test_blocks_of_queries_give_the_plain_attention_and_its_gradients_in_float64(length, kv_heads):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+        q, k, v, d_out = (jnp.asarray(rng.normal(size=(2, length, n, 8))) for n in (4, kv_heads, kv_heads, 4))
+
+        def plain(q, k, v):
+            k, v = (jnp.repeat(x, 4 // kv_heads, axis=2) for x in (k, v))
+            scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
+            seen = np.tril(np.ones((length, length), bool))
+            return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
+
+        want, pull_plain = jax.vjp(plain, q, k, v)
+        got, pull = jax.vjp(lambda *x: causal_attention(*x, "xla"), q, k, v)
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
+        for mine, theirs in zip(pull(d_out), pull_plain(d_out), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_gradient_under_dropout_is_that_of_the_weights_that_were_kept():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(2)
+        q, k, v, *along = (jnp.asarray(rng.normal(size=(1, 200, 2, 4))) for _ in range(6))
+
+        def f(step):
+            moved = (x + step * d for x, d in zip((q, k, v), along, strict=True))
+            return jnp.sum(jnp.sin(causal_attention(*moved, "xla", 0.4, jax.random.key(3))))
+
+        numeric = (f(1e-5) - f(-1e-5)) / 2e-5
+        np.testing.assert_allclose(jax.grad(f)(0.0), numeric, rtol=1e-7)
+
+
 def test_dropout_drops_the_rate_and_keeps_the_mean():
     q, k, _ = inputs(4, 4, np.float32)
     v = np.ones_like(k)

@@ -1,6 +1,7 @@
 """The compiled step: golden numbers, accumulation, the guard against bad numbers, and meshes."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -167,3 +168,27 @@ def test_every_mesh_gives_the_same_losses_and_splits_the_state():
         np.testing.assert_allclose(losses, whole, rtol=2e-5, err_msg=mesh)
         assert shard * fsdp * tensor == shard_of_one, mesh
         assert "all-to-all" not in kinds, (mesh, kinds)
+
+
+def test_on_cpu_a_process_keeps_the_memory_that_it_frees():
+    script = """
+import resource, sys
+import numpy as np
+from trialgpt_jax.parallel import accelerators
+if sys.argv[1] == "keep":
+    accelerators.keep_freed_memory()
+for _ in range(3):  # the first two make the heap grow to its size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.full(64 * 2**20, 1, np.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc is told to")
+    _, env = command("train")
+    env.pop("GLIBC_TUNABLES", None)
+    faults = {}
+    for mode in ("keep", "default"):
+        argv = [sys.executable, "-c", script, mode]
+        faults[mode] = int(subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout)
+    assert faults["default"] > 10 and faults["keep"] < 5, faults
