@@ -119,8 +119,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--batches={flags.batches} must be at least 1, or 0 for the whole split")
     config_lib.validate(config)
     accelerators.use_compilation_cache()
+    accelerators.keep_freed_memory()
     with processes.joined(flags):
-        accelerators.keep_freed_memory()
         result = evaluate(config, flags.workdir, flags.checkpoint_step, flags.batches, flags.split)
         if jax.process_index() == 0:
             tell(result, flags.json)

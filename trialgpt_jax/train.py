@@ -404,9 +404,9 @@ def main(argv: list[str]) -> int:
         raise UserError("--workdir=FOLDER is missing: where the run keeps its config, metrics and checkpoints")
     config_lib.validate(config)
     accelerators.use_compilation_cache()
+    accelerators.keep_freed_memory()
     allowed = tuple(filter(None, flags.allow_config_change.split(",")))
     with processes.joined(flags):
-        accelerators.keep_freed_memory()
         return train(config, flags.workdir, allowed, dry_run=flags.dry_run)
 
 

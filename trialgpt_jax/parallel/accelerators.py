@@ -104,14 +104,15 @@ def use_compilation_cache() -> None:
 
 
 def keep_freed_memory() -> None:
-    """On CPU, lets this process keep the memory that a step frees, for the next step: with glibc alone, elsewhere nothing.
+    """With JAX_PLATFORMS=cpu, lets this process keep the memory that a step frees for the next one (glibc alone can).
 
     XLA allocates its buffers anew at every step, and glibc returns large ones to the kernel as soon as they are freed,
-    so that every step would fault in and zero all of its pages again (scripts/bench/LOG.md has the measurement).
+    so that every step would fault in and zero all of its pages again (scripts/bench/LOG.md has the measurement). To be
+    called before JAX starts its threads, which would have heaps of their own: so the platform has to be named.
     """
-    if jax.default_backend() != "cpu":
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if jax.config.jax_platforms != "cpu" or mallopt is None:
+        return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of <malloc.h>
-    for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)) if mallopt else ():
+    for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)):
         mallopt(parameter, value)
