@@ -82,6 +82,7 @@ def default_file(tmp_path):
 def command(module, *arguments, devices=1):
     """The argument list and environment of a command line, in a process of its own with so many CPU devices."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env["PYTHONDONTWRITEBYTECODE"] = "1"  # Python's own cache beside a config file is nothing that a command wrote
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return [sys.executable, "-m", f"trialgpt_jax.{module}", *arguments], env
 
