@@ -15,6 +15,8 @@ import pytest
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.config import default_config
 
+# Python's cache beside a config file is nothing that a command wrote: neither here nor in the processes of the tests.
+sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # of gcsfs, before it is imported: see gcs_server
@@ -82,7 +84,6 @@ def default_file(tmp_path):
 def command(module, *arguments, devices=1):
     """The argument list and environment of a command line, in a process of its own with so many CPU devices."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env["PYTHONDONTWRITEBYTECODE"] = "1"  # Python's own cache beside a config file is nothing that a command wrote
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return [sys.executable, "-m", f"trialgpt_jax.{module}", *arguments], env
 
