@@ -149,18 +149,15 @@ def _group(attributes: str) -> int:
     return 1
 
 
-def _run(
-    computations: dict, name: str, times: int = 1, fusions: bool = False
-) -> Iterator[tuple[int, Instruction, str]]:
+def _run(computations: dict, name: str, times: int = 1) -> Iterator[tuple[int, Instruction, str]]:
     """Instructions as they run: (how often, instruction, its computation's name), loops and calls entered."""
     for instruction in computations[name].values():
-        inside = instruction.operation in ("while", "call", "conditional", "async-start")
-        if inside or (fusions and instruction.operation == "fusion"):
+        if instruction.operation in ("while", "call", "conditional", "async-start"):
             trips = _trips(instruction, computations) if instruction.operation == "while" else 1
             for called in instruction.called():
                 if called in computations:
-                    yield from _run(computations, called, times * trips, fusions)
-        if not inside:
+                    yield from _run(computations, called, times * trips)
+        else:
             yield times, instruction, name
 
 

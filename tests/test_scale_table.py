@@ -1,16 +1,13 @@
 """The collectives of a compiled program are counted as often as they run, once each, by the bytes that a chip receives."""
 
-import importlib.util
 import json
 import sys
 
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("scale_table", ROOT / "scripts" / "scale_table.py")
-scale_table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scale_table)
 sys.path.insert(0, str(ROOT / "scripts"))
 import hlo
+import scale_table
 
 # Six layers; in each a ring of two permutes in each of 8/2 turns, a gather that is overlapped with it in pieces, and a scatter.
 _PROGRAM = """HloModule step

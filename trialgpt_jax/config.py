@@ -375,7 +375,7 @@ def gpt_config(config: ConfigDict, platform: str):
         raise UserError(
             "train.remat=offload keeps activations in the host's memory, where a CPU has them anyway; use block"
         )
-    # In one piece, XLA:GPU moves 3.3 MB a token; a loop stacks what backward needs and slices it out again: 4.7 MB.
+    # In one piece, XLA:GPU moves 3.2 MB a token; a loop stacks what backward needs and slices it out again: 4.7 MB.
     unroll = train.scan_unroll or (model["n_layer"] if platform == "gpu" else 1)
     return GPTConfig(
         **model,

@@ -139,8 +139,8 @@ class Way:
 
     def __init__(self, way: str, shape: Shape, folder: str):
         argv = [sys.executable, __file__, "--serve", way, "--shapes", ",".join(map(str, dataclasses.astuple(shape)))]
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # the ways share the card
-        self._process = subprocess.Popen([*argv, "--peer", folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)  # fmt: skip
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen([*argv, "--peer", folder], **pipes)
         self.facts = json.loads(self._process.stdout.readline())
 
     def run(self, n: int) -> float:
@@ -167,6 +167,7 @@ def main() -> None:
     if given.serve:
         return serve(given.serve, Shape(*map(int, given.shapes[0].split(","))), given.peer)
 
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process and the ways share the card
     device = jax.devices()[0]
     chip = accelerators.chip(device.device_kind)
     packages = ("jax", "jaxlib", "flax", "optax", *(("torch",) if given.peer else ()))
