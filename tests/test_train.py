@@ -1,16 +1,20 @@
 """Training as a user runs it: what it writes and says, exact resume after kills, stopping, and what it refuses."""
 
+import io
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from conftest import command, metrics, overrides, refused, run, small_config
+
+from trialgpt_jax.workdir import StopRequest
 
 
 def train(config, workdir, *arguments, devices=1, file):
@@ -120,6 +124,25 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, lon
     assert "resumed from checkpoint" in result.stderr
     assert metrics(workdir) == metrics(reference[0])
     assert_same_bits(final_state(workdir), final_state(reference[0]))
+
+
+def test_a_signal_in_the_middle_of_a_line_to_stderr_asks_for_a_stop(monkeypatch, capfd):
+    class Interrupted(io.RawIOBase):
+        """Stderr as it is when a signal arrives while a line is written: its buffer is locked."""
+
+        def writable(self):
+            return True
+
+        def write(self, text):
+            if not stop._asked:  # a second one would end the tests
+                os.kill(os.getpid(), signal.SIGTERM)
+            return len(text)
+
+    with StopRequest() as stop:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+        print("step 1", file=sys.stderr, flush=True)
+        assert stop.requested(1, 0.0, 0.0)
+    assert "stopping after this step; once more to leave at once\n" in capfd.readouterr().err
 
 
 def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(reference, long_config, tmp_path, default_file):

@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 from trialgpt_jax import UserError, files, lease
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.token_store import TokenStore
-from trialgpt_jax.training.metrics import say
 
 
 def probe(workdir: str) -> None:
@@ -107,7 +106,9 @@ class StopRequest:
         for each, handler in self._previous.items():
             signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else handler)
         self._ask_all()
-        say("stopping after this step; once more to leave at once")
+        if jax.process_index() == 0:
+            # not `say`: the signal may have come while a line was being printed, whose buffer cannot be entered again
+            os.write(2, b"stopping after this step; once more to leave at once\n")
 
     def _ask_all(self) -> None:
         if jax.process_count() > 1 and not self._asked:
