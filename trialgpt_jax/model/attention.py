@@ -98,15 +98,18 @@ def _query_blocks(T: int) -> list[slice]:
     return [slice(begin, min(begin + size, T)) for begin in range(0, T, size)]
 
 
-def _scores(q_BxKxGxMxD, k_BxKxSxD, rows: slice):
-    """Scaled scores [B, K, G, M, S] of the queries `rows` and the keys up to the last of them, -inf for later ones."""
+def _products(q_BxKxGxMxD, k_BxKxSxD):
+    """q k^T, [B, K, G, M, S], neither scaled nor masked."""
     wide = jnp.promote_types(q_BxKxGxMxD.dtype, jnp.float32)
-    scores = jnp.einsum("bkgmd,bksd->bkgms", q_BxKxGxMxD, k_BxKxSxD, preferred_element_type=wide)
-    seen_MxS = jnp.arange(rows.stop) <= jnp.arange(rows.start, rows.stop)[:, None]
-    return jnp.where(seen_MxS, scores / math.sqrt(q_BxKxGxMxD.shape[-1]), -jnp.inf)
+    return jnp.einsum("bkgmd,bksd->bkgms", q_BxKxGxMxD, k_BxKxSxD, preferred_element_type=wide)
 
 
-def _scale_kept(shape, dropout_key, dropout, rows: slice):
+def _seen(rows: slice, first: int = 0):
+    """Whether each query of `rows` sees each of the keys from `first` up to the last of these queries, [M, S]."""
+    return jnp.arange(first, rows.stop) <= jnp.arange(rows.start, rows.stop)[:, None]
+
+
+def _kept_by_dropout(shape, dropout_key, dropout, rows: slice):
     """What dropout multiplies the weights of a block by: 0 or 1 / (1 - rate)."""
     if not dropout:
         return 1.0
@@ -114,40 +117,43 @@ def _scale_kept(shape, dropout_key, dropout, rows: slice):
 
 
 def _blocked_forward(q, k, v, dropout_key, dropout):
-    outs, logs = [], []
+    outs, logs, scale = [], [], 1 / math.sqrt(q.shape[-1])
     for rows in _query_blocks(q.shape[3]):
-        scores = _scores(q[:, :, :, rows], k[:, :, : rows.stop], rows)
+        scores = _products(q[:, :, :, rows], k[:, :, : rows.stop])
+        # masked in place, and only among the block's own keys: all others are seen by all of its queries
+        last = scores[..., rows.start :]
+        scores = scores.at[..., rows.start :].set(jnp.where(_seen(rows, rows.start), last, -jnp.inf))
         top = jnp.max(scores, axis=-1, keepdims=True)
         # the barriers here and below: XLA on CPU would fuse exp into the sums, where it is six times as slow
-        weights = jax.lax.optimization_barrier(jnp.exp(scores - top))
+        weights = jax.lax.optimization_barrier(jnp.exp((scores - top) * scale))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights * _scale_kept(weights.shape, dropout_key, dropout, rows)
+        weights = weights * _kept_by_dropout(weights.shape, dropout_key, dropout, rows)
         out = jnp.einsum(
             "bkgms,bksd->bkgmd", weights.astype(v.dtype), v[:, :, : rows.stop], preferred_element_type=top.dtype
         )
         outs.append((out / total).astype(v.dtype))
-        logs.append(top + jnp.log(total))
+        logs.append(top * scale + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
     return out, (q, k, v, dropout_key, out, checkpoint_name(jnp.concatenate(logs, axis=3), "attention"))
 
 
-def _blocked_backward(dropout, kept, d_out):
-    q, k, v, dropout_key, out, log_total = kept
-    wide = log_total.dtype
+def _blocked_backward(dropout, residuals, d_out):
+    q, k, v, dropout_key, out, log_total = residuals
+    wide, scale = log_total.dtype, 1 / math.sqrt(q.shape[-1])
     inner = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
     # [B, K, D, S]: so the matmuls below turn their [M, D] operand around, and not the [M, S] one
     d_q, (d_k, d_v) = [], (jnp.zeros(x.swapaxes(2, 3).shape, wide) for x in (k, v))
     for rows in _query_blocks(q.shape[3]):
         q_i, d_i, seen = q[:, :, :, rows], d_out[:, :, :, rows], slice(rows.stop)
-        scores = _scores(q_i, k[:, :, seen], rows)
+        scores = jnp.where(_seen(rows), _products(q_i, k[:, :, seen]) * scale, -jnp.inf)
         weights = jax.lax.optimization_barrier(jnp.exp(scores - log_total[:, :, :, rows]))
-        scale = _scale_kept(weights.shape, dropout_key, dropout, rows)
-        d_weights = jnp.einsum("bkgmd,bksd->bkgms", d_i, v[:, :, seen], preferred_element_type=wide) * scale
-        d_scores = weights * (d_weights - inner[:, :, :, rows]) / math.sqrt(q.shape[-1])
+        kept = _kept_by_dropout(weights.shape, dropout_key, dropout, rows)
+        d_weights = _products(d_i, v[:, :, seen]) * kept
+        d_scores = weights * (d_weights - inner[:, :, :, rows]) * scale
         d_scores = jax.lax.optimization_barrier(d_scores.astype(q.dtype))
         d_q.append(jnp.einsum("bkgms,bksd->bkgmd", d_scores, k[:, :, seen]))
         d_k_i = jnp.einsum("bkgmd,bkgms->bkds", q_i, d_scores, preferred_element_type=wide)
-        d_v_i = jnp.einsum("bkgmd,bkgms->bkds", d_i, (weights * scale).astype(v.dtype), preferred_element_type=wide)
+        d_v_i = jnp.einsum("bkgmd,bkgms->bkds", d_i, (weights * kept).astype(v.dtype), preferred_element_type=wide)
         d_k, d_v = d_k.at[..., seen].add(d_k_i), d_v.at[..., seen].add(d_v_i)
     d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
     return jnp.concatenate(d_q, axis=3), d_k, d_v, None

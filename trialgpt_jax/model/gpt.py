@@ -96,7 +96,9 @@ class Dense(nn.Module):
         c = self.config
         kernel = self.param("kernel", _normal(self.std, *self.axes), (x.shape[-1], self.features), c.param_dtype)
         bias = self.param("bias", _normal(0, self.axes[1]), (self.features,), c.param_dtype) if c.bias else None
-        y, bias = x @ kernel.astype(c.dtype), bias if bias is None else bias.astype(c.dtype)
+        # as one matrix of rows: given [B, T, C], XLA on CPU turns the gradient around, and the kernel's takes twice as long
+        y = (x.reshape(-1, x.shape[-1]) @ kernel.astype(c.dtype)).reshape(*x.shape[:-1], self.features)
+        bias = bias if bias is None else bias.astype(c.dtype)
         if not add_bias:
             return y, bias
         return y if bias is None else y + bias

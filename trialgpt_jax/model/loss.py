@@ -97,8 +97,10 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
         exp_NxV = kept(jnp.exp(logits_NxV - max_N[:, None]))
         sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
         is_label_NxV = ids_V == labels_N[:, None]
-        # a masked sum, not a gather: it fuses with the reductions above and needs no index of another device's rows
-        label_logit_N = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1))
+        if dtype == wide and not on_mesh:  # two passes over the logits less on CPU; on a TPU such a gather is a loop
+            label_logit_N = jnp.take_along_axis(logits_NxV, labels_N[:, None], axis=1)[:, 0]
+        else:  # fuses with the reductions above, and needs no index of another device's rows
+            label_logit_N = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1))
         log_normaliser_N = max_N + jnp.log(sum_N)
         valid_N = labels_N >= 0
         loss = jnp.sum(jnp.where(valid_N, log_normaliser_N - label_logit_N, 0))
