@@ -96,12 +96,13 @@ class Dense(nn.Module):
         c = self.config
         kernel = self.param("kernel", _normal(self.std, *self.axes), (x.shape[-1], self.features), c.param_dtype)
         bias = self.param("bias", _normal(0, self.axes[1]), (self.features,), c.param_dtype) if c.bias else None
-        # as one matrix of rows: given [B, T, C], XLA on CPU turns the gradient around, and the kernel's takes twice as long
-        y = (x.reshape(-1, x.shape[-1]) @ kernel.astype(c.dtype)).reshape(*x.shape[:-1], self.features)
-        bias = bias if bias is None else bias.astype(c.dtype)
-        if not add_bias:
-            return y, bias
-        return y if bias is None else y + bias
+        # as one matrix of rows: of [B, T, C], XLA on CPU turns the gradient around, and the kernel's takes twice as long
+        y_NxF = x.reshape(-1, x.shape[-1]) @ kernel.astype(c.dtype)
+        if bias is not None:
+            bias = bias.astype(c.dtype)
+            y_NxF = y_NxF + bias if add_bias else y_NxF
+        y = y_NxF.reshape(*x.shape[:-1], self.features)
+        return y if add_bias else (y, bias)
 
 
 class Norm(nn.Module):
