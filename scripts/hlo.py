@@ -111,8 +111,10 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
                 continue
             kind = instruction.operation.removesuffix("-start")
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            if kind in COLLECTIVES and not (channel and channel[1] in channels):
-                channels.add(channel and channel[1])
+            # all collectives of shard_map share a channel: what tells them apart is what they do to which array
+            which = channel and (channel[1], kind, instruction.type)
+            if kind in COLLECTIVES and (which is None or which not in channels):
+                channels.add(which)
                 kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
                 total = found.setdefault(kind, {"count": 0, "bytes": 0})
                 total["count"] += times

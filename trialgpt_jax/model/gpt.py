@@ -9,6 +9,7 @@ Parameters (after `nn.unbox`), the leading axis of everything under `blocks` bei
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -82,6 +83,17 @@ def _proj_std(config: GPTConfig) -> float:
     return 0.0 if config.zero_init_proj else 0.02 / math.sqrt(2 * config.n_layer)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(kernel: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    """The kernel whole along fsdp, gathered once for all that reads it in a pass, and its gradient split again. Left to XLA,
+    the recomputation of a layer and the input's gradient each gather the attention's kernels for themselves."""
+    whole = {"embed": "hidden", "heads_in": "heads", "mlp_in": "mlp"}
+    return nn.with_logical_constraint(kernel, tuple(whole.get(axis, axis) for axis in axes))
+
+
+_gathered.defvjp(lambda kernel, axes: (_gathered(kernel, axes), None), lambda axes, _, d: (nn.with_logical_constraint(d, axes),))
+
+
 class Dense(nn.Module):
     """x @ kernel + bias, the bias apart where the caller has a better place to add it."""
 
@@ -97,7 +109,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", _normal(self.std, *self.axes), (x.shape[-1], self.features), c.param_dtype)
         bias = self.param("bias", _normal(0, self.axes[1]), (self.features,), c.param_dtype) if c.bias else None
         # as one matrix of rows: of [B, T, C], XLA on CPU turns the gradient around, and the kernel's takes twice as long
-        y_NxF = x.reshape(-1, x.shape[-1]) @ kernel.astype(c.dtype)
+        y_NxF = x.reshape(-1, x.shape[-1]) @ _gathered(kernel.astype(c.dtype), self.axes)
         if bias is not None:
             bias = bias.astype(c.dtype)
             y_NxF = y_NxF + bias if add_bias else y_NxF
@@ -156,7 +168,7 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v, c.attention, c.dropout, key)
         else:
             y, cache = cached_attention(q, k, v, cache, positions_T)
-        y = Dense(c, C, ("heads", "embed"), _proj_std(c), name="c_proj")(y.reshape(B, T, H * D))
+        y = Dense(c, C, ("heads_in", "hidden"), _proj_std(c), name="c_proj")(y.reshape(B, T, H * D))
         return nn.Dropout(c.dropout)(y, deterministic), cache
 
 
@@ -181,7 +193,7 @@ class MLP(nn.Module):
             else:
                 gate = Dense(c, width, ("embed", "mlp"), 0.02, name="c_gate")(x_BxTxC)
                 h = jax.nn.silu(checkpoint_name(gate, "mlp")) * h
-        h = Dense(c, c.n_embd, ("mlp", "embed"), _proj_std(c), name="c_proj")(h)
+        h = Dense(c, c.n_embd, ("mlp_in", "hidden"), _proj_std(c), name="c_proj")(h)
         return nn.Dropout(c.dropout)(h, deterministic)
 
 

@@ -23,6 +23,8 @@ RULES = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    ("heads_in", ("tensor", "fsdp")),
+    ("mlp_in", ("tensor", "fsdp")),
     ("head_dim", None),
     ("position", None),
     ("batch", BATCH),
