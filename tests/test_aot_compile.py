@@ -42,6 +42,26 @@ def test_the_step_compiles_for_v5e(mesh, tmp_path):
     assert "tpu_custom_call" in (tmp_path / "step.txt").read_text()
 
 
+def test_fsdp_gathers_every_kernel_twice_and_reduce_scatters_its_gradient_once():
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
+    width = ["--config.model.n_embd=1024", "--config.model.n_head=8", "--config.model.block_size=512", "--config.model.bias=False",
+             "--config.model.tie_embeddings=False", "--config.train.batch_size=64", "--config.train.remat=block"]  # fmt: skip
+    result = aot_compile(
+        *SMALL, *width, "--target=v5e:4x4", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--json"
+    )
+    report = json.loads(result.stdout)
+    found = report["collectives"]
+    # of each of two microbatches: parameters in bfloat16 twice and their gradients once, 7/8 of which come from other chips;
+    # then an all-reduce of a chip's eighth of the gradients between two chips
+    theory = 2 * 2 * report["parameters"] * (3 * 7 / 8 + 2 * (1 / 2) / 8)
+    assert 0.95 < sum(kind["bytes"] for kind in found.values()) / theory < 1.05, found
+    # six kernels in each of two layers and the head, twice a step; an all-reduce would carry twice the bytes
+    assert found["reduce-scatter"]["count"] == 2 * (2 * 6 + 1)
+    # all-reduced are the eighth between two chips and, as the TPU compiler makes it, the gradient of the embedding's 2,048 rows
+    assert found["all-reduce"]["bytes"] < 1.2 * 2 * 2 * (report["parameters"] / 8 + 2 * 7 / 8 * 2048 * 1024)
+    assert "all-to-all" not in found
+
+
 def test_a_step_that_does_not_fit_says_so_and_an_unknown_target_is_refused():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
     result = aot_compile("--target=v5e:2x2", "--config.train.batch_size=4096", "--config.train.accumulate_steps=1",

@@ -131,8 +131,11 @@ def test_mesh_must_fit_the_devices_the_model_and_the_batch():
     c.mesh.update({"data": 1, "fsdp": 1, "tensor": 8})
     message = refusal(validate, c, 8)
     assert "model.n_head=12" in message and "mesh.tensor=8" in message
-    c.mesh.update({"data": 8, "tensor": 1})
-    c.train.batch_size = 12
+    c.mesh.update({"data": 1, "fsdp": 256, "tensor": 4})
+    c.train.batch_size = 512 * c.train.accumulate_steps
+    assert "the heads' width=768 is not divisible by mesh.fsdp x mesh.tensor=1024" in refusal(validate, c, 1024)
+    c.mesh.update({"data": 8, "fsdp": 1, "tensor": 1})
+    c.train.batch_size, c.train.accumulate_steps = 12, 1
     message = refusal(validate, c, 8)
     assert "12 sequences" in message and "8 devices" in message
 

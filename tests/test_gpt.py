@@ -16,7 +16,7 @@ from flax import linen as nn
 from model_options import random_params
 
 from trialgpt_jax.model import hf
-from trialgpt_jax.model.gpt import GPT, GPTConfig, head, logits, rope
+from trialgpt_jax.model.gpt import GPT, Dense, GPTConfig, head, logits, rope
 from trialgpt_jax.training.train_step import mean_loss
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
@@ -273,3 +273,14 @@ def test_a_later_token_changes_no_earlier_logit():
             changed[0, t] = (ids[0, t] + 1) % 101
             other = np.asarray(apply(params, config, changed))
             assert np.array_equal(other[:, :t], out[:, :t]) and not np.allclose(other[:, t:], out[:, t:])
+
+
+def test_no_gradient_is_turned_around_in_memory_for_a_kernel_gradient_on_cpu():
+    """XLA on CPU copies a [B, T, F] gradient transposed where it is given the kernel's gradient over two axes at once."""
+    config = GPTConfig(n_embd=256, bias=True)
+    dense = Dense(config, 1024, ("embed", "mlp"), 0.02)
+    x, d = jnp.zeros((2, 128, 256)), jnp.zeros((2, 128, 1024))
+    params = nn.unbox(dense.init(jax.random.key(0), x))
+    backward = jax.jit(lambda params, x, d: jax.vjp(dense.apply, params, x)[1](d))
+    program = backward.lower(params, x, d).compile().as_text()
+    assert program.count(" dot(") == 2 and not re.search(r" (copy|transpose)\(", program)

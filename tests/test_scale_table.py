@@ -83,6 +83,21 @@ def test_collectives_count_as_often_as_they_run_and_by_what_a_chip_receives():
     }
 
 
+def test_collectives_of_shard_map_share_a_channel_and_are_told_apart():
+    program = """HloModule step
+
+ENTRY %main (e: bf16[8,4]) -> f32[8,2] {
+  %e = bf16[8,4]{1,0} parameter(0)
+  %whole = bf16[8,8]{1,0} all-gather(%e), channel_id=1, replica_groups={{0,1}}, dimensions={1}
+  %part = f32[8,2]{1,0} reduce-scatter(%whole), channel_id=1, replica_groups={{0,1}}, dimensions={1}, to_apply=%add
+  ROOT %sum = f32[8,2]{1,0} all-reduce(%part), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+}
+"""
+    assert {kind: v["count"] for kind, v in hlo.collectives(program).items()} == dict.fromkeys(
+        ("all-gather", "reduce-scatter", "all-reduce"), 1
+    )
+
+
 def test_the_tables_in_the_docs_are_those_of_the_results(tmp_path, monkeypatch):
     copy = tmp_path / "scale.md"
     copy.write_text((ROOT / "docs" / "scale.md").read_text())

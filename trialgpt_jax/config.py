@@ -230,6 +230,8 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
     if batch % accumulate:
         raise UserError(f"train.batch_size={batch} is not divisible by train.accumulate_steps={accumulate}")
     if n_devices is not None:
+        from trialgpt_jax.model.gpt import mlp_width  # late, as below: JAX is slow to import
+
         sizes = mesh_sizes(config.mesh, n_devices)
         shards = sizes["data"] * sizes["fsdp"]
         if batch // accumulate % shards:
@@ -237,13 +239,17 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
                 f"a microbatch of {batch // accumulate} sequences (train.batch_size / train.accumulate_steps) is not "
                 f"divisible by the {shards} devices of mesh.data x mesh.fsdp"
             )
-        for axis, name, size in (
-            ("fsdp", "model.n_embd", model.n_embd),
-            ("tensor", "model.n_head", model.n_head),
-            ("tensor", "model.n_kv_head", model.n_kv_head or model.n_head),
+        width, fsdp, tensor = model.n_head * (model.head_dim or model.n_embd // model.n_head), sizes["fsdp"], sizes["tensor"]
+        for name, size, axes, n in (
+            ("model.n_embd", model.n_embd, "mesh.fsdp", fsdp),
+            ("model.n_head", model.n_head, "mesh.tensor", tensor),
+            ("model.n_kv_head", model.n_kv_head or model.n_head, "mesh.tensor", tensor),
+            # the rows of the two output projections
+            ("the heads' width", width, "mesh.fsdp x mesh.tensor", fsdp * tensor),
+            ("the MLP's width", mlp_width(model.n_embd, model.activation), "mesh.fsdp x mesh.tensor", fsdp * tensor),
         ):
-            if size % sizes[axis]:
-                raise UserError(f"{name}={size} is not divisible by mesh.{axis}={sizes[axis]}")
+            if size % n:
+                raise UserError(f"{name}={size} is not divisible by {axes}={n}")
 
 
 def mesh_sizes(mesh: ConfigDict, n_devices: int) -> dict[str, int]:

@@ -172,6 +172,11 @@ class CausalSelfAttention(nn.Module):
         return nn.Dropout(c.dropout)(y, deterministic), cache
 
 
+def mlp_width(n_embd: int, activation: str) -> int:
+    """4 * n_embd; 8/3 of it, rounded up to 128, keeps swiglu's three matrices at the parameters of the other forms' two."""
+    return 4 * n_embd if activation != "swiglu" else -(-8 * n_embd // (3 * 128)) * 128
+
+
 class MLP(nn.Module):
     """Two matmuls around an activation; four times as wide as the residual, 8/3 for the gated swiglu."""
 
@@ -180,8 +185,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxC, deterministic: bool):
         c = self.config
-        # 8/3 rounded up to 128 keeps swiglu's three matrices at the parameters of the other forms' two
-        width = 4 * c.n_embd if c.activation != "swiglu" else -(-8 * c.n_embd // (3 * 128)) * 128
+        width = mlp_width(c.n_embd, c.activation)
         h, bias = Dense(c, width, ("embed", "mlp"), 0.02, name="c_fc")(x_BxTxC, add_bias=False)
         h = checkpoint_name(h, "mlp")
         if c.activation == "gelu":

@@ -14,7 +14,8 @@ from trialgpt_jax import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both: fsdp is data parallelism with the state split as well
 
-# Parameters: the model axis "embed" is split by fsdp, what a tensor-parallel matmul makes by tensor.
+# Parameters: the model axis "embed" is split by fsdp, what a tensor-parallel matmul makes by tensor. The second kernels of
+# such pairs have fsdp on their rows, too: gradients split by columns of bfloat16 are all-reduced on a TPU, not scattered.
 # Activations: only the batch is split, plus what lies between the two matmuls of a tensor-parallel pair.
 RULES = (
     ("layers", None),
