@@ -36,7 +36,10 @@ _FITS = {  # config -> {target: sequences of a microbatch on a chip}
     "gpt2_774m": {"v5e:4x4": 2, "h200:8": 4, "v6e:2x4": 4, "v5p:2x2x1": 4},
     "gpt2_350m": {"v5e:4x4": 4, "h200:8": 4, "v6e:2x4": 4, "v5p:2x2x1": 4},
 }  # fmt: skip
-_ALONE = (("gpt_13b", "v5e:4x4"), ("gpt_13b", "v6e:2x4"))  # fit with one microbatch a step: two need a float32 sum of gradients
+_ALONE = (
+    ("gpt_13b", "v5e:4x4"),
+    ("gpt_13b", "v6e:2x4"),
+)  # fit with one microbatch a step: two need a float32 sum of gradients
 _GROWTH = {"v5e:1x1": 8, "v5e:2x2": 8, "v5e:4x4": 8, "v5e:8x8": 8, "v5e:16x16": 8}  # of gpt2_124m
 
 

@@ -46,9 +46,7 @@ def test_fsdp_gathers_every_kernel_twice_and_reduce_scatters_its_gradient_once()
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
     width = ["--config.model.n_embd=1024", "--config.model.n_head=8", "--config.model.block_size=512", "--config.model.bias=False",
              "--config.model.tie_embeddings=False", "--config.train.batch_size=64", "--config.train.remat=block"]  # fmt: skip
-    result = aot_compile(
-        *SMALL, *width, "--target=v5e:4x4", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--json"
-    )
+    result = aot_compile(*SMALL, *width, "--target=v5e:4x4", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--json")
     report = json.loads(result.stdout)
     found = report["collectives"]
     # of each of two microbatches: parameters in bfloat16 twice and their gradients once, 7/8 of which come from other chips;

@@ -91,7 +91,9 @@ def _gathered(kernel: jax.Array, axes: tuple[str, str]) -> jax.Array:
     return nn.with_logical_constraint(kernel, tuple(whole.get(axis, axis) for axis in axes))
 
 
-_gathered.defvjp(lambda kernel, axes: (_gathered(kernel, axes), None), lambda axes, _, d: (nn.with_logical_constraint(d, axes),))
+_gathered.defvjp(
+    lambda kernel, axes: (_gathered(kernel, axes), None), lambda axes, _, d: (nn.with_logical_constraint(d, axes),)
+)
 
 
 class Dense(nn.Module):

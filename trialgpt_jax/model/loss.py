@@ -97,9 +97,9 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
         exp_NxV = kept(jnp.exp(logits_NxV - max_N[:, None]))
         sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
         is_label_NxV = ids_V == labels_N[:, None]
-        if dtype == wide and not on_mesh:  # two passes over the logits less on CPU; on a TPU such a gather is a loop
+        if dtype == wide and not on_mesh:  # on CPU two passes over the logits less; on a TPU it would be a loop
             label_logit_N = jnp.take_along_axis(logits_NxV, labels_N[:, None], axis=1)[:, 0]
-        else:  # fuses with the reductions above, and needs no index of another device's rows
+        else:  # a masked sum fuses with the reductions above, and needs no index of another device's rows
             label_logit_N = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1))
         log_normaliser_N = max_N + jnp.log(sum_N)
         valid_N = labels_N >= 0
