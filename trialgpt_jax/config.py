@@ -239,11 +239,8 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
                 f"a microbatch of {batch // accumulate} sequences (train.batch_size / train.accumulate_steps) is not "
                 f"divisible by the {shards} devices of mesh.data x mesh.fsdp"
             )
-        width, fsdp, tensor = (
-            model.n_head * (model.head_dim or model.n_embd // model.n_head),
-            sizes["fsdp"],
-            sizes["tensor"],
-        )
+        fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+        width = model.n_head * (model.head_dim or model.n_embd // model.n_head)
         for name, size, axes, n in (
             ("model.n_embd", model.n_embd, "mesh.fsdp", fsdp),
             ("model.n_head", model.n_head, "mesh.tensor", tensor),
