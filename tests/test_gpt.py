@@ -232,7 +232,7 @@ def test_backward_keeps_matmul_outputs_once_in_the_dtype_of_the_matmuls(capsys):
     # input, residual after attention, q, k, v; the MLP's hidden layer. No norm, no GELU, no float32
     lean = [("bf16", (16, 8))] * 5 + [("bf16", (16, 32))]
     # of attention the output and a number for each row of a head, but not the weights
-    attention = [("bf16", (2, 1, 16, 4)), ("f32", (2, 1, 16, 1))]
+    attention = [("bf16", (2, 1, 16, 4)), ("f32", (2, 1, 1, 16))]
     assert kept_for_backward(config, capsys) == sorted((d, (2, *s)) for d, s in [*lean, *attention])
     assert kept_for_backward(dataclasses.replace(config, remat="block"), capsys) == [("bf16", (2, 16, 8))]
 

@@ -84,79 +84,82 @@ def cached_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blocked(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, dropout_key, dropout):
-    """Causal attention in plain XLA, a block of queries at a time over the keys that it sees, [B, K, G, T, D].
+    """Causal attention in plain XLA, a block of M queries at a time over the S keys that it sees, [B, K, G, T, D].
+
+    Weights are [B, K, S, G, M], keys first: XLA on CPU packs the right operand of a matmul at every call, and here that
+    is a block's [M, D] or a product of it, while keys and weights stand on the left.
 
     The backward pass keeps the output and the softmax's logarithm of each row, and makes the weights again, as
-    FlashAttention's does (Dao et al. 2022): on CPU that is quicker than reading [T, S] weights back.
+    FlashAttention's does (Dao et al. 2022): on CPU that is quicker than reading [S, T] weights back.
     """
     return _blocked_forward(q_BxKxGxTxD, k_BxKxSxD, v_BxKxSxD, dropout_key, dropout)[0]
 
 
 def _query_blocks(T: int) -> list[slice]:
-    """At most eight, of at least 128 queries: an eighth of the masked half is computed, and programs stay small."""
-    size = max(128, -(-T // 8))
+    """At most eight, of at least 64 queries: an eighth of the masked half is computed, and programs stay small."""
+    size = max(64, -(-T // 8))
     return [slice(begin, min(begin + size, T)) for begin in range(0, T, size)]
 
 
-def _products(q_BxKxGxMxD, k_BxKxSxD):
-    """q k^T, [B, K, G, M, S], neither scaled nor masked."""
-    wide = jnp.promote_types(q_BxKxGxMxD.dtype, jnp.float32)
-    return jnp.einsum("bkgmd,bksd->bkgms", q_BxKxGxMxD, k_BxKxSxD, preferred_element_type=wide)
+def _wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _seen(rows: slice, first: int = 0):
-    """Whether each query of `rows` sees each of the keys from `first` up to the last of these queries, [M, S]."""
-    return jnp.arange(first, rows.stop) <= jnp.arange(rows.start, rows.stop)[:, None]
+def _queries_last_but_one(x_BxKxDxGxM):
+    """[B, K, G, M, D]; the barrier, as XLA on CPU would turn the operands of the matmul around, which are larger."""
+    return jax.lax.optimization_barrier(x_BxKxDxGxM).transpose(0, 1, 3, 4, 2)
 
 
-def _kept_by_dropout(shape, dropout_key, dropout, rows: slice):
+def _masked(scores_BxKxSxGxM, rows: slice):
+    """-inf where a query comes before a key: among the block's own keys, the last ones, for it sees all others."""
+    seen_MxM = jnp.triu(jnp.ones((rows.stop - rows.start,) * 2, bool))
+    last = scores_BxKxSxGxM[:, :, rows.start :]
+    return scores_BxKxSxGxM.at[:, :, rows.start :].set(jnp.where(seen_MxM[:, None], last, -jnp.inf))
+
+
+def _kept_by_dropout(like_BxKxSxGxM, dropout_key, dropout, rows: slice):
     """What dropout multiplies the weights of a block by: 0 or 1 / (1 - rate)."""
     if not dropout:
         return 1.0
-    return jax.random.bernoulli(jax.random.fold_in(dropout_key, rows.start), 1 - dropout, shape) / (1 - dropout)
+    kept = jax.random.bernoulli(jax.random.fold_in(dropout_key, rows.start), 1 - dropout, like_BxKxSxGxM.shape)
+    return kept / (1 - dropout)
 
 
 def _blocked_forward(q, k, v, dropout_key, dropout):
-    outs, logs, scale = [], [], 1 / math.sqrt(q.shape[-1])
+    outs, logs, scale, v_BxKxDxS = [], [], 1 / math.sqrt(q.shape[-1]), v.swapaxes(2, 3)
     for rows in _query_blocks(q.shape[3]):
-        scores = _products(q[:, :, :, rows], k[:, :, : rows.stop])
-        # masked in place, and only among the block's own keys: all others are seen by all of its queries
-        last = scores[..., rows.start :]
-        scores = scores.at[..., rows.start :].set(jnp.where(_seen(rows, rows.start), last, -jnp.inf))
-        top = jnp.max(scores, axis=-1, keepdims=True)
+        seen = slice(rows.stop)
+        scores = _masked(_wide_einsum("bksd,bkgmd->bksgm", k[:, :, seen], q[:, :, :, rows]), rows)
+        top = jnp.max(scores, axis=2, keepdims=True)
         # the barriers here and below: XLA on CPU would fuse exp into the sums, where it is six times as slow
         weights = jax.lax.optimization_barrier(jnp.exp((scores - top) * scale))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights * _kept_by_dropout(weights.shape, dropout_key, dropout, rows)
-        out = jnp.einsum(
-            "bkgms,bksd->bkgmd", weights.astype(v.dtype), v[:, :, : rows.stop], preferred_element_type=top.dtype
-        )
-        outs.append((out / total).astype(v.dtype))
+        total = jnp.sum(weights, axis=2, keepdims=True)
+        weights = weights * _kept_by_dropout(weights, dropout_key, dropout, rows)
+        out = _wide_einsum("bkds,bksgm->bkdgm", v_BxKxDxS[..., seen], weights.astype(v.dtype)) / total
+        outs.append(_queries_last_but_one(out).astype(v.dtype))
         logs.append(top * scale + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
-    return out, (q, k, v, dropout_key, out, checkpoint_name(jnp.concatenate(logs, axis=3), "attention"))
+    return out, (q, k, v, dropout_key, out, checkpoint_name(jnp.concatenate(logs, axis=4), "attention"))
 
 
 def _blocked_backward(dropout, residuals, d_out):
-    q, k, v, dropout_key, out, log_total = residuals
-    wide, scale = log_total.dtype, 1 / math.sqrt(q.shape[-1])
-    inner = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
-    # [B, K, D, S]: so the matmuls below turn their [M, D] operand around, and not the [M, S] one
-    d_q, (d_k, d_v) = [], (jnp.zeros(x.swapaxes(2, 3).shape, wide) for x in (k, v))
+    q, k, v, dropout_key, out, log_total_BxKx1xGxT = residuals
+    wide, scale, k_BxKxDxS = log_total_BxKx1xGxT.dtype, 1 / math.sqrt(q.shape[-1]), k.swapaxes(2, 3)
+    inner_BxKx1xGxT = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)[:, :, None]
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
     for rows in _query_blocks(q.shape[3]):
         q_i, d_i, seen = q[:, :, :, rows], d_out[:, :, :, rows], slice(rows.stop)
-        scores = jnp.where(_seen(rows), _products(q_i, k[:, :, seen]) * scale, -jnp.inf)
-        weights = jax.lax.optimization_barrier(jnp.exp(scores - log_total[:, :, :, rows]))
-        kept = _kept_by_dropout(weights.shape, dropout_key, dropout, rows)
-        d_weights = _products(d_i, v[:, :, seen]) * kept
-        d_scores = weights * (d_weights - inner[:, :, :, rows]) * scale
+        scores = _masked(_wide_einsum("bksd,bkgmd->bksgm", k[:, :, seen], q_i), rows)
+        weights = jax.lax.optimization_barrier(jnp.exp(scores * scale - log_total_BxKx1xGxT[..., rows]))
+        kept = _kept_by_dropout(weights, dropout_key, dropout, rows)
+        d_weights = _wide_einsum("bksd,bkgmd->bksgm", v[:, :, seen], d_i) * kept
+        d_scores = weights * (d_weights - inner_BxKx1xGxT[..., rows]) * scale
         d_scores = jax.lax.optimization_barrier(d_scores.astype(q.dtype))
-        d_q.append(jnp.einsum("bkgms,bksd->bkgmd", d_scores, k[:, :, seen]))
-        d_k_i = jnp.einsum("bkgmd,bkgms->bkds", q_i, d_scores, preferred_element_type=wide)
-        d_v_i = jnp.einsum("bkgmd,bkgms->bkds", d_i, (weights * kept).astype(v.dtype), preferred_element_type=wide)
-        d_k, d_v = d_k.at[..., seen].add(d_k_i), d_v.at[..., seen].add(d_v_i)
-    d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
-    return jnp.concatenate(d_q, axis=3), d_k, d_v, None
+        d_q_i = _wide_einsum("bkds,bksgm->bkdgm", k_BxKxDxS[..., seen], d_scores)
+        d_q.append(_queries_last_but_one(d_q_i).astype(q.dtype))
+        d_k = d_k.at[:, :, seen].add(_wide_einsum("bksgm,bkgmd->bksd", d_scores, q_i))
+        d_v = d_v.at[:, :, seen].add(_wide_einsum("bksgm,bkgmd->bksd", (weights * kept).astype(v.dtype), d_i))
+    return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
