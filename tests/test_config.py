@@ -186,3 +186,15 @@ def test_commands_exit_2_with_one_line(tmp_path, default_file):
     refused(run("train", f"--config={default_file}"), "--workdir")
     assert not (tmp_path / "w").exists()
     assert "checkpoint_step" in run("evaluate", "--help").stdout
+
+
+def test_layers_are_compiled_in_one_piece_where_that_is_quicker():
+    config = default_config()
+    assert gpt_config(config, "gpu").scan_unroll == gpt_config(config, "cpu").scan_unroll == config.model.n_layer == 12
+    assert gpt_config(config, "tpu").scan_unroll == 1
+    config.train.scan_unroll = 2
+    assert gpt_config(config, "cpu").scan_unroll == 2
+    config.train.scan_unroll, config.train.remat = 0, "block"  # asks for memory, which a loop saves
+    assert gpt_config(config, "cpu").scan_unroll == 1
+    config.train.remat, config.model.n_layer = "none", 24
+    assert gpt_config(config, "cpu").scan_unroll == 1
