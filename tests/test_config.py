@@ -11,6 +11,7 @@ from trialgpt_jax.config import (
     check_resumable,
     default_config,
     fields,
+    gpt_config,
     load_snapshot,
     mesh_sizes,
     parse_command_line,
