@@ -15,18 +15,22 @@ from test_train import assert_same_bits, final_state
 from trialgpt_jax import UserError
 from trialgpt_jax.parallel import processes
 
-# Trains as the command line does. Notes which rows each device was given, and sends itself a signal before a step.
+# Trains as the command line does. Notes which rows each device was given, and sends itself a signal before a step, when no
+# save is under way.
 _TRAIN = """
 import os, sys, time
 import numpy as np
 from trialgpt_jax import config, train
 record = sys.argv.pop(1)
 number, at, first_step = (int(sys.argv.pop(1)) for _ in range(3))
+saving = next(a for a in sys.argv if a.startswith("--workdir=")).removeprefix("--workdir=") + "/saving"
 real, seen, sent = train.put_batch, {}, False
 def put_batch(rows, sharding):
     global sent
     step = first_step + len(seen) + 1
     if number and step == at:
+        while os.path.exists(saving):
+            time.sleep(0.01)
         sent = True
         os.kill(os.getpid(), number)
     if sent:
@@ -210,21 +214,20 @@ def test_a_killed_process_ends_the_other_at_once_and_the_job_starts_again_withou
     assert "died" in results[0].stderr and "the same command on every host continues" in results[0].stderr
     assert "ended without finishing" in results[1].stderr  # said by the shell that it left behind
     checkpoints = tmp_path / "run" / "checkpoints"
-    newest = max(int(name) for name in os.listdir(checkpoints))
-    assert newest in (6, 12)  # a save that was under way may have been lost with it
+    assert max(int(name) for name in os.listdir(checkpoints)) == 12
     (tmp_path / "run" / "lock").stat()
     biggest = max(
-        (os.path.join(r, f) for r, _, fs in os.walk(checkpoints / str(newest)) for f in fs), key=os.path.getsize
+        (os.path.join(r, f) for r, _, fs in os.walk(checkpoints / "12") for f in fs), key=os.path.getsize
     )
     with open(biggest, "r+b") as file:
         file.seek(os.path.getsize(biggest) // 2)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
-    results, batches = train(tmp_path / "run", 2, first_step=newest - 6)
+    results, batches = train(tmp_path / "run", 2, first_step=6)
     assert [r.returncode for r in results] == [0, 0], [r.stderr for r in results]
-    assert f"checkpoint {newest} is damaged" in results[0].stderr and biggest in results[0].stderr
-    assert min(batches) == max(1, newest - 5)
+    assert "checkpoint 12 is damaged" in results[0].stderr and biggest in results[0].stderr
+    assert min(batches) == 7
     assert_same_batches(batches, two[1])
     assert metrics(tmp_path / "run") == metrics(two[0])
     assert_same_bits(final_state(tmp_path / "run"), final_state(two[0]))
