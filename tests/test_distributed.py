@@ -220,9 +220,7 @@ def test_a_killed_process_ends_the_others_at_once_and_the_job_starts_again_witho
     checkpoints = tmp_path / "run" / "checkpoints"
     assert max(int(name) for name in os.listdir(checkpoints)) == 12
     (tmp_path / "run" / "lock").stat()
-    biggest = max(
-        (os.path.join(r, f) for r, _, fs in os.walk(checkpoints / "12") for f in fs), key=os.path.getsize
-    )
+    biggest = max((os.path.join(r, f) for r, _, fs in os.walk(checkpoints / "12") for f in fs), key=os.path.getsize)
     with open(biggest, "r+b") as file:
         file.seek(os.path.getsize(biggest) // 2)
         byte = file.read(1)
