@@ -192,3 +192,32 @@ print(faults)
         argv = [sys.executable, "-c", script, mode]
         faults[mode] = int(subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout)
     assert faults["default"] > 10 and faults["keep"] < 5, faults
+
+
+def test_on_cpu_what_is_kept_is_the_memory_of_one_step_and_can_be_returned():
+    script = r"""
+import re
+import jax, jax.numpy as jnp
+from trialgpt_jax.parallel import accelerators
+accelerators.keep_freed_memory()
+def megabytes(name):
+    return int(re.search(name + r":\s*(\d+)", open("/proc/self/status").read())[1]) / 1e3
+x = jnp.ones((8192, 16))
+step = jax.jit(lambda x: x + jnp.sin(x @ x.T).max()).lower(x).compile()
+temporaries = step.memory_analysis().temp_size_in_bytes / 1e6
+accelerators.leave_room()
+before = megabytes("VmHWM")
+for _ in range(12):
+    x = step(x)
+x.block_until_ready()
+peak = megabytes("VmHWM")
+accelerators.return_freed_memory()
+print(temporaries, peak - before, peak - megabytes("VmRSS"))
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc is told to")
+    _, env = command("train")
+    argv = [sys.executable, "-c", script]
+    out = subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
+    temporaries, grown, returned = map(float, out.split())
+    assert temporaries > 250 and 0.9 * temporaries < grown < 1.3 * temporaries and returned > 0.9 * temporaries, out

@@ -193,6 +193,7 @@ class _Run:
             )
             if init_from:
                 self.state = self.state.replace(params=pretrained.load(init_from, self.gpt, self.mesh))
+        accelerators.leave_room()
         self.log = None
         if jax.process_index() == 0:
             self.log = MetricsLog(workdir, config.log, self.first_step, config)
@@ -216,7 +217,8 @@ class _Run:
         try:
             for step in range(self.first_step + 1, n_steps + 1):
                 with self._save_may_fail():
-                    self.checkpoints.poll()
+                    if self.checkpoints.poll():
+                        accelerators.return_freed_memory()
                 self.state, metrics = self.step(self.state, tokens)
                 if step < n_steps:
                     tokens = put_batch(next(self.batches), sharding)  # while the device computes
@@ -237,6 +239,7 @@ class _Run:
                 if evaluate or save:
                     self._account(*pending)
                     pending = None
+                    accelerators.return_freed_memory()
                     val_loss = self._evaluate(step) if evaluate else None
                     if save:
                         self._save(step, val_loss, last=stopped or step == n_steps)

@@ -109,10 +109,48 @@ def keep_freed_memory() -> None:
     XLA allocates its buffers anew at every step, and glibc returns large ones to the kernel as soon as they are freed,
     so that every step would fault in and zero all of its pages again (scripts/bench/LOG.md has the measurement). To be
     called before JAX starts its threads, which would have heaps of their own: so the platform has to be named.
+
+    A step then runs in the thread that dispatches it. In another, the temporaries of step k would often be allocated
+    before those of step k-1 are freed, and the room of both would be kept.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if jax.config.jax_platforms != "cpu" or mallopt is None:
+    libc = _glibc()
+    if libc is None:
         return
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of <malloc.h>
     for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)):
-        mallopt(parameter, value)
+        libc.mallopt(parameter, value)
+
+
+def leave_room(n_bytes: int = 2**26) -> None:
+    """After `keep_freed_memory`: leaves a hole of `n_bytes` in the heap, for what is allocated between two steps.
+
+    To be called when the state is made, before the first step. Without it, arrays that outlive a step settle in the
+    room that its temporaries left, which then no longer fit and take as much room again, up to seven times. The heap
+    gives the smallest hole that fits, and pages that nothing touches take no memory.
+    """
+    libc = _glibc()
+    if libc is None:
+        return
+    libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
+    hole = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(n_bytes)))
+    wall = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(n_bytes)))  # as large, so that it lies behind the hole
+    libc.realloc(wall, ctypes.c_size_t(4096))  # shrinks in place, and stays: the hole cannot merge with what follows
+    libc.free(hole)
+
+
+def return_freed_memory() -> None:
+    """After `keep_freed_memory`: gives the kernel what is free now; the next step fetches what it needs anew.
+
+    For times when the heap changes, or others than the step need memory: what they leave behind may be where the
+    step's temporaries were, so that these move, and the room that they had would stay with the process for nothing.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc and JAX_PLATFORMS=cpu."""
+    libc = ctypes.CDLL(None)
+    return libc if jax.config.jax_platforms == "cpu" and hasattr(libc, "malloc_trim") else None

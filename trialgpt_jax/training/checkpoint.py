@@ -297,10 +297,12 @@ class Checkpoints:
         """Whether nothing is being saved."""
         return self._thread is None or not self._thread.is_alive()
 
-    def poll(self) -> None:
-        """Raises what went wrong with the last save, if that is known by now; waits for nothing."""
+    def poll(self) -> bool:
+        """Whether a save is under way or has ended since the last call; raises what went wrong with it, waits for nothing."""
+        saving = self._thread is not None
         if self.idle():
             self.wait()
+        return saving
 
     def wait(self) -> None:
         """Returns when the last save is whole, and raises what went wrong with it: SaveError, or a mistake in here."""
