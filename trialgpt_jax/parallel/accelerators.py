@@ -126,8 +126,8 @@ def leave_room(n_bytes: int = 2**26) -> None:
     """After `keep_freed_memory`: leaves a hole of `n_bytes` in the heap, for what is allocated between two steps.
 
     To be called when the state is made, before the first step. Without it, arrays that outlive a step settle in the
-    room that its temporaries left, which then no longer fit and take as much room again, up to seven times. The heap
-    gives the smallest hole that fits, and pages that nothing touches take no memory.
+    room that its temporaries left; these then no longer fit, and take as much room again elsewhere. The heap gives the
+    smallest hole that fits, so this one to everything small. Pages that nothing touches take no memory.
     """
     libc = _glibc()
     if libc is None:
