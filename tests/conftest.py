@@ -23,6 +23,20 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # of gcsfs,
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the TPU compiler, without a TPU: no metadata server to ask,
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no chip to lock against other processes
 
+_LONGEST = [
+    "test_train.py",
+    "test_distributed.py",
+    "test_chaos.py",
+    "test_train_step.py",
+    "test_storage.py",
+    "test_meshes.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that of two processes none is left alone with one at the end."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):

@@ -3,6 +3,7 @@
 A workdir that has checkpoints is resumed, exactly, by the same command. SIGTERM or Ctrl-C saves and exits with status 75.
 """
 
+import collections
 import contextlib
 import errno
 import math
@@ -201,7 +202,10 @@ class _Run:
             config_lib.save_snapshot(config, workdir)
 
     def loop(self) -> int:
-        """Runs the steps that are left. Step k is dispatched before the metrics of step k-1 are fetched."""
+        """Runs the steps that are left. Step k is dispatched before the metrics of step k-1 are fetched.
+
+        Not where a step runs in the thread that dispatches it: the time of step k would count as step k-1's.
+        """
         config, n_steps = self.config, self.config.train.steps
         sharding = batch_sharding(self.mesh)
         self.seconds = self.log.last.get("seconds", 0.0) if self.log else 0.0  # training time since step 0
@@ -211,7 +215,8 @@ class _Run:
         if self.first_step == 0 and self.eval_step:
             self._evaluate(0)
         self._restart_clock(self.first_step)
-        pending = None  # (step, metrics) dispatched and not yet fetched
+        pending = collections.deque()  # (step, metrics) dispatched and not yet fetched
+        ahead = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
         tokens = put_batch(next(self.batches), sharding)
         stopped = False
         try:
@@ -222,9 +227,9 @@ class _Run:
                 self.state, metrics = self.step(self.state, tokens)
                 if step < n_steps:
                     tokens = put_batch(next(self.batches), sharding)  # while the device computes
-                if pending:
-                    self._account(*pending)
-                pending = (step, metrics)
+                pending.append((step, metrics))
+                if len(pending) > ahead:
+                    self._account(*pending.popleft())
 
                 elapsed = time.monotonic() - started
                 minutes = (time.monotonic() - saved_at) / 60
@@ -237,8 +242,8 @@ class _Run:
                     or self._agree(config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes)
                 )
                 if evaluate or save:
-                    self._account(*pending)
-                    pending = None
+                    while pending:
+                        self._account(*pending.popleft())
                     accelerators.return_freed_memory()
                     val_loss = self._evaluate(step) if evaluate else None
                     if save:

@@ -122,6 +122,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(parameter, value)
 
 
+def dispatches_ahead(platform: str) -> bool:
+    """Whether a call of a compiled program returns before it has run: not on CPU after `keep_freed_memory`."""
+    return platform != "cpu" or jax.config.read("jax_cpu_enable_async_dispatch")
+
+
 def leave_room(n_bytes: int = 2**26) -> None:
     """After `keep_freed_memory`: leaves a hole of `n_bytes` in the heap, for what is allocated between two steps.
 
