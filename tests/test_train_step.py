@@ -194,7 +194,7 @@ print(faults)
     assert faults["default"] > 10 and faults["keep"] < 5, faults
 
 
-def test_on_cpu_what_is_kept_is_the_memory_of_one_step_and_can_be_returned():
+def test_on_cpu_a_process_keeps_the_memory_of_a_step_or_two_and_can_return_it():
     script = r"""
 import re
 import jax, jax.numpy as jnp
@@ -205,19 +205,20 @@ def megabytes(name):
 x = jnp.ones((8192, 16))
 step = jax.jit(lambda x: x + jnp.sin(x @ x.T).max()).lower(x).compile()
 temporaries = step.memory_analysis().temp_size_in_bytes / 1e6
-accelerators.leave_room()
 before = megabytes("VmHWM")
+limit = accelerators.leave_room(step, slack=0)
 for _ in range(12):
     x = step(x)
+    accelerators.return_freed_memory(limit)
     assert x.is_ready() and not accelerators.dispatches_ahead("cpu")  # so a run counts a step's time as that step's
 peak = megabytes("VmHWM")
 accelerators.return_freed_memory()
-print(temporaries, peak - before, peak - megabytes("VmRSS"))
+print(temporaries, peak - before, megabytes("VmRSS") - before)
 """
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc is told to")
     _, env = command("train")
     argv = [sys.executable, "-c", script]
     out = subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
-    temporaries, grown, returned = map(float, out.split())
-    assert temporaries > 250 and 0.9 * temporaries < grown < 1.3 * temporaries and returned > 0.9 * temporaries, out
+    temporaries, grown, left = map(float, out.split())
+    assert temporaries > 250 and 0.9 * temporaries < grown < 2.6 * temporaries and left < 0.1 * temporaries, out

@@ -194,7 +194,7 @@ class _Run:
             )
             if init_from:
                 self.state = self.state.replace(params=pretrained.load(init_from, self.gpt, self.mesh))
-        accelerators.leave_room()
+        self.memory_limit = accelerators.leave_room(self.step)
         self.log = None
         if jax.process_index() == 0:
             self.log = MetricsLog(workdir, config.log, self.first_step, config)
@@ -230,6 +230,7 @@ class _Run:
                 pending.append((step, metrics))
                 if len(pending) > ahead:
                     self._account(*pending.popleft())
+                accelerators.return_freed_memory(self.memory_limit)
 
                 elapsed = time.monotonic() - started
                 minutes = (time.monotonic() - saved_at) / 60

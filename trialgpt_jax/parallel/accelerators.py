@@ -5,6 +5,7 @@ is told to: the platform ("cpu", "gpu" or "tpu") and the device kind are argumen
 """
 
 import ctypes
+import math
 import os
 from typing import NamedTuple
 
@@ -127,32 +128,50 @@ def dispatches_ahead(platform: str) -> bool:
     return platform != "cpu" or jax.config.read("jax_cpu_enable_async_dispatch")
 
 
-def leave_room(n_bytes: int = 2**26) -> None:
-    """After `keep_freed_memory`: leaves a hole of `n_bytes` in the heap, for what is allocated between two steps.
+def leave_room(compiled: jax.stages.Compiled, slack: float = 2**30) -> float:
+    """After `keep_freed_memory`: leaves a hole of 64 MiB in the heap, for what is allocated between two steps.
 
     To be called when the state is made, before the first step. Without it, arrays that outlive a step settle in the
     room that its temporaries left; these then no longer fit, and take as much room again elsewhere. The heap gives the
     smallest hole that fits, so this one to everything small. Pages that nothing touches take no memory.
+
+    The temporaries may move all the same: glibc asks for some bytes more than it keeps of an aligned block, and a
+    small allocation may take those.
+
+    Args:
+      compiled: the step.
+      slack: bytes.
+
+    Returns:
+      Bytes that this process should hold at most, for `return_freed_memory`: what it holds now, the step's temporaries,
+      and half of these or `slack`, if that is more. Infinity where nothing is kept.
     """
     libc = _glibc()
     if libc is None:
-        return
+        return math.inf
     libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
-    hole = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(n_bytes)))
-    wall = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(n_bytes)))  # as large, so that it lies behind the hole
+    hole = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(2**26)))
+    wall = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(2**26)))  # as large, so that it lies behind the hole
     libc.realloc(wall, ctypes.c_size_t(4096))  # shrinks in place, and stays: the hole cannot merge with what follows
     libc.free(hole)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return _resident_bytes() + temporaries + max(temporaries / 2, slack)
 
 
-def return_freed_memory() -> None:
-    """After `keep_freed_memory`: gives the kernel what is free now; the next step fetches what it needs anew.
+def return_freed_memory(limit: float = 0) -> None:
+    """After `keep_freed_memory`: gives the kernel what is free now, if this process holds more than `limit` bytes.
 
-    For times when the heap changes, or others than the step need memory: what they leave behind may be where the
-    step's temporaries were, so that these move, and the room that they had would stay with the process for nothing.
+    The next step fetches what it needs anew. For when the step's temporaries have moved, so that the room that they had
+    would stay with the process for nothing, and for times when others than the step need memory.
     """
     libc = _glibc()
-    if libc is not None:
+    if libc is not None and _resident_bytes() > limit:
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _glibc() -> ctypes.CDLL | None:
