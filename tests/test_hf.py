@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from model_options import random_params
 from safetensors.numpy import load_file, save_file
@@ -214,8 +214,9 @@ def test_exported_tokenizer_encodes_identically(pair, store):
 
     @settings(max_examples=300, deadline=None, derandomize=True)
     @given(st.text() | st.text(alphabet="ab 'sthe\n1é"))
-    def same(text):
-        assert theirs(text)["input_ids"] == ours.encode(text)
+    @example("a<|endoftext|>b")
+    def same(text):  # transformers' own reading would take a text that spells the end of a document for the token
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text)
 
     same()
     assert (folder / "merges.txt").read_text().count("\n") == ours.vocab_size - 257 + 1
