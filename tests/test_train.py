@@ -12,8 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import command, metrics, overrides, refused, run, small_config
+from conftest import call, command, metrics, overrides, refused, run, small_config
 
+from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.workdir import StopRequest
 
 
@@ -93,6 +94,17 @@ def test_a_run_says_and_writes_what_the_design_promises(reference, long_config):
     best = min(evaluations, key=lambda line: line["val_loss"])["step"]
     kept = sorted(int(name) for name in os.listdir(workdir / "checkpoints"))
     assert kept == sorted({110, 120, best})
+
+
+def test_steps_that_are_dispatched_ahead_as_on_an_accelerator_are_logged_as_others(
+    config, tmp_path, default_file, monkeypatch
+):
+    for ahead in (True, False):
+        monkeypatch.setattr(accelerators, "dispatches_ahead", lambda platform, ahead=ahead: ahead)
+        result = call("train", f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / str(ahead)}")
+        assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in metrics(tmp_path / "True") if "loss" in line] == list(range(1, 21))
+    assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
 
 
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, long_config, tmp_path, default_file):
