@@ -46,7 +46,6 @@ def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0,
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-config.train.batch_size // config.train.accumulate_steps // rows) * rows
     compiled = steps_lib.compile_eval_step(gpt, mesh, steps_lib.params_layout(gpt, mesh), batch_size=batch_size)
-    accelerators.leave_room(compiled)
     loss, n_tokens = steps_lib.evaluate(
         compiled,
         params,

@@ -176,5 +176,7 @@ def _resident_bytes() -> int:
 
 def _glibc() -> ctypes.CDLL | None:
     """The C library, where it is glibc and JAX_PLATFORMS=cpu."""
+    if jax.config.jax_platforms != "cpu":  # first, for this is asked at every step
+        return None
     libc = ctypes.CDLL(None)
-    return libc if jax.config.jax_platforms == "cpu" and hasattr(libc, "malloc_trim") else None
+    return libc if hasattr(libc, "malloc_trim") else None
