@@ -38,6 +38,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes do not name a test: those of a gzip file have the time in them, and all processes must find the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     """A token store of some presidential addresses, `bpe:512`; a folder."""
