@@ -11,6 +11,7 @@ import sys
 from typing import NamedTuple
 
 import pytest
+from hypothesis import settings
 
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.config import default_config
@@ -22,6 +23,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # of gcsfs, before it is imported: see gcs_server
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the TPU compiler, without a TPU: no metadata server to ask,
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no chip to lock against other processes
+
+# The same examples every time, so that a failure belongs to the change that brought it; `--hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 _LONGEST = [
     "test_train.py",

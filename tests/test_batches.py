@@ -21,7 +21,7 @@ def take(split, count, **changes):
     return list(itertools.islice(batches.train_batches(split, **arguments), count))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 2**40))
 def test_permute_is_a_permutation_for_every_size_seed_and_epoch(n, seed, epoch):
     out = batches.permute(np.arange(n), np.full(n, epoch), n, seed)

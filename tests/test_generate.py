@@ -38,7 +38,7 @@ def whole(params, config, tokens_BxT):
     return logits(params, config, GPT(config).apply({"params": params}, tokens_BxT))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(configs(), st.integers(0, 1000), st.data())
 def test_every_combination_is_the_numpy_model_and_cached_logits_are_the_uncached_ones(config, seed, data):
     """At all positions: a prefill of any length with padding behind it, then one token at a time."""
@@ -124,7 +124,7 @@ def kept_by_numpy(row, temperature, top_k, top_p):
     return dict(zip(order[:count].tolist(), (weights[:count] / weights[:count].sum()).tolist()))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     st.integers(0, 10**6), st.integers(2, 40), st.floats(0.2, 3.0), st.integers(0, 45), st.floats(0.01, 0.999) | st.just(1.0)
 )  # fmt: skip

@@ -42,12 +42,9 @@ NAMES_THAT_LEAVE = st.sampled_from(
 
 
 def hostile(examples):
-    """Hypothesis with the same examples every time: a change that breaks something is seen where it was made."""
+    """Hypothesis's examples for tests of whole commands: a failure is told as it was found; to make it smaller would take minutes."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
-    chosen = settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=checks,
-        phases=[Phase.generate],  # a failure is told as it was found: to make it smaller would take minutes
-    )  # fmt: skip
+    chosen = settings(max_examples=examples, suppress_health_check=checks, phases=[Phase.generate])
     return lambda test: chosen(given(data=st.data())(test))
 
 

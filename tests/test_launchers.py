@@ -278,7 +278,7 @@ def test_a_worker_of_a_slice_knows_its_number_and_ends_the_train_it_finds(fakes)
     old = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", "trialgpt_jax.train"])
     (fakes.root / "train.pid").write_text(f"{old.pid}\n")
     result = fakes("tpu_worker.sh", "train", "--config=a b", FAKE_WORKERS="n:0:10.0.0.1,n:1:10.0.0.2,n:2:10.0.0.3")
-    assert old.wait(timeout=1) == -signal.SIGTERM, result.stderr
+    assert old.wait(timeout=60) == -signal.SIGTERM, result.stderr
     expected = [
         "-m",
         "trialgpt_jax.train",

@@ -31,7 +31,7 @@ def test_gpt2_gives_the_ids_that_openai_published():
     assert GPT2.encode("The quick brown fox") == [464, 2068, 7586, 21831]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text())
 def test_decoding_gives_the_text_back_and_both_encoders_agree(text):
     ids = GPT2.encode(text)
@@ -47,7 +47,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(PIECES | st.text(max_size=3), max_size=30).map("".join))
 def test_words_are_cut_as_the_published_pattern_cuts_them(text):
     assert GPT2.encode(text) == AS_PUBLISHED.encode_ordinary(text)
@@ -97,7 +97,7 @@ def test_ids_without_text_are_refused_clearly(bad):
         StreamingDecoder(GPT2).push(bad)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(alphabet="aé世🎉🇩🇪\u0301 \n"))
 def test_streaming_gives_whole_characters_and_the_same_text(text):
     decoder = StreamingDecoder(GPT2)
