@@ -4,12 +4,14 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import call, command, metrics, overrides, refused, run, small_config
@@ -25,7 +27,6 @@ def train(config, workdir, *arguments, devices=1, file):
 
 def final_state(workdir):
     """Every array of the newest checkpoint, by its file's name in a fresh numpy export."""
-    import jax
     from jax.sharding import SingleDeviceSharding
 
     from trialgpt_jax.config import gpt_config, load_snapshot
@@ -45,8 +46,6 @@ def final_state(workdir):
 
 
 def assert_same_bits(a, b):
-    import jax
-
     leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
     assert len(leaves_a) == len(leaves_b) > 30
     for x, y in zip(leaves_a, leaves_b):
@@ -84,6 +83,8 @@ def test_a_run_says_and_writes_what_the_design_promises(reference, long_config):
     evaluations = [line for line in lines if "val_loss" in line]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 121))
+    rates = [3e-3 * min((n + 1) / 6, 0.55 + 0.45 * np.cos(np.pi * max(n - 5, 0) / 115)) for n in range(120)]
+    np.testing.assert_allclose([line["lr"] for line in steps], rates, rtol=1e-5)
     assert [line["step"] for line in evaluations] == [0, 20, 40, 60, 80, 100, 120]
     assert all(line["tokens"] == line["step"] * 32 * 32 for line in lines)
     assert abs(evaluations[0]["val_loss"] - np.log(512)) < 0.1  # a fresh model knows nothing
@@ -105,6 +106,17 @@ def test_steps_that_are_dispatched_ahead_as_on_an_accelerator_are_logged_as_othe
         assert result.returncode == 0, result.stderr
     assert [line["step"] for line in metrics(tmp_path / "True") if "loss" in line] == list(range(1, 21))
     assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
+
+
+def test_a_run_is_three_programs_and_no_other_keeps_the_device_from_the_next_step(
+    config, tmp_path, default_file, caplog
+):
+    jax.clear_caches()
+    with jax.log_compiles():
+        result = call("train", f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    programs = re.findall(r"Finished XLA compilation of jit\((.*?)\)", caplog.text)
+    assert programs == ["train_step", "eval_step", "init_state"]
 
 
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, long_config, tmp_path, default_file):

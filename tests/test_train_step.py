@@ -15,7 +15,7 @@ from conftest import command, small_config
 from trialgpt_jax.config import gpt_config, mesh_sizes
 from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
 from trialgpt_jax.training import train_step as steps_lib
-from trialgpt_jax.training.optimizer import make_optimizer
+from trialgpt_jax.training.optimizer import make_optimizer, schedule
 
 
 def build(config, devices=1):
@@ -26,7 +26,7 @@ def build(config, devices=1):
     state = steps_lib.create_state(gpt, optimizer, config.seed, mesh)
     step = steps_lib.compile_train_step(
         gpt, optimizer, mesh, batch_size=config.train.batch_size, accumulate_steps=config.train.accumulate_steps,
-        seed=config.seed,
+        seed=config.seed, learning_rate=schedule(config.optim, config.train.steps, config.optim.learning_rate),
     )  # fmt: skip
     return state, step, lambda rows: put_batch(rows, batch_sharding(mesh)), mesh
 
@@ -125,8 +125,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
         np.testing.assert_array_equal(a, b)
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
     healed = after.replace(params=jax.tree.map(jnp.nan_to_num, after.params))
-    healed, _ = step(healed, put(batch(2)))
+    healed, metrics = step(healed, put(batch(2)))
     assert (int(healed.step), int(healed.skipped), int(healed.skipped_in_a_row)) == (3, 1, 0)
+    np.testing.assert_allclose(
+        metrics["lr"], 3e-3 * 2 / 6, rtol=1e-6
+    )  # of the second update of the warmup, not of the third
 
 
 _MESHES = """

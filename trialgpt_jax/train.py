@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, files, pretrained
@@ -127,7 +126,6 @@ class _Run:
         self.gpt = config_lib.gpt_config(config, jax.devices()[0].platform)
         self.mesh = make_mesh(config_lib.mesh_sizes(config.mesh, jax.device_count()))
         self.optimizer = make_optimizer(config.optim, train.steps)
-        self.learning_rate = schedule(config.optim, train.steps, config.optim.learning_rate)
         self.tokens_per_step = train.batch_size * self.gpt.block_size
         self.train_split, self.val_split = store.split("train"), store.split("val")
         self.eval_batch_size = train.batch_size // train.accumulate_steps
@@ -168,6 +166,7 @@ class _Run:
             accumulate_steps=train.accumulate_steps,
             seed=config.seed,
             skip_spikes=train.skip_spikes,
+            learning_rate=schedule(config.optim, train.steps, config.optim.learning_rate),
         )
         self.eval_step = None
         if config.eval.every_steps:
@@ -218,7 +217,7 @@ class _Run:
         pending = collections.deque()  # (step, metrics) dispatched and not yet fetched
         ahead = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
         tokens = put_batch(next(self.batches), sharding)
-        stopped = False
+        stopped, by_the_clock = False, processes.Appointments()
         try:
             for step in range(self.first_step + 1, n_steps + 1):
                 with self._save_may_fail():
@@ -233,14 +232,15 @@ class _Run:
                 accelerators.return_freed_memory(self.memory_limit)
 
                 elapsed = time.monotonic() - started
-                minutes = (time.monotonic() - saved_at) / 60
+                minutes, every = (time.monotonic() - saved_at) / 60, config.checkpoint.every_minutes
+                time_to_save = bool(every) and by_the_clock.due(step, minutes >= every)
                 stopped = step < n_steps and self.stop.requested(step, elapsed, config.train.max_seconds)
                 evaluate = self.eval_step and (step % config.eval.every_steps == 0 or step == n_steps)
                 save = (
                     step == n_steps
                     or stopped
                     or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0)
-                    or self._agree(config.checkpoint.every_minutes and minutes >= config.checkpoint.every_minutes)
+                    or time_to_save
                 )
                 if evaluate or save:
                     while pending:
@@ -302,7 +302,7 @@ class _Run:
             "step": step,
             "tokens": step * self.tokens_per_step,
             "loss": _number(values["loss"]),
-            "lr": float(self.learning_rate(step - 1 - (int(values["skipped"]) - bool(skipped)))),
+            "lr": float(values["lr"]),
             "grad_norm": _number(values["grad_norm"]),
             "tokens_per_second": rate,
             "seconds": self.seconds,
@@ -357,12 +357,6 @@ class _Run:
             if last or self.config.checkpoint.on_error == "stop":
                 raise
             say(f"{error}; training goes on (checkpoint.on_error=continue)")
-
-    def _agree(self, wish) -> bool:
-        """Process 0's wish, on all processes: their clocks differ, and they must save together."""
-        if jax.process_count() == 1 or not self.config.checkpoint.every_minutes:
-            return bool(wish)
-        return bool(multihost_utils.broadcast_one_to_all(bool(wish)))
 
 
 def _number(value) -> float | None:

@@ -36,12 +36,13 @@ FLAGS = {
     "start_timeout_seconds": (300, "how long to wait for the other processes at the start"),
 }
 _FAILED, _LEFT, _DECISION = "trialgpt_jax/failed", "trialgpt_jax/left/", "trialgpt_jax/decision/"
+_APPOINTMENT = "trialgpt_jax/appointment/"
 _POLL_SECONDS = 0.5  # between two looks at whether another process has failed
 _FAREWELL_SECONDS = 5.0  # process 0 waits this long for the others to read why, for the store dies with it
 _DAY_MS = 24 * 3600 * 1000
 # In an exception's text: it is the connection to another process that broke, and not the program.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|socket closed|heartbeat|coordination service", re.IGNORECASE)
-_decisions = itertools.count()
+_decisions, _appointments = itertools.count(), itertools.count()
 
 
 @contextlib.contextmanager
@@ -111,6 +112,41 @@ def from_first(compute: Callable[[], T]) -> T:
         client.key_value_set(key, json.dumps(value))
         return value
     return json.loads(client.blocking_key_value_get(key, _DAY_MS))
+
+
+class Appointments:
+    """Steps that process 0 chooses, after which all processes do something together. All make such objects in the same order.
+
+    Process 0 names a step two ahead, and the others look whether it has: nothing waits, and no device is asked. That is
+    enough, because a step is a collective: who has the metrics of step k knows that process 0 has dispatched step k.
+    """
+
+    def __init__(self):
+        self._key, self._count, self._step = f"{_APPOINTMENT}{next(_appointments)}", 0, None
+
+    def due(self, step: int, wish: bool) -> bool:
+        """Whether it is to be done after `step`; the same answer in all processes.
+
+        Args:
+          step: dispatched just now, while the metrics of the one before have been fetched. No step is left out.
+          wish: of process 0; it may last until it is granted.
+        """
+        state = distributed.global_state
+        if state.num_processes == 1:
+            return wish
+        key = f"{self._key}/{self._count}"
+        if self._step is None and state.process_id == 0 and wish:
+            self._step = step + 2
+            state.client.key_value_set(key, str(self._step))
+        elif self._step is None and state.process_id:
+            with contextlib.suppress(
+                jax.errors.JaxRuntimeError
+            ):  # there is none; or process 0 is gone, and JAX ends this
+                self._step = int(state.client.key_value_try_get(key))
+        if self._step != step:
+            return False
+        self._count, self._step = self._count + 1, None
+        return True
 
 
 def detected(env: Mapping[str, str]) -> int:

@@ -1,6 +1,7 @@
 """The training state, and the two compiled programs that run over it: one optimizer step, one evaluation batch."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,10 +62,14 @@ def init_params(config: GPTConfig, seed: int):
     ]
 
 
+@functools.lru_cache(maxsize=1)
 def state_layout(
     config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, skip_spikes: float = 0.0
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state on `mesh`, as a tree of ShapeDtypeStructs; nothing is allocated."""
+    """Shapes, dtypes and shardings of the state on `mesh`, as a tree of ShapeDtypeStructs; nothing is allocated.
+
+    Kept, since a run asks for it three times and tracing it takes a fifth of a second.
+    """
     return lay_out(jax.eval_shape(lambda: init_state(config, optimizer, 0, True, skip_spikes)), mesh)
 
 
@@ -79,7 +84,8 @@ def create_state(
     """The state before step 0, made on the devices where its parts belong."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_layout(config, optimizer, mesh, skip_spikes))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        return jax.jit(lambda: init_state(config, optimizer, seed, skip_spikes=skip_spikes), out_shardings=shardings)()
+        make = functools.partial(init_state, config, optimizer, seed, skip_spikes=skip_spikes)
+        return jax.jit(make, out_shardings=shardings)()
 
 
 def mean_loss(params, config: GPTConfig, tokens_BxU: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -107,6 +113,7 @@ def train_step(
     accumulate_steps: int,
     seed: int,
     skip_spikes: float = 0.0,
+    learning_rate: optax.Schedule | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step: gradients averaged over the microbatches, clipped, applied where they are good.
 
@@ -117,10 +124,11 @@ def train_step(
       accumulate_steps: microbatches of B / accumulate_steps sequences, one after the other.
       seed: of the dropout; a step's key follows from it and the step alone.
       skip_spikes: leave out a step so many standard deviations beyond the last ones, see `spikes`; 0 = never.
+      learning_rate: the optimizer's schedule, to be told among the metrics; None = not told.
 
     Returns:
       The next state, and float32/int32 scalars: loss (mean over tokens, nats), grad_norm (before clipping), skipped,
-      skipped_in_a_row.
+      skipped_in_a_row, and lr.
     """
     B = tokens_BxU.shape[0]
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -164,6 +172,8 @@ def train_step(
         "skipped": next_state.skipped,
         "skipped_in_a_row": skipped_in_a_row,
     }
+    if learning_rate:
+        metrics["lr"] = learning_rate(state.step - state.skipped)
     return next_state, metrics
 
 
@@ -184,6 +194,7 @@ def compile_train_step(
     accumulate_steps: int,
     seed: int,
     skip_spikes: float = 0.0,
+    learning_rate: optax.Schedule | None = None,
 ) -> jax.stages.Compiled:
     """Compiles `train_step` for `mesh`, whose devices may be of a chip that is not attached.
 
@@ -193,31 +204,26 @@ def compile_train_step(
     layout = state_layout(config, optimizer, mesh, skip_spikes)
     tokens = _tokens(config, mesh, batch_size)
 
-    def step(state, tokens_BxU):
-        return train_step(
-            state,
-            tokens_BxU,
-            config=config,
-            optimizer=optimizer,
-            accumulate_steps=accumulate_steps,
-            seed=seed,
-            skip_spikes=skip_spikes,
-        )
-
+    step = functools.partial(
+        train_step,
+        config=config,
+        optimizer=optimizer,
+        accumulate_steps=accumulate_steps,
+        seed=seed,
+        skip_spikes=skip_spikes,
+        learning_rate=learning_rate,
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        return (
-            jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))).lower(layout, tokens).compile()
-        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        return jitted.lower(layout, tokens).compile()
 
 
 def compile_eval_step(config: GPTConfig, mesh: Mesh, params_layout, *, batch_size: int) -> jax.stages.Compiled:
     """Compiles `eval_step` for `mesh`: (params, tokens [B, T + 1], valid [B]) -> (sum of nats, number of tokens)."""
     valid = jax.ShapeDtypeStruct((batch_size,), jnp.bool_, sharding=batch_sharding(mesh))
 
-    def step(params, tokens_BxU, valid_B):
-        return eval_step(params, tokens_BxU, valid_B, config=config)
-
+    step = functools.partial(eval_step, config=config)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         jitted = jax.jit(step, out_shardings=replicated(mesh))
         return jitted.lower(params_layout, _tokens(config, mesh, batch_size), valid).compile()
