@@ -62,7 +62,7 @@ print(json.dumps(results))
 
 def test_fifty_steps_are_equal_on_every_mesh_and_each_continues_what_another_saved(tmp_path):
     _, env = command("train", devices=8)
-    env["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # compiling is most of the time
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time
     argv = [sys.executable, "-c", _FIFTY_STEPS, str(tmp_path)]
     script = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert script.returncode == 0, script.stderr[-2000:]

@@ -1,5 +1,6 @@
 """The numbers that are said about a run, against hand computations."""
 
+import io
 import json
 import math
 
@@ -10,7 +11,7 @@ from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config, gpt_config
 from trialgpt_jax.parallel.accelerators import chip
 from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, time_left
+from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, say, time_left
 from trialgpt_jax.training.tensorboard import EventFile
 from trialgpt_jax.training.train_step import params_layout
 
@@ -48,6 +49,18 @@ def open_log(folder, resume_step):
     c = default_config()
     c.log.tensorboard = False
     return MetricsLog(str(folder), c.log, resume_step, c)
+
+
+def test_a_line_of_the_log_is_one_write_so_that_another_thread_cannot_tear_it(monkeypatch):
+    writes = []
+
+    class Stderr(io.StringIO):
+        def write(self, text):
+            writes.append(text)
+
+    monkeypatch.setattr("sys.stderr", Stderr())
+    say("a line\nand another")
+    assert [text for text in writes if text] == ["a line\nand another\n"]
 
 
 def test_lines_after_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path):

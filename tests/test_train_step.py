@@ -18,6 +18,16 @@ from trialgpt_jax.training import train_step as steps_lib
 from trialgpt_jax.training.optimizer import make_optimizer, schedule
 
 
+@pytest.fixture(autouse=True)
+def quickly_compiled(request, monkeypatch):
+    """Without LLVM's optimisations, which take half of the time here and change no program of XLA's."""
+    quick = "golden" not in request.node.name
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))  # for processes
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def build(config, devices=1):
     """(state, compiled step, function that puts a batch on the mesh, mesh)."""
     gpt = gpt_config(config, "cpu")

@@ -215,7 +215,7 @@ class _Listener:
     def leave(self, status: int, text: str, told: str | None) -> None:
         """Prints `text`, tells `told` to the other processes, and exits with `status`: the first caller only."""
         with self._leaving:  # never released: there is one end
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
             sys.stdout.flush()
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed first, or process 0 is gone
                 if told:

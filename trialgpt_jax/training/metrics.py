@@ -177,4 +177,5 @@ def _lines_up_to(path: str, step: int) -> list[dict]:
 def say(text: str) -> None:
     """Prints a line of the run's log to stderr, from the first process only; stdout is for results."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        # in one write: what another thread says at this moment, the end of the job perhaps, begins a line of its own
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
