@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import overrides, refused, run, small_config
+from conftest import call, overrides, refused, run, small_config
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def workdir(store, tmp_path_factory):
 
 
 def infer(workdir, *arguments):
-    return run("infer", f"--workdir={workdir}", *arguments)
+    return call("infer", f"--workdir={workdir}", *arguments)
 
 
 def test_evaluate_covers_every_window_once_and_agrees_with_numpy(workdir, store):
@@ -55,15 +55,15 @@ def test_evaluate_covers_every_window_once_and_agrees_with_numpy(workdir, store)
     assert got["tokens"] == n * 32
     np.testing.assert_allclose(got["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(got["bits_per_byte"], loss * split.n_tokens / split.n_bytes / np.log(2), rtol=1e-5)
-    part = json.loads(run("evaluate", f"--workdir={workdir}", "--json", "--batches=2").stdout)
+    part = json.loads(call("evaluate", f"--workdir={workdir}", "--json", "--batches=2").stdout)
     assert part["tokens"] == 2 * 8 * 32
-    human = run("evaluate", f"--workdir={workdir}", "--config.eval.batches=1").stdout
+    human = call("evaluate", f"--workdir={workdir}", "--config.eval.batches=1").stdout
     assert "loss" in human and "bits per byte" in human
 
 
 def test_infer_prints_the_prompt_and_its_continuation_and_a_seed_reproduces_it(workdir):
     asked = ("--prompt=The people", "--max_new_tokens=50", "--seed=3")  # past the 32 tokens of the window
-    text = infer(workdir, *asked)
+    text = run("infer", f"--workdir={workdir}", *asked)
     assert text.returncode == 0 and text.stdout.startswith("The people"), text.stderr
     one = infer(workdir, *asked, "--json")
     result = json.loads(one.stdout)
@@ -100,4 +100,4 @@ def test_wrong_requests_are_refused(workdir, tmp_path):
     ):
         refused(infer(workdir, *arguments), *words)
     refused(infer(tmp_path), "config.json", "--workdir")
-    refused(run("evaluate", f"--workdir={workdir}", "--config.data.dir=nowhere"), "nowhere", "preprocess")
+    refused(call("evaluate", f"--workdir={workdir}", "--config.data.dir=nowhere"), "nowhere", "preprocess")

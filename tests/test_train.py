@@ -20,9 +20,10 @@ from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.workdir import StopRequest
 
 
-def train(config, workdir, *arguments, devices=1, file):
+def train(config, workdir, *arguments, file, devices=1, here=False):
+    """In a process of its own, with so many devices; or in this one (`here`), which is faster."""
     flags = [f"--config={file}", *overrides(config), f"--workdir={workdir}", *arguments]
-    return run("train", *flags, devices=devices)
+    return call("train", *flags) if here else run("train", *flags, devices=devices)
 
 
 def final_state(workdir):
@@ -226,7 +227,7 @@ def test_what_cannot_be_trained_with_is_refused(config, store, tmp_path, default
         for name, value in changes.items():
             section, field = name.split("__")
             c[section][field] = value
-        refused(train(c, workdir, file=default_file), *words)
+        refused(train(c, workdir, file=default_file, here=True), *words)
 
     refusal("data.dir", "preprocess", data__dir=str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
@@ -251,17 +252,19 @@ def test_a_workdir_in_use_is_refused_and_another_model_too(reference, long_confi
         lock.truncate(0)
         lock.write("host somewhere, pid 123\n")
         lock.flush()
-        refused(train(long_config, workdir, file=default_file), "in use", "host somewhere, pid 123")
+        refused(train(long_config, workdir, file=default_file, here=True), "in use", "host somewhere, pid 123")
     changed = long_config.copy_and_resolve_references()
     changed.model.n_layer = 3
-    refused(train(changed, workdir, file=default_file), "model.n_layer", "--allow_config_change=model.n_layer")
+    refused(
+        train(changed, workdir, file=default_file, here=True), "model.n_layer", "--allow_config_change=model.n_layer"
+    )
     changed.train.steps = 130
-    result = train(changed, workdir, "--allow_config_change=model.n_layer,train.steps", file=default_file)
+    result = train(changed, workdir, "--allow_config_change=model.n_layer,train.steps", file=default_file, here=True)
     refused(result, "another model", "params/blocks")
-    refused(run("evaluate", f"--workdir={workdir}", "--config.model.n_embd=64"), "another model")
+    refused(call("evaluate", f"--workdir={workdir}", "--config.model.n_embd=64"), "another model")
     assert not os.path.exists(workdir / "checkpoints" / "130")
     (workdir / "tokenizer.json").write_text('{"name": "bpe:512", "hash": "0"}')
-    refused(train(long_config, workdir, file=default_file), "tokenizer", "trained with")
+    refused(train(long_config, workdir, file=default_file, here=True), "tokenizer", "trained with")
 
 
 def test_finished_runs_are_left_alone(reference, long_config, default_file):
@@ -288,10 +291,10 @@ def test_stores_of_others_and_mixtures_train_directly(kind, config, store, tmp_p
     config.model.vocab_size = 512 if kind == "mixture" else 50257
     config.train.steps = 6
     config.eval.every_steps = 3
-    result = train(config, tmp_path / "run", file=default_file)
+    result = train(config, tmp_path / "run", file=default_file, here=True)
     assert result.returncode == 0, result.stderr
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
-    text = run("infer", f"--workdir={tmp_path}/run", "--prompt=The people", "--max_new_tokens=3")
+    text = call("infer", f"--workdir={tmp_path}/run", "--prompt=The people", "--max_new_tokens=3")
     assert text.returncode == 0 and text.stdout.startswith("The people"), text.stderr
