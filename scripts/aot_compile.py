@@ -31,7 +31,7 @@ from trialgpt_jax.model.generate import CHUNK, compile_decode
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import make_mesh
 from trialgpt_jax.training.metrics import flops_per_token, parameter_count
-from trialgpt_jax.training.optimizer import make_optimizer
+from trialgpt_jax.training.optimizer import make_optimizer, schedule
 from trialgpt_jax.training.train_step import compile_train_step, params_layout
 
 # What XLA:GPU asks a device about, for an H200 SXM (NVIDIA's datasheet and CUDA's device properties).
@@ -105,7 +105,8 @@ def compile_for(config, target: str, decode: int = 0) -> tuple[dict, str]:
         else:
             compiled = compile_train_step(
                 gpt, make_optimizer(config.optim, config.train.steps), mesh, batch_size=config.train.batch_size,
-                accumulate_steps=config.train.accumulate_steps, seed=config.seed,
+                accumulate_steps=config.train.accumulate_steps, seed=config.seed, skip_spikes=config.train.skip_spikes,
+                learning_rate=schedule(config.optim, config.train.steps, config.optim.learning_rate),
             )  # fmt: skip
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
