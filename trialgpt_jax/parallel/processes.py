@@ -139,9 +139,8 @@ class Appointments:
             self._step = step + 2
             state.client.key_value_set(key, str(self._step))
         elif self._step is None and state.process_id:
-            with contextlib.suppress(
-                jax.errors.JaxRuntimeError
-            ):  # there is none; or process 0 is gone, and JAX ends this
+            # none has been named; or process 0 is gone, and JAX ends this process
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._step = int(state.client.key_value_try_get(key))
         if self._step != step:
             return False
