@@ -260,9 +260,8 @@ def test_a_time_limit_and_ctrl_c_stop_all_processes_too(train, config, tmp_path,
     *by_the_clock, saved = sorted(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints"))
     assert f"stopped after step {saved}, which is saved" in results[0].stderr and saved in batches
     assert by_the_clock == list(range(3, saved, 3))
-    for r in (
-        results
-    ):  # what a step needs, and what the barrier before a save and orbax do; nothing asks a device when to save
+    # what a step needs, and what the barrier before a save and orbax do; nothing asks a device when to save
+    for r in results:
         compiled = re.findall(r"Finished XLA compilation of jit\((.*?)\)", r.stderr)
         assert compiled[:2] == ["train_step", "init_state"] and set(compiled[2:]) <= {"_identity_fn", "slice"}, compiled
 

@@ -137,9 +137,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
     healed = after.replace(params=jax.tree.map(jnp.nan_to_num, after.params))
     healed, metrics = step(healed, put(batch(2)))
     assert (int(healed.step), int(healed.skipped), int(healed.skipped_in_a_row)) == (3, 1, 0)
-    np.testing.assert_allclose(
-        metrics["lr"], 3e-3 * 2 / 6, rtol=1e-6
-    )  # of the second update of the warmup, not of the third
+    # the rate of the warmup's second update, not of its third
+    np.testing.assert_allclose(metrics["lr"], 3e-3 * 2 / 6, rtol=1e-6)
 
 
 _MESHES = """
