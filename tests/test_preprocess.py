@@ -3,6 +3,7 @@ import filecmp
 import gzip
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -184,6 +186,27 @@ def test_killed_ten_times_with_other_numbers_of_workers_the_bytes_are_the_same(t
         units.append(finished_units(tmp_path / "killed"))
     assert killed >= 8 and len(set(units)) >= 5, f"killed {killed} times after {units} units: the kills missed the work"
     assert units == sorted(units), "a finished unit was lost"
+    assert_same_folders(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_killed_worker_stops_the_others_with_one_line_and_the_same_command_goes_on(tmp_path, corpus):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 4_000}
+    config = make_config(tmp_path / "killed", num_workers=2, **common)
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while finished_units(tmp_path / "killed") < 3 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_one)
+        with pytest.raises(UserError, match="a worker process ended with status -9") as error:
+            preprocess(config)
+        killing.result()
+    assert "\n" not in str(error.value) and not multiprocessing.active_children()
+    preprocess(config)
+    preprocess(make_config(tmp_path / "whole", **common))
     assert_same_folders(tmp_path / "whole", tmp_path / "killed")
 
 

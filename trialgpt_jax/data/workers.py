@@ -8,12 +8,14 @@ one tokenizer.
 import contextlib
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -81,59 +83,70 @@ def _run_processes(
     finish: Callable[[dict], None],
     report: Callable[..., None],
 ) -> None:
-    """As `_run_here`, in child processes; records, counts and errors come back through a queue."""
+    """As `_run_here`, in child processes, which ask for tasks and send records, counts and errors, each by its own pipe.
+
+    Pipes alone: a queue's locks are named semaphores, which outlive a process that is stopped, and whoever is killed
+    holding one blocks the others.
+    """
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    todo, events = context.Queue(), context.Queue()
-    todo.cancel_join_thread()  # at an error, do not wait at exit for somebody to take the tasks that are left
-    for task in (*tasks, *[None] * processes):
-        todo.put(task)
-    children = [
-        context.Process(target=_child, args=(job, threads, todo, events), daemon=True) for _ in range(processes)
-    ]
-    for child in children:
-        child.start()
-    running = processes
+    children: dict[Connection, BaseProcess] = {}
+    left = iter(tasks)
     try:
+        for _ in range(processes):
+            pipe, childs_end = context.Pipe()
+            children[pipe] = context.Process(target=_child, args=(job, threads, childs_end), daemon=True)
+            children[pipe].start()
+            childs_end.close()  # the child's own is then the only one, so its end is the pipe's
+        running = set(children)
         while running:
-            try:
-                kind, *rest = events.get(timeout=1)
-            except queue.Empty:
-                if dead := [child.exitcode for child in children if child.exitcode]:
-                    raise UserError(
-                        f"a worker process ended with status {dead[0]} (-9: killed, as when memory runs out); lower "
-                        "data.num_workers; what is finished is kept, and the same command goes on"
-                    ) from None
-                continue
-            if kind == "unit":
-                finish(*rest)
-            elif kind == "counts":
-                report(*rest)
-            elif kind == "error":
-                raise UserError(*rest)
-            else:
-                running -= 1
+            for pipe in connection.wait(running):
+                try:
+                    kind, *rest = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    running.remove(pipe)
+                    children[pipe].join()
+                    if status := children[pipe].exitcode:
+                        raise UserError(
+                            f"a worker process ended with status {status} (-9: killed, as when memory runs out); lower "
+                            "data.num_workers; what is finished is kept, and the same command goes on"
+                        ) from None
+                    continue
+                if kind == "task":
+                    with contextlib.suppress(BrokenPipeError):  # it is dead, which the next `recv` finds
+                        pipe.send(next(left, None))
+                elif kind == "unit":
+                    finish(*rest)
+                elif kind == "counts":
+                    report(*rest)
+                else:
+                    raise UserError(*rest)
     finally:
-        for child in children:
-            if running:
+        for child in children.values():
+            if child.is_alive():
                 child.terminate()
-            child.join()
+                child.join()
 
 
-def _child(job: Job, threads: int, todo: multiprocessing.Queue, events: multiprocessing.Queue) -> None:
+def _child(job: Job, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends us
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent: no orphans
-    try:
-        _run_here(
-            job,
-            threads,
-            iter(todo.get, None),
-            lambda record: events.put(("unit", record)),
-            lambda *counts: events.put(("counts", *counts)),
-        )
-        events.put(("end",))
-    except UserError as error:
-        events.put(("error", str(error)))
+
+    def next_task() -> Task | None:
+        pipe.send(("task",))
+        return pipe.recv()
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        try:
+            _run_here(
+                job,
+                threads,
+                iter(next_task, None),
+                lambda record: pipe.send(("unit", record)),
+                lambda *counts: pipe.send(("counts", *counts)),
+            )
+        except UserError as error:
+            pipe.send(("error", str(error)))
 
 
 class ProgressBar(contextlib.AbstractContextManager):
