@@ -78,11 +78,6 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
     first_id = jax.lax.axis_index("tensor") * V if on_mesh else 0  # the id of this device's first row
     ids_V = first_id + jnp.arange(V)
 
-    def kept(x):
-        """In float32, as on CPU, the exponentials are worth keeping for the gradient; beside bfloat16 they would be a
-        float32 copy, and are made again in the pass that needs them."""
-        return jax.lax.optimization_barrier(x) if dtype == wide else x
-
     def over_vocab(reduce, x):
         return reduce(x, "tensor") if on_mesh else x
 
@@ -91,16 +86,25 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
         if softcap:
             capped = jnp.tanh(logits_NxV / softcap)
             logits_NxV = softcap * capped
-        if on_mesh or V > vocab_size:
-            logits_NxV = jnp.where(ids_V < vocab_size, logits_NxV, -jnp.inf)
-        max_N = over_vocab(jax.lax.pmax, jnp.max(logits_NxV, axis=1))
-        exp_NxV = kept(jnp.exp(logits_NxV - max_N[:, None]))
-        sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
+        if on_mesh or V > vocab_size:  # the lowest finite number: of two infinities there is no difference
+            logits_NxV = jnp.where(ids_V < vocab_size, logits_NxV, jnp.finfo(wide).min)
         is_label_NxV = ids_V == labels_N[:, None]
-        if dtype == wide and not on_mesh:  # on CPU two passes over the logits less; on a TPU it would be a loop
-            label_logit_N = jnp.take_along_axis(logits_NxV, labels_N[:, None], axis=1)[:, 0]
-        else:  # a masked sum fuses with the reductions above, and needs no index of another device's rows
-            label_logit_N = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1))
+        if dtype == wide:  # as on CPU, where the exponentials are worth keeping for the gradient
+            max_N = over_vocab(jax.lax.pmax, jnp.max(logits_NxV, axis=1))
+            exp_NxV = jax.lax.optimization_barrier(jnp.exp(logits_NxV - max_N[:, None]))
+            sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
+            if on_mesh:  # the label may be another device's
+                label_logit_N = jax.lax.psum(_masked_sum(logits_NxV, is_label_NxV), "tensor")
+            else:
+                label_logit_N = jnp.take_along_axis(logits_NxV, labels_N[:, None], axis=1)[:, 0]
+        else:  # beside bfloat16 they would be a float32 copy, and are made again in the pass that needs them
+            local_max_N, sum_N, label_logit_N = jax.lax.platform_dependent(
+                logits_NxV, is_label_NxV, cuda=_reduced_in_one_pass, default=_reduced
+            )
+            max_N = over_vocab(jax.lax.pmax, local_max_N)
+            sum_N = over_vocab(jax.lax.psum, sum_N * jnp.exp(local_max_N - max_N))
+            label_logit_N = over_vocab(jax.lax.psum, label_logit_N)
+            exp_NxV = jnp.exp(logits_NxV - max_N[:, None])
         log_normaliser_N = max_N + jnp.log(sum_N)
         valid_N = labels_N >= 0
         loss = jnp.sum(jnp.where(valid_N, log_normaliser_N - label_logit_N, 0))
@@ -134,6 +138,36 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
     if on_mesh:  # the head is split over fsdp along C, and so is its gradient: a reduce-scatter, once
         d_head = jax.lax.psum(jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=1, tiled=True), "data")
     return loss, d_hidden.reshape(B, T, C), d_head.astype(head_VxC.dtype)
+
+
+def _masked_sum(logits_NxV: jax.Array, is_label_NxV: jax.Array) -> jax.Array:
+    """The label's logit, 0 without one. On a TPU a gather would be a loop; this fuses with the reductions beside it."""
+    return jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1)
+
+
+def _reduced(logits_NxV: jax.Array, is_label_NxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maximum, sum of exp(logit - maximum) and the label's logit of each row. XLA:TPU takes the maximum while it makes the
+    logits, and the sums in one pass over them."""
+    max_N = jnp.max(logits_NxV, axis=1)
+    return max_N, jnp.sum(jnp.exp(logits_NxV - max_N[:, None]), axis=1), _masked_sum(logits_NxV, is_label_NxV)
+
+
+def _reduced_in_one_pass(logits_NxV: jax.Array, is_label_NxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `_reduced`, which XLA:GPU makes two passes of.
+
+    The sum is kept relative to the maximum so far (Milakov and Gimelshein 2018). Of two partial sums only the one with the
+    smaller maximum is scaled, so that a logit takes one exponential.
+    """
+
+    def join(a, b):
+        (max_a, sum_a, label_a), (max_b, sum_b, label_b) = a, b
+        scale = jnp.exp(-jnp.abs(max_a - max_b))
+        sum_ab = jnp.where(max_a > max_b, sum_a + sum_b * scale, sum_a * scale + sum_b)
+        return jnp.maximum(max_a, max_b), sum_ab, label_a + label_b
+
+    zero = jnp.zeros((), logits_NxV.dtype)
+    inputs = logits_NxV, jnp.ones_like(logits_NxV), jnp.where(is_label_NxV, logits_NxV, 0)
+    return jax.lax.reduce(inputs, (jnp.finfo(logits_NxV.dtype).min, zero, zero), join, (1,))
 
 
 def _n_chunks(B: int, T: int, V: int) -> int:
