@@ -1,6 +1,7 @@
 """The real train step compiles for TPUs that are not attached, with the fused kernel and the collectives it should have."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -40,6 +41,19 @@ def test_the_step_compiles_for_v5e(mesh, tmp_path):
     whole = 12 * report["parameters"]
     assert whole / (mesh[1] * mesh[2]) <= report["argument_bytes"] < 1.1 * whole / (mesh[1] * mesh[2]) + 2**16
     assert "tpu_custom_call" in (tmp_path / "step.txt").read_text()
+
+
+def test_the_step_for_an_h200_has_no_pass_for_a_bias_gelu_or_the_residual(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="the GPU compiler comes with the extra `cuda`")
+    size = ["--config.model.n_layer=2", "--config.train.batch_size=32", "--config.train.accumulate_steps=1"]
+    result = aot_compile(*size, "--target=h200", "--json", f"--hlo={tmp_path}/step.txt")
+    assert result.returncode == 0, result.stderr[-2000:]
+    report, text = json.loads(result.stdout), (tmp_path / "step.txt").read_text()
+    assert report["custom_calls"]["__cudnn$fmhaSoftmax"] == report["custom_calls"]["__cudnn$fmhaSoftmaxBackward"] == 2
+    # in each of two layers: queries, keys, values and two projections; of these two with the residual; then the other one
+    assert text.count('"epilogue":"BIAS"') == 2 * 5 and text.count('"epilogue":"BIAS_GELU_AUX"') == 2
+    assert len(re.findall(r'"beta":1[,.].*"epilogue":"BIAS"', text)) == 2 * 2
+    assert not re.search(r"copy\(.*bf16", text)
 
 
 def test_fsdp_gathers_every_kernel_twice_and_reduce_scatters_its_gradient_once():

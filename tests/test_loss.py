@@ -77,3 +77,44 @@ def test_no_logits_of_the_whole_batch_are_made(monkeypatch):
     text = f.lower(hidden, head).compile().as_text()
     assert f"[{B * 2},{V}]" in text  # a chunk's logits
     assert f"[{B * T},{V}]" not in text and f"[{B},{T},{V}]" not in text
+
+
+def test_the_reductions_in_one_pass_are_those_of_two(monkeypatch):
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(64, 501)) * np.exp(rng.uniform(-3, 5, (64, 1)))  # from nearly uniform to one id alone
+    logits[5], logits[6, 7] = 3.0, 1e4
+    logits[:, 400:] = np.finfo(np.float32).min  # padding
+    is_label = np.zeros(logits.shape, bool)
+    is_label[np.arange(60), rng.integers(0, 400, 60)] = True  # the last four have no label
+    largest = logits.max(1)
+    want = largest, np.exp(logits - largest[:, None]).sum(1), np.where(is_label, logits, 0).sum(1)
+    for reduced in (loss_lib._reduced, loss_lib._reduced_in_one_pass):
+        for got, expected in zip(jax.jit(reduced)(logits.astype(np.float32), is_label), want, strict=True):
+            np.testing.assert_allclose(got, expected.astype(np.float32), rtol=1e-5)
+    with jax.enable_x64(True):
+        for got, expected in zip(loss_lib._reduced_in_one_pass(logits, is_label), want, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_in_bfloat16_it_is_the_same_whichever_way_the_logits_are_reduced(chunks, monkeypatch):
+    hidden, head, labels = inputs()
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (hidden, head)]
+    found = []
+    for reduced in (loss_lib._reduced, loss_lib._reduced_in_one_pass):
+        monkeypatch.setattr(loss_lib, "_reduced", reduced)
+        found.append(jax.value_and_grad(lambda *x: cross_entropy_sum(*x, labels, VOCAB), (0, 1))(*narrow))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    np.testing.assert_allclose(found[0][0], plain(*(np.asarray(x, np.float64) for x in narrow), labels), rtol=1e-3)
+    for mine, other in zip(*(gradients for _, gradients in found), strict=True):
+        np.testing.assert_allclose(np.float32(mine), np.float32(other), rtol=2**-7, atol=1e-6)
+
+
+def test_cuda_takes_one_pass_and_others_two():
+    hidden, head, labels = inputs()
+    traced = jax.jit(lambda h, w: cross_entropy_sum(h, w, labels, VOCAB)).trace(
+        hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    )
+    variadic = {
+        p: traced.lower(lowering_platforms=(p,)).as_text().count("stablehlo.abs") for p in ("cuda", "tpu", "cpu")
+    }
+    assert variadic == {"cuda": 1, "tpu": 0, "cpu": 0}

@@ -85,11 +85,9 @@ def _dense_of_rows(call, args, kwargs, context):
     if not isinstance(context.module, Dense) or context.method_name != "__call__":
         return call(*args, **kwargs)
     weights = context.module.variables["params"]
-    out = jnp.einsum("oi,bti->obt", weights["kernel"], args[0]).transpose(1, 2, 0)
-    bias = weights["bias"].astype(out.dtype) if "bias" in weights else None
-    if not kwargs.get("add_bias", True):
-        return out, bias
-    return out if bias is None else out + bias
+    rows_NxI = args[0].reshape(-1, args[0].shape[-1])
+    out = jnp.einsum("oi,ni->on", weights["kernel"], rows_NxI).T.reshape(*args[0].shape[:-1], -1)
+    return out + weights["bias"].astype(out.dtype) if "bias" in weights else out
 
 
 def generate(

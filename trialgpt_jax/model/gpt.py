@@ -97,7 +97,7 @@ _gathered.defvjp(
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias, the bias apart where the caller has a better place to add it."""
+    """x @ kernel + bias."""
 
     config: GPTConfig
     features: int
@@ -105,18 +105,16 @@ class Dense(nn.Module):
     std: float  # of the kernel's first values
 
     @nn.compact
-    def __call__(self, x, add_bias: bool = True):
-        """Returns [..., features] of `config.dtype`; with `add_bias=False` the product and the bias (None without one)."""
+    def __call__(self, x):
+        """Returns [..., features] of `config.dtype`."""
         c = self.config
         kernel = self.param("kernel", _normal(self.std, *self.axes), (x.shape[-1], self.features), c.param_dtype)
-        bias = self.param("bias", _normal(0, self.axes[1]), (self.features,), c.param_dtype) if c.bias else None
         # as one matrix of rows: of [B, T, C], XLA on CPU turns the gradient around, and the kernel's takes twice as long
         y_NxF = x.reshape(-1, x.shape[-1]) @ _gathered(kernel.astype(c.dtype), self.axes)
-        if bias is not None:
-            bias = bias.astype(c.dtype)
-            y_NxF = y_NxF + bias if add_bias else y_NxF
-        y = y_NxF.reshape(*x.shape[:-1], self.features)
-        return y if add_bias else (y, bias)
+        if c.bias:
+            bias = self.param("bias", _normal(0, self.axes[1]), (self.features,), c.param_dtype)
+            y_NxF = y_NxF + bias.astype(c.dtype)
+        return y_NxF.reshape(*x.shape[:-1], self.features)
 
 
 class Norm(nn.Module):
@@ -125,13 +123,13 @@ class Norm(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_BxTxC):
+    def __call__(self, x):
         c = self.config
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
         scale = self.param("scale", ones, (c.n_embd,), c.param_dtype)
         centred = c.norm == "layernorm"
         bias = self.param("bias", _normal(0, "embed"), (c.n_embd,), c.param_dtype) if centred and c.bias else None
-        return layers.norm(x_BxTxC, scale, bias, centred)
+        return layers.norm(x, scale, bias, centred)
 
 
 def rope(x_BxTxHxD: jax.Array, positions_T: jax.Array) -> jax.Array:
@@ -185,20 +183,17 @@ class MLP(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_BxTxC, deterministic: bool):
+    def __call__(self, x, deterministic: bool):
         c = self.config
         width = mlp_width(c.n_embd, c.activation)
-        h, bias = Dense(c, width, ("embed", "mlp"), 0.02, name="c_fc")(x_BxTxC, add_bias=False)
-        h = checkpoint_name(h, "mlp")
+        h = checkpoint_name(Dense(c, width, ("embed", "mlp"), 0.02, name="c_fc")(x), "mlp")
         if c.activation == "gelu":
-            h = layers.gelu(h, bias)
+            h = layers.gelu(h)
+        elif c.activation == "relu2":
+            h = jnp.square(jax.nn.relu(h))
         else:
-            h = h if bias is None else h + bias
-            if c.activation == "relu2":
-                h = jnp.square(jax.nn.relu(h))
-            else:
-                gate = Dense(c, width, ("embed", "mlp"), 0.02, name="c_gate")(x_BxTxC)
-                h = jax.nn.silu(checkpoint_name(gate, "mlp")) * h
+            gate = Dense(c, width, ("embed", "mlp"), 0.02, name="c_gate")(x)
+            h = jax.nn.silu(checkpoint_name(gate, "mlp")) * h
         h = Dense(c, c.n_embd, ("mlp_in", "hidden"), _proj_std(c), name="c_proj")(h)
         return nn.Dropout(c.dropout)(h, deterministic)
 
@@ -215,9 +210,11 @@ class Block(nn.Module):
         y, cache = CausalSelfAttention(self.config, name="attn")(
             Norm(self.config, name="ln_1")(x_BxTxC), positions_T, deterministic, cache
         )
-        x_BxTxC = checkpoint_name(x_BxTxC + y, "residual")
-        x_BxTxC = x_BxTxC + MLP(self.config, name="mlp")(Norm(self.config, name="ln_2")(x_BxTxC), deterministic)
-        return x_BxTxC, cache
+        # as rows, which is what matmuls give: then XLA:GPU adds the residual within them, and copies it for no one
+        x_NxC, y_NxC = (array.reshape(-1, array.shape[-1]) for array in (x_BxTxC, y))
+        x_NxC = checkpoint_name(x_NxC + y_NxC, "residual")
+        x_NxC = x_NxC + MLP(self.config, name="mlp")(Norm(self.config, name="ln_2")(x_NxC), deterministic)
+        return x_NxC.reshape(x_BxTxC.shape), cache
 
 
 def _saved_by_design(primitive, *arguments, **parameters):
@@ -275,8 +272,11 @@ class GPT(nn.Module):
         if c.embed_norm:
             self.ln_e = Norm(c)
         self.drop = nn.Dropout(c.dropout)
-        # prevent_cse=False: inside a scan the forward and backward loops are apart, there is nothing to merge
-        block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat], prevent_cse=False, static_argnums=(3,))
+        block = Block
+        if c.remat != "none" or c.scan_unroll < c.n_layer:
+            # prevent_cse=False: inside a scan the forward and backward loops are apart, there is nothing to merge. Of
+            # layers in one piece XLA would merge everything, and `_saved_by_design` would only be in the way of its fusions.
+            block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat], prevent_cse=False, static_argnums=(3,))
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from trialgpt_jax.model.gpt import GPT, GPTConfig, cast_matrices, head
 from trialgpt_jax.model.loss import cross_entropy_sum
+from trialgpt_jax.parallel.accelerators import compiler_options
 from trialgpt_jax.parallel.sharding import RULES, batch_sharding, lay_out, put_batch, replicated
 from trialgpt_jax.training import spikes
 
@@ -216,7 +217,7 @@ def compile_train_step(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        return jitted.lower(layout, tokens).compile()
+        return jitted.lower(layout, tokens).compile(compiler_options(mesh))
 
 
 def compile_eval_step(config: GPTConfig, mesh: Mesh, params_layout, *, batch_size: int) -> jax.stages.Compiled:
@@ -226,7 +227,7 @@ def compile_eval_step(config: GPTConfig, mesh: Mesh, params_layout, *, batch_siz
     step = functools.partial(eval_step, config=config)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         jitted = jax.jit(step, out_shardings=replicated(mesh))
-        return jitted.lower(params_layout, _tokens(config, mesh, batch_size), valid).compile()
+        return jitted.lower(params_layout, _tokens(config, mesh, batch_size), valid).compile(compiler_options(mesh))
 
 
 def evaluate(compiled: jax.stages.Compiled, params, batches: Iterable, mesh: Mesh) -> tuple[float, int]:
