@@ -2,7 +2,7 @@
 
 Every instruction of the entry computation moves its operands and its results once, and what is inside a fusion moves
 nothing; a loop's body counts as often as it runs, a slice of a stacked array as the slice alone, and what lies in a chip's
-fast memory (a TPU's VMEM) not at all. So the figure is what a program must move if its caches keep nothing between two
+fast memory (a TPU's VMEM) or is a library's scratch space not at all. So the figure is what a program must move if its caches keep nothing between two
 instructions. It follows from the text alone and is the same on every machine.
 """
 
@@ -193,7 +193,8 @@ def _trips(loop: Instruction, computations: dict) -> int:
 
 def _moved(instruction: Instruction, computation: dict, computations: dict) -> int:
     """Bytes that one instruction reads and writes."""
-    result = type_bytes(instruction.type)
+    # last among the results of a call of cuBLAS or cuDNN is room for it to work in, and nothing says how much of that it uses
+    result = type_bytes(re.sub(r", [su]8\[\d+\]\{0\}\)$", ")", instruction.type))
     reads = [type_bytes(computation[name].type) if name in computation else 0 for name in instruction.operands]
     if instruction.operation.endswith("-start"):  # its type is (operands, results, ...)
         result -= sum(reads)

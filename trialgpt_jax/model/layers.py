@@ -37,22 +37,26 @@ def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, centred: bool) 
 
 
 def _statistics(x: jax.Array, centred: bool) -> tuple[jax.Array, jax.Array]:
-    """Mean (0 unless centred) and 1 / standard deviation, [..., 1]. The variance is that of x - mean: E[x^2] - mean^2
-    loses digits."""
-    mean = jnp.mean(x, -1, keepdims=True) if centred else jnp.zeros((), x.dtype)
-    return mean, jax.lax.rsqrt(jnp.mean(jnp.square(x - mean), -1, keepdims=True) + EPS)
+    """Mean (0 unless centred) and 1 / standard deviation, [..., 1], in float32 or float64."""
+    wide = _wide(x)
+    if not centred:
+        return jnp.zeros((), wide.dtype), jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + EPS)
+    mean = jnp.mean(wide, -1, keepdims=True)
+    if x.dtype == wide.dtype:  # E[x^2] - mean^2 would lose digits
+        variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
+    else:  # far fewer than the rounding of x has cost already, and both sums take one pass over x
+        variance = jnp.maximum(jnp.mean(jnp.square(wide), -1, keepdims=True) - jnp.square(mean), 0)
+    return mean, jax.lax.rsqrt(variance + EPS)
 
 
 def rms(x: jax.Array) -> jax.Array:
     """x / RMS(x) over the last axis, in the dtype of `x`: the parameter-free norm of queries and keys."""
-    wide = _wide(x)
-    return (wide * _statistics(wide, centred=False)[1]).astype(x.dtype)
+    return (_wide(x) * _statistics(x, centred=False)[1]).astype(x.dtype)
 
 
 def _norm_forward(x, scale, bias, centred):
-    wide = _wide(x)
-    mean, inverse = _statistics(wide, centred)
-    y = (wide - mean) * inverse * scale
+    mean, inverse = _statistics(x, centred)
+    y = (_wide(x) - mean) * inverse * scale
     # the statistics are kept, at 8 bytes a row: without them the sums over rows below would need a pass of their own
     return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias, mean, inverse)
 

@@ -99,7 +99,7 @@ def attention_kernel(
 # XLA's options for training and evaluation, where they were seen to help. On a GPU every matmul goes to cuBLASLt: what
 # Triton makes of one has no epilogue, so that biases, GELU and the residual would be passes over memory of their own. Of
 # GPT-2 124M on an H200 2.89 MB of traffic a token instead of 3.20 (static; scripts/bench/LOG.md).
-_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:

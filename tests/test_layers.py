@@ -1,0 +1,53 @@
+"""Norms and GELU in bfloat16 against float64: what they compute in between loses nothing beyond the rounding of the result."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trialgpt_jax.model import layers
+
+ROUNDING = 2**-8  # of bfloat16: half the distance between neighbours, relative
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
+def test_a_norm_of_bfloat16_is_that_of_float64_and_so_are_its_gradients(offset, centred):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 768)) + offset
+    x[:8, 11] = 3000.0  # as GPT-2's residual stream has them
+    x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, rng.normal(size=x.shape)))
+    scale, bias = jnp.asarray(rng.normal(size=768), jnp.float32), jnp.asarray(rng.normal(size=768), jnp.float32)
+    norm = lambda x, scale, bias: layers.norm(x, scale, bias, centred)
+    y, backward = jax.vjp(norm, x, scale, bias)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (x, scale, bias, dy)]
+        want, wide_backward = jax.vjp(plain_norm(centred), *wide[:3])
+        expected = (want, *wide_backward(wide[3]))
+        expected = [np.asarray(e) for e in expected]
+    for got, e in zip((y, *backward(dy)), expected, strict=True):
+        tolerance = ROUNDING if got.dtype == jnp.bfloat16 else 1e-4
+        np.testing.assert_allclose(np.asarray(got, np.float64), e, rtol=tolerance, atol=ROUNDING / 8 * np.abs(e).max())
+
+
+def plain_norm(centred):
+    def norm(x, scale, bias):
+        middle = x.mean(-1, keepdims=True) if centred else 0.0
+        return (x - middle) / jnp.sqrt(((x - middle) ** 2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+    return norm
+
+
+def test_gelu_of_bfloat16_is_computed_in_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(0, 2, 10_000), jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    want = 0.5 * wide * (1 + np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
+    np.testing.assert_allclose(np.asarray(layers.gelu(x), np.float64), want, rtol=ROUNDING, atol=1e-6)
+
+
+def test_gelu_keeps_the_form_that_xla_fuses_into_a_matmul_on_cuda_alone():
+    traced = jax.jit(layers.gelu).trace(jax.ShapeDtypeStruct((8, 16), jnp.bfloat16))
+    wide = {p: "f32" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "tpu", "cpu")}
+    assert wide == {"cuda": False, "tpu": True, "cpu": True}
