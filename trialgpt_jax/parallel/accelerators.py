@@ -96,13 +96,14 @@ def attention_kernel(
     return kernel
 
 
-# XLA's options for training and evaluation, where they were seen to help. On a GPU every matmul goes to cuBLASLt: what
-# Triton makes of one has no epilogue, so that biases, GELU and the residual would be passes over memory of their own. Of
-# GPT-2 124M on an H200 2.89 MB of traffic a token instead of 3.20 (static; scripts/bench/LOG.md).
+# XLA's options for training and evaluation, where they were seen to help: on a GPU every matmul goes to cuBLASLt, and as it is
+# written. What Triton makes of one has no epilogue, so that biases, GELU and the residual would be passes over memory of
+# their own; those of q and k, which jax 0.12 merges, are sliced apart in another. GPT-2 124M on an H200: 2.81 MB of traffic a
+# token, without these options 3.16 (static; scripts/bench/LOG.md).
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | int]:
     """What to compile a program of large matmuls for `mesh` with, beside the defaults and XLA_FLAGS."""
     return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
