@@ -85,8 +85,8 @@ def _dense_of_rows(call, args, kwargs, context):
     if not isinstance(context.module, Dense) or context.method_name != "__call__":
         return call(*args, **kwargs)
     weights = context.module.variables["params"]
-    rows_NxI = args[0].reshape(-1, args[0].shape[-1])
-    out = jnp.einsum("oi,ni->on", weights["kernel"], rows_NxI).T.reshape(*args[0].shape[:-1], -1)
+    rows_Nx1xI = args[0].reshape(-1, 1, args[0].shape[-1])  # of two axes, XLA would turn the operands around again
+    out = jnp.einsum("oi,nti->ont", weights["kernel"], rows_Nx1xI).transpose(1, 2, 0).reshape(*args[0].shape[:-1], -1)
     return out + weights["bias"].astype(out.dtype) if "bias" in weights else out
 
 
