@@ -2,8 +2,8 @@
 
 Every instruction of the entry computation moves its operands and its results once, and what is inside a fusion moves
 nothing; a loop's body counts as often as it runs, a slice of a stacked array as the slice alone, and what lies in a chip's
-fast memory (a TPU's VMEM) or is a library's scratch space not at all. So the figure is what a program must move if its caches keep nothing between two
-instructions. It follows from the text alone and is the same on every machine.
+fast memory (a TPU's VMEM) or is a library's scratch space not at all. So the figure is what a program must move if its
+caches keep nothing between two instructions. It follows from the text alone and is the same on every machine.
 """
 
 import collections
@@ -196,10 +196,14 @@ def _moved(instruction: Instruction, computation: dict, computations: dict) -> i
     # last among the results of a call of cuBLAS or cuDNN is room for it to work in, and nothing says how much of that it uses
     result = type_bytes(re.sub(r", [su]8\[\d+\]\{0\}\)$", ")", instruction.type))
     reads = [type_bytes(computation[name].type) if name in computation else 0 for name in instruction.operands]
-    if instruction.operation.endswith("-start"):  # its type is (operands, results, ...)
+    operation = instruction.operation.removesuffix("-start")
+    if operation != instruction.operation:  # its type is (operands, results, ...)
         result -= sum(reads)
-    if instruction.operation in ("dynamic-slice", "slice", "gather"):
-        return 2 * result
+    if operation in ("dynamic-slice", "slice", "gather"):
+        # reads as much as it returns, be it into fast memory, from where `result` does not count it
+        arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", instruction.type)
+        part = type_bytes(arrays[0] if operation == instruction.operation else arrays[len(reads)], fast_memory=True)
+        return min(part, reads[0]) + result
     if instruction.operation == "dynamic-update-slice":
         return 2 * reads[1]
     if (

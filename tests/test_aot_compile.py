@@ -165,3 +165,20 @@ def test_bytes_and_collectives_count_a_loop_as_often_as_it_runs():
     moved = {times: sum(hlo.traffic(compiled(times)).values()) for times in (70, 140)}
     per_turn = (moved[140] - moved[70]) / 70
     assert 3 * 4 * 4096 <= per_turn < 6 * 4 * 4096, "x and a slice read, x written"
+
+
+def test_a_slice_into_fast_memory_reads_itself_and_scratch_space_counts_not_at_all():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import hlo
+
+    text = """HloModule step
+
+ENTRY %main (x: bf16[8,64]) -> bf16[8,64] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %start = ((bf16[8,64]{1,0}), bf16[2,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:64]}
+  %part = bf16[2,64]{1,0:T(8,128)S(1)} slice-done(%start)
+  %call = (bf16[8,64]{1,0}, s8[4096]{0}) custom-call(%x, %part), custom_call_target="__cublas$lt$matmul"
+  ROOT %out = bf16[8,64]{1,0} get-tuple-element(%call), index=0
+}
+"""
+    assert hlo.traffic(text) == {"slice": 2 * 2 * 64, "__cublas$lt$matmul": 2 * (2 * 8 * 64)}

@@ -1,5 +1,7 @@
 """Attention against numpy in float64; the fused kernels' presence in programs compiled for chips that are not attached."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,10 +56,15 @@ def test_blocks_of_queries_give_the_plain_attention_and_its_gradients_in_float64
             seen = np.tril(np.ones((length, length), bool))
             return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
 
-        want, pull_plain = jax.vjp(plain, q, k, v)
-        got, pull = jax.vjp(lambda *x: causal_attention(*x, "xla"), q, k, v)
+        @functools.partial(jax.jit, static_argnums=0)
+        def with_gradients(attention, q, k, v, d_out):
+            out, pull = jax.vjp(attention, q, k, v)
+            return out, pull(d_out)
+
+        want, want_gradients = with_gradients(plain, q, k, v, d_out)
+        got, gradients = with_gradients(lambda *x: causal_attention(*x, "xla"), q, k, v, d_out)
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
-        for mine, theirs in zip(pull(d_out), pull_plain(d_out), strict=True):
+        for mine, theirs in zip(gradients, want_gradients, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
@@ -66,6 +73,7 @@ def test_the_gradient_under_dropout_is_that_of_the_weights_that_were_kept():
         rng = np.random.default_rng(2)
         q, k, v, *along = (jnp.asarray(rng.normal(size=(1, 200, 2, 4))) for _ in range(6))
 
+        @jax.jit
         def f(step):
             moved = (x + step * d for x, d in zip((q, k, v), along, strict=True))
             return jnp.sum(jnp.sin(causal_attention(*moved, "xla", 0.4, jax.random.key(3))))
@@ -77,7 +85,8 @@ def test_the_gradient_under_dropout_is_that_of_the_weights_that_were_kept():
 def test_dropout_drops_the_rate_and_keeps_the_mean():
     q, k, _ = inputs(4, 4, np.float32)
     v = np.ones_like(k)
-    outs = np.stack([causal_attention(q, k, v, "xla", 0.25, jax.random.key(i)) for i in range(400)])
+    attend = jax.jit(lambda i: causal_attention(q, k, v, "xla", 0.25, jax.random.key(i)))
+    outs = np.stack([attend(i) for i in range(400)])
     assert outs.std() > 0.05  # something is dropped
     np.testing.assert_allclose(outs.mean(0), 1.0, atol=0.12)
 

@@ -79,7 +79,7 @@ def test_no_logits_of_the_whole_batch_are_made(monkeypatch):
     assert f"[{B * T},{V}]" not in text and f"[{B},{T},{V}]" not in text
 
 
-def test_the_reductions_in_one_pass_are_those_of_two(monkeypatch):
+def test_the_reductions_in_one_pass_are_those_of_two():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(64, 501)) * np.exp(rng.uniform(-3, 5, (64, 1)))  # from nearly uniform to one id alone
     logits[5], logits[6, 7] = 3.0, 1e4

@@ -84,20 +84,20 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk_killed_and_resumed(bucket, confi
     assert_same_bits(final_state(tmp_path / "copy"), final_state(tmp_path / "disk"))
 
     # the other commands read it there
-    result = run("evaluate", "--workdir=gs://bucket/run", "--json")
+    result = call("evaluate", "--workdir=gs://bucket/run", "--json")
     assert result.returncode == 0, result.stderr
-    here = run("evaluate", f"--workdir={tmp_path}/disk", "--json")
+    here = call("evaluate", f"--workdir={tmp_path}/disk", "--json")
     assert json.loads(result.stdout) == json.loads(here.stdout)
-    result = run("infer", "--workdir=gs://bucket/run", "--prompt=The people", "--max_new_tokens=3")
+    result = call("infer", "--workdir=gs://bucket/run", "--prompt=The people", "--max_new_tokens=3")
     assert result.returncode == 0 and result.stdout.startswith("The people"), result.stderr
-    assert run("convert", "--workdir=gs://bucket/run", "--verify").returncode == 0
+    assert call("convert", "--workdir=gs://bucket/run", "--verify").returncode == 0
 
     # and damage there is found as here
     name = next(name for name in objects(bucket, "run/checkpoints/40/") if "/d/" in name)
     data = bytearray(bucket.objects["bucket", name])
     data[len(data) // 2] ^= 1
     bucket.objects["bucket", name] = bytes(data)
-    result = run("convert", "--workdir=gs://bucket/run", "--verify")
+    result = call("convert", "--workdir=gs://bucket/run", "--verify")
     assert result.returncode == 1 and f"gs://bucket/{name} has changed" in result.stdout
 
 

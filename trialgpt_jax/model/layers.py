@@ -85,7 +85,7 @@ def gelu(x: jax.Array) -> jax.Array:
     """GELU in the tanh form that GPT-2 uses (Hendrycks and Gimpel 2016), in float32.
 
     XLA:GPU takes it into the matmul before it, where cuBLAS computes it in float32, but knows it by its form in the dtype
-    of `x` alone; where it stays outside (in a loop over layers, in training) its error is a quarter larger than rounding.
+    of `x` alone; where it stays outside (in a loop over layers, in training) its error is a third larger than rounding alone.
 
     Args:
       x: [..., C], a matmul's output. It is what the backward pass reads.
