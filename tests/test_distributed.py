@@ -251,7 +251,7 @@ def test_a_time_limit_and_ctrl_c_stop_all_processes_too(train, config, tmp_path,
     """And all save by the clock of the first, which is always late here: two steps after the save before."""
     config = config.copy_and_resolve_references()
     config.train.steps, config.eval.every_steps = 100_000, 0
-    config.checkpoint.update({"every_steps": 0, "every_minutes": 1e-9, "keep_last": 100_000})
+    config.checkpoint.update({"every_steps": 0, "every_minutes": 1e-9, "keep_last": 1_000})
     config.train.max_seconds = 1.0 if why == "a time limit" else 0.0
     number = signal.SIGINT if why == "Ctrl-C" else 0
     monkeypatch.setenv("JAX_LOG_COMPILES", "1")
