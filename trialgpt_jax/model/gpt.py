@@ -154,13 +154,13 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         H, K, D = c.n_head, c.n_kv_head, c.head_dim
         B, T, C = x_BxTxC.shape
-        # named before the heads are cut out: a TPU pads the last axis to 128, which would double heads of 64
         # k and v share a reshape, and come first: of a sum of two matmuls XLA:GPU has the left one add the other, and only
         # as q + (k + v) is the left one of x's gradient not a matmul that adds already
         x_NxC = x_BxTxC.reshape(-1, C)
         k = Dense(c, K * D, ("embed", "kv_heads"), 0.02, name="c_k")(x_NxC)
         v = Dense(c, K * D, ("embed", "kv_heads"), 0.02, name="c_v")(x_NxC)
         q = Dense(c, H * D, ("embed", "heads"), 0.02, name="c_q")(x_BxTxC)
+        # named before the heads are cut out: a TPU pads the last axis to 128, which would double heads of 64
         q, k, v = (checkpoint_name(x, "qkv").reshape(B, T, -1, D) for x in (q, k, v))
         if c.qk_norm:
             q, k = layers.rms(q), layers.rms(k)
