@@ -1,1 +1,1 @@
-"""The parallel wing: what the chips are, and how arrays lie on them."""
+"""Chips, device meshes, shardings, and the processes of a job."""

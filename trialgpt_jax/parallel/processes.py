@@ -1,9 +1,9 @@
 """The processes of one job: how they find each other, decide together, and end together.
 
-JAX's coordination service, which lives in process 0, does the work: it introduces the processes, notices by missing
-heartbeats that one has died, and then ends the others from its C++ threads. What is added here is what a person needs
-at that moment: an error that only one process meets is told by all of them, at once and with its exit status, and a
-process that is ended from below still leaves a line that says what to do.
+JAX's coordination service, which runs in process 0, connects the processes, detects a dead one by its missing
+heartbeats, and then ends the others from C++ threads. This module adds the messages a user needs: an error in one
+process is printed by all of them, which exit with its status, and a process that JAX ends leaves a line that says what
+to do.
 """
 
 import contextlib
@@ -21,125 +21,138 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
-from jax._src import distributed  # the key-value store that all processes share has no public name
+from jax._src import distributed  # the key-value store of the coordination service has no public name
 from jax._src.clusters import ClusterEnv
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, console
 
 T = TypeVar("T")
 
 FLAGS = {
-    "coordinator_address": (None, "host:port of process 0, where JAX does not find it by itself"),
+    "coordinator_address": (None, "host:port of process 0, where JAX does not detect it"),
     "num_processes": (0, "processes of the job, with --coordinator_address"),
     "process_id": (-1, "number of this process from 0, with --coordinator_address"),
-    "peer_timeout_seconds": (100, "a process that has not been heard of for this long is dead, and ends the others"),
+    "peer_timeout_seconds": (100, "a process without heartbeat for this long counts as dead and ends the others"),
     "start_timeout_seconds": (300, "how long to wait for the other processes at the start"),
 }
-_FAILED, _LEFT, _DECISION = "trialgpt_jax/failed", "trialgpt_jax/left/", "trialgpt_jax/decision/"
-_APPOINTMENT = "trialgpt_jax/appointment/"
-_POLL_SECONDS = 0.5  # between two looks at whether another process has failed
-_FAREWELL_SECONDS = 5.0  # process 0 waits this long for the others to read why, for the store dies with it
-_DAY_MS = 24 * 3600 * 1000
-# In an exception's text: it is the connection to another process that broke, and not the program.
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|socket closed|heartbeat|coordination service", re.IGNORECASE)
-_decisions, _appointments = itertools.count(), itertools.count()
+# Keys of the key-value store.
+_FAILURE, _EXITED = "trialgpt_jax/failure", "trialgpt_jax/exited/"
+_VALUE, _STEP = "trialgpt_jax/value/", "trialgpt_jax/step/"
+_POLL_SECONDS = 0.5  # between two reads of _FAILURE
+_EXIT_SECONDS = 5.0  # process 0 waits this long for the others to read _FAILURE, because the store ends with it
+_DAY = 24 * 3600
+_NEXT_STEPS = "the same command on every host continues from the newest whole checkpoint"
+# In the text of an exception: the connection to another process broke, and not the program.
+_CONNECTION = re.compile(
+    r"gloo|nccl|connection (closed|reset)|socket closed|heartbeat|coordination service", re.IGNORECASE
+)
+_values, _agreed_steps = itertools.count(), itertools.count()
 
 
 @contextlib.contextmanager
-def joined(flags) -> Iterator[None]:
-    """Joins the other processes of the job, if there are any, for the length of the block; ends together with them.
+def join(flags) -> Iterator[None]:
+    """Connects the processes of the job, if there are several, for the length of the block.
 
-    With several processes an exception does not leave the block: it is printed, told to the others, and every process
+    With several processes an exception does not leave the block: it is printed, sent to the others, and every process
     exits with its status (2 for a UserError, otherwise 1).
 
     Args:
-      flags: has the attributes of `FLAGS`. Without an address JAX finds the others on Cloud TPU, Slurm, Open MPI and
-        Kubernetes; where there are none this is a job of one process.
+      flags: has the attributes of `FLAGS`. Without an address JAX detects the processes on Cloud TPU, Slurm, Open MPI
+        and Kubernetes; if it detects none, this is a job of one process.
 
     Raises:
-      UserError: the flags do not go together, or the environment speaks of processes that JAX cannot find.
+      UserError: flags that contradict each other, or an environment of several processes that JAX cannot detect.
     """
+    where = _given(flags)
+    if where is None:
+        if detected(os.environ) <= 1:
+            yield
+            return
+        where = ()
+
+    _redirect_native_stdout()
+    notice = _ExitNotice()
+    jax.distributed.initialize(
+        *where,
+        initialization_timeout=flags.start_timeout_seconds,
+        heartbeat_timeout_seconds=flags.peer_timeout_seconds,
+        # long, because process 0 may still check a large checkpoint; a dead process is detected by its heartbeat
+        shutdown_timeout_seconds=_DAY,
+    )
+    console.enable(distributed.global_state.process_id == 0)
+    if not where and each_has_its_own_gpu(os.environ):
+        jax.config.update("jax_cuda_visible_devices", "all")
+    watchdog = _Watchdog(notice)
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the other processes must not wait for this one
+        watchdog.exit(*_describe(error))
+    watchdog.stop()
+    jax.distributed.shutdown()
+    notice.cancel()
+
+
+def _given(flags) -> tuple[str, int, int] | None:
+    """Address, number of processes and number of this one, if the flags give them. Raises UserError as `join` does."""
     given = [flags.coordinator_address is not None, flags.num_processes > 0, flags.process_id >= 0]
     if any(given) and not all(given):
         raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three")
     for name in ("peer_timeout_seconds", "start_timeout_seconds"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be at least 1")
-    if all(given):
-        if flags.process_id >= flags.num_processes:
-            raise UserError(
-                f"--process_id={flags.process_id} is not below --num_processes={flags.num_processes}; they count from 0"
-            )
-        where = (flags.coordinator_address, flags.num_processes, flags.process_id)
-    elif detected(os.environ) > 1:
-        where = ()
-    else:
-        yield
-        return
-
-    _keep_stdout()
-    last_words = _last_words()
-    jax.distributed.initialize(
-        *where,
-        initialization_timeout=flags.start_timeout_seconds,
-        heartbeat_timeout_seconds=flags.peer_timeout_seconds,
-        shutdown_timeout_seconds=24
-        * 3600,  # process 0 may still check a large checkpoint; a dead one is noticed anyway
-    )
-    if not where and each_has_its_own_gpu(os.environ):
-        jax.config.update("jax_cuda_visible_devices", "all")
-    listener = _Listener(last_words)
-    try:
-        yield
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the other processes must not wait for this one
-        listener.leave(*_describe(error))
-    listener.stop()
-    jax.distributed.shutdown()
-    _finished(last_words)
+    if not any(given):
+        return None
+    if flags.process_id >= flags.num_processes:
+        raise UserError(
+            f"--process_id={flags.process_id} is not below --num_processes={flags.num_processes}; they count from 0"
+        )
+    return flags.coordinator_address, flags.num_processes, flags.process_id
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """What `compute` returns in process 0, in every process: for what only one may decide, such as what is on disk.
+    """Returns in every process what `compute` returns in process 0, for what must be decided once, such as what is on
+    disk.
 
     Args:
-      compute: returns a value that JSON can carry; runs in process 0 alone. All processes call in the same order.
+      compute: returns a JSON value; runs in process 0 only. All processes call `from_first` in the same order.
     """
     if distributed.global_state.num_processes == 1:
         return compute()
-    client, key = distributed.global_state.client, f"{_DECISION}{next(_decisions)}"
+    client, key = distributed.global_state.client, f"{_VALUE}{next(_values)}"
     if distributed.global_state.process_id == 0:
         value = compute()
         client.key_value_set(key, json.dumps(value))
         return value
-    return json.loads(client.blocking_key_value_get(key, _DAY_MS))
+    return json.loads(client.blocking_key_value_get(key, _DAY * 1000))
 
 
-class Appointments:
-    """Steps that process 0 chooses, after which all processes do something together. All make such objects in the same order.
+class AgreedStep:
+    """A step that process 0 chooses and after which all processes do the same thing, such as saving by the clock.
 
-    Process 0 names a step two ahead, and the others look whether it has: nothing waits, and no device is asked. That is
-    enough, because a step is a collective: who has the metrics of step k knows that process 0 has dispatched step k.
+    Process 0 writes a step two ahead to the key-value store, and the others read it without blocking; no device takes
+    part. Two are enough because a step is a collective: a process that has the metrics of step k knows that process 0
+    has dispatched step k. All processes create these objects in the same order.
     """
 
     def __init__(self):
-        self._key, self._count, self._step = f"{_APPOINTMENT}{next(_appointments)}", 0, None
+        self._key, self._count, self._step = f"{_STEP}{next(_agreed_steps)}", 0, None
 
-    def due(self, step: int, wish: bool) -> bool:
-        """Whether it is to be done after `step`; the same answer in all processes.
+    def due(self, step: int, wanted: bool) -> bool:
+        """Whether `step` is the agreed step; the same answer in all processes.
 
         Args:
-          step: dispatched just now, while the metrics of the one before have been fetched. No step is left out.
-          wish: of process 0; it may last until it is granted.
+          step: the step just dispatched; the metrics of the step before have been fetched. Called for every step.
+          wanted: process 0's request; it may stay True until the step is due. Ignored in the other processes.
         """
         state = distributed.global_state
         if state.num_processes == 1:
-            return wish
+            return wanted
         key = f"{self._key}/{self._count}"
-        if self._step is None and state.process_id == 0 and wish:
+        if self._step is None and state.process_id == 0 and wanted:
             self._step = step + 2
             state.client.key_value_set(key, str(self._step))
         elif self._step is None and state.process_id:
-            # none has been named; or process 0 is gone, and JAX ends this process
+            # the key does not exist yet; or process 0 is dead, and JAX ends this process
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._step = int(state.client.key_value_try_get(key))
         if self._step != step:
@@ -149,15 +162,15 @@ class Appointments:
 
 
 def detected(env: Mapping[str, str]) -> int:
-    """How many processes JAX will find by itself; 1 when this is not a cluster.
+    """Number of processes that JAX detects; 1 outside a cluster.
 
     Args:
       env: the environment. (JAX's own detection reads `os.environ` and, on Cloud TPU, the metadata server.)
 
     Raises:
-      UserError: the environment speaks of several processes, but JAX does not find them.
+      UserError: the environment belongs to several processes, but JAX does not detect them.
     """
-    # The environment of every pod looks like Kubernetes to JAX; only one of an Indexed Job can be one of several.
+    # JAX takes any pod for Kubernetes, but only a pod of an Indexed Job can be one of several processes.
     pod = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" not in env
     for cluster in ClusterEnv._cluster_types:
         if cluster.opt_in_only_method or (pod and cluster.__name__ == "K8sCluster"):
@@ -171,99 +184,100 @@ def detected(env: Mapping[str, str]) -> int:
     ):
         if count != "1":
             raise UserError(
-                f"{name} speaks of {count} processes, but JAX does not find the others (Open MPI from 5 on; Kubernetes "
+                f"{name} means {count} processes, but JAX does not find the others (Open MPI 5 and later; Kubernetes "
                 "without the package `kubernetes`); give --coordinator_address, --num_processes and --process_id"
             )
     return 1
 
 
 def each_has_its_own_gpu(env: Mapping[str, str]) -> bool:
-    """Whether a process should use all the GPUs it can see, under Slurm or Open MPI.
+    """Whether a process should use all GPUs it can see, under Slurm or Open MPI.
 
-    JAX gives each process there the one GPU that has its local rank. That is right only where several processes share a
-    node and see all its GPUs: one process per node would use one GPU of eight, and one that sees a single GPU none.
+    There JAX gives each process the one GPU with its local rank. That is right only if several processes share a node
+    and see all its GPUs: a single process per node would use one GPU of eight, and one that sees a single GPU none.
     """
     per_node = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", "")
     alone = set(re.findall(r"(?:^|,)(\d+)", per_node)) == {"1"}  # Slurm writes 1(x4) or 2(x3),1
     return alone or len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
 
 
-class _Listener:
-    """A thread that ends this process when another one has said that it failed."""
+class _ExitNotice:
+    """A child process that prints a line if this process ends without `cancel`: when JAX's C++ threads or a signal end
+    it."""
 
-    def __init__(self, last_words: subprocess.Popen):
+    def __init__(self):
+        text = (
+            f"error: pid {os.getpid()} on host {socket.gethostname()} ended without finishing: another process of this "
+            f"job died or could not be reached (JAX's lines above say which), or this one was killed; {_NEXT_STEPS}"
+        )
+        script = "trap '' INT TERM HUP; read -r finished || echo \"$1\" >&2"
+        self._shell = subprocess.Popen(
+            ["sh", "-c", script, "sh", text], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+
+    def cancel(self) -> None:
+        with contextlib.suppress(OSError):
+            self._shell.communicate(b"yes\n")
+
+
+class _Watchdog:
+    """A thread that ends this process when another one has reported a failure."""
+
+    def __init__(self, notice: _ExitNotice):
         state = distributed.global_state
         self._client, self._id, self._count = state.client, state.process_id, state.num_processes
-        self._last_words = last_words
-        self._leaving, self._stopped = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
+        self._notice = notice
+        self._exiting, self._stopped = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def _listen(self) -> None:
+    def _watch(self) -> None:
         while not self._stopped.wait(_POLL_SECONDS):
             try:
-                status, text = json.loads(self._client.key_value_try_get(_FAILED))
-            except jax.errors.JaxRuntimeError:  # nobody has; or process 0 is gone, and JAX ends this process
+                status, text = json.loads(self._client.key_value_try_get(_FAILURE))
+            except jax.errors.JaxRuntimeError:  # no failure yet; or process 0 is dead, and JAX ends this process
                 continue
-            self.leave(status, text, None)
+            self.exit(status, text, None)
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
 
-    def leave(self, status: int, text: str, told: str | None) -> None:
-        """Prints `text`, tells `told` to the other processes, and exits with `status`: the first caller only."""
-        with self._leaving:  # never released: there is one end
+    def exit(self, status: int, text: str, report: str | None) -> None:
+        """Prints `text`, sends `report` to the other processes, and exits with `status`; only the first call does."""
+        with self._exiting:  # never released: a second caller waits here until the process ends
             print(f"{text}\n", end="", file=sys.stderr, flush=True)
             sys.stdout.flush()
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed first, or process 0 is gone
-                if told:
-                    self._client.key_value_set(_FAILED, json.dumps([status, told]))
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process failed first, or process 0 is dead
+                if report:
+                    self._client.key_value_set(_FAILURE, json.dumps([status, report]))
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                self._client.key_value_set(f"{_LEFT}{self._id}", "")
-                end = time.monotonic() + _FAREWELL_SECONDS
+                self._client.key_value_set(f"{_EXITED}{self._id}", "")
+                end = time.monotonic() + _EXIT_SECONDS
                 while self._id == 0 and time.monotonic() < end:
-                    if len(self._client.key_value_dir_get(_LEFT)) == self._count:
+                    if len(self._client.key_value_dir_get(_EXITED)) == self._count:
                         break
                     time.sleep(0.05)
-            _finished(self._last_words)
-            os._exit(status)  # not sys.exit: JAX would wait at its end for processes that wait for this one
+            self._notice.cancel()
+            os._exit(status)  # not sys.exit: at exit JAX would wait for processes that wait for this one
 
 
 def _describe(error: BaseException) -> tuple[int, str, str]:
-    """Exit status, what this process prints of an error, and what the others print."""
+    """Exit status, what this process prints about an error, and what the others print."""
     state = distributed.global_state
     me = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()}, pid {os.getpid()})"
     line = next(iter(str(error).splitlines()), "")
     if isinstance(error, UserError):
         return 2, f"error: {error}", f"error: {me}: {error}"
-    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)) and _LOST.search(str(error)):
-        text = f"error: {me} has lost another process of this job, which has died: {line}; {_AGAIN}"
+    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)) and _CONNECTION.search(str(error)):
+        text = f"error: {me} has lost another process of this job, which has died: {line}; {_NEXT_STEPS}"
         return 1, text, text
     text = "".join(traceback.format_exception(error)).rstrip()
-    return 1, text, f"error: {me} failed: {type(error).__name__}: {line}; {_AGAIN}"
+    return 1, text, f"error: {me} failed: {type(error).__name__}: {line}; {_NEXT_STEPS}"
 
 
-_AGAIN = "the same command on every host continues from the newest whole checkpoint"
-
-
-def _last_words() -> subprocess.Popen:
-    """A shell that speaks up if this process ends without a word: when JAX's C++ threads or a signal end it."""
-    text = (
-        f"error: pid {os.getpid()} on host {socket.gethostname()} ended without finishing: another process of this job "
-        f"died or could not be reached (JAX's lines above say which), or this one was killed; {_AGAIN}"
-    )
-    script = "trap '' INT TERM HUP; read -r finished || echo \"$1\" >&2"
-    return subprocess.Popen(["sh", "-c", script, "sh", text], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-
-
-def _keep_stdout() -> None:
-    """Leaves stdout to Python: Gloo, which connects processes on CPU, prints its own lines there from C++."""
+def _redirect_native_stdout() -> None:
+    """Keeps stdout for Python: Gloo, which connects processes on CPU, prints lines of its own to stdout from C++."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-
-
-def _finished(last_words: subprocess.Popen) -> None:
-    with contextlib.suppress(OSError):
-        last_words.communicate(b"yes\n")

@@ -1,6 +1,8 @@
-"""How arrays lie on the mesh: one table from logical axis names to mesh axes, and the shardings made from it."""
+"""Shardings: the mesh, one table from logical axis names to mesh axes, and every sharding derived from it."""
 
 import collections
+import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,13 +12,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trialgpt_jax import UserError
+from trialgpt_jax.parallel.axes import AXES
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the batch is split over both: fsdp is data parallelism with the state split as well
-
-# Parameters: the model axis "embed" is split by fsdp, what a tensor-parallel matmul makes by tensor. The second kernels of
-# such pairs have fsdp on their rows, too: gradients split by columns of bfloat16 are all-reduced on a TPU, not scattered.
-# Activations: only the batch is split, plus what lies between the two matmuls of a tensor-parallel pair.
+# Logical axis of a parameter or activation -> mesh axes.
+# Parameters: fsdp splits "embed", tensor splits what a tensor-parallel matmul produces. The second kernel of such a
+# pair has fsdp on its rows too: a TPU all-reduces gradients split by columns (docs/performance.md#fsdp-gather).
+# Activations: only the batch is split. fsdp is data parallelism that splits the state as well.
 RULES = (
     ("layers", None),
     ("embed", "fsdp"),
@@ -26,26 +27,35 @@ RULES = (
     ("mlp", "tensor"),
     ("heads_in", ("tensor", "fsdp")),
     ("mlp_in", ("tensor", "fsdp")),
-    ("head_dim", None),
     ("position", None),
-    ("batch", BATCH),
+    ("batch", ("data", "fsdp")),
     ("length", None),
     ("hidden", None),
 )
 
 
-def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor, neighbours along tensor closest to each other.
+def mesh_axis(name: str) -> str | tuple[str, ...] | None:
+    """The mesh axes over which the logical axis `name` is split, for collectives inside `shard_map`."""
+    return dict(RULES)[name]
 
-    The slower network goes to the outer axes: between TPU slices only data runs, and between the hosts of a GPU cluster
-    data before fsdp before tensor. Within a TPU slice JAX lays the axes along the torus.
+
+def spec(*names: str | None) -> P:
+    """The PartitionSpec of an array with these logical axes."""
+    return nn.logical_to_mesh_axes(names, RULES)
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor; neighbours along tensor are closest to each other.
+
+    The slower network is used by the outer axes: only data runs between TPU slices; between the hosts of a GPU cluster
+    data is outside fsdp and fsdp outside tensor. Within a TPU slice JAX maps the axes to the torus.
 
     Args:
-      sizes: devices per axis, see `config.mesh_sizes`.
-      devices: the devices to use; all of them by default. Given ones may be of a chip that is not attached.
+      sizes: devices per axis, see `axes.mesh_sizes`.
+      devices: default: all devices. They may belong to a chip that is not attached.
 
     Raises:
-      UserError: the axes do not divide what lies within a slice or a host.
+      UserError: the axes do not divide the devices of a slice or a host.
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes[axis] for axis in AXES)
@@ -55,12 +65,17 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         array = _over_hosts(shape, devices)
-    # Auto axes, stated: jax's default is Explicit ones, on which Linen's logical partitioning fails.
+    # Auto is explicit here because JAX's default is Explicit, on which Linen's logical partitioning fails.
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _over_slices(shape: tuple[int, ...], devices: list[jax.Device], n_slices: int) -> np.ndarray:
-    """Devices of several slices: each has its own part of the data axis, all of fsdp and tensor are inside."""
+def single_device(device: jax.Device | None = None) -> Mesh:
+    """The mesh of one device; default: the first local one."""
+    return make_mesh(dict.fromkeys(AXES, 1), [device or jax.local_devices()[0]])
+
+
+def _over_slices(shape: tuple[int, ...], devices: Sequence[jax.Device], n_slices: int) -> np.ndarray:
+    """Devices of several slices: data runs over slices and inside them, fsdp and tensor only inside."""
     data, fsdp, tensor = shape
     if data % n_slices:
         raise UserError(
@@ -72,15 +87,15 @@ def _over_slices(shape: tuple[int, ...], devices: list[jax.Device], n_slices: in
     )
 
 
-def _over_hosts(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """Devices of one or several hosts that form no torus, host after host: what is inside a host is innermost."""
+def _over_hosts(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices of hosts that form no torus, ordered by host, so that the inner axes stay inside a host."""
     per_process = collections.Counter(device.process_index for device in devices)
     _, fsdp, tensor = shape
     for name, inner in (("mesh.tensor", tensor), ("mesh.fsdp x mesh.tensor", fsdp * tensor)):
         for here in per_process.values() if len(per_process) > 1 else ():
             if inner % here and here % inner:
                 raise UserError(
-                    f"{name}={inner} does not go with the {here} devices of a process: neither divides the other"
+                    f"{name}={inner} does not fit the {here} devices of a process: neither divides the other"
                 )
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return np.asarray(ordered).reshape(shape)
@@ -88,53 +103,56 @@ def _over_hosts(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a [batch, ...] array: rows over data x fsdp."""
-    return NamedSharding(mesh, P(BATCH))
+    return NamedSharding(mesh, spec("batch"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Sharding of an array of which every device has a copy."""
     return NamedSharding(mesh, P())
 
 
-def lay_out(boxed_shapes, mesh: Mesh):
-    """Where the arrays of a tree lie on `mesh`.
+def shard_shapes(boxed_shapes, mesh: Mesh):
+    """Adds shardings to a tree of shapes.
 
     Args:
-      boxed_shapes: ShapeDtypeStructs, boxed with logical axis names by Linen where they have them.
+      boxed_shapes: ShapeDtypeStructs, boxed by Linen with logical axis names where they have them.
       mesh: from `make_mesh`.
 
     Returns:
-      The same tree, unboxed, of ShapeDtypeStructs that carry a NamedSharding; arrays without names are replicated.
+      The same tree, unboxed, of ShapeDtypeStructs with a NamedSharding; arrays without names are replicated.
     """
 
     def place(leaf):
-        names = leaf.names if isinstance(leaf, nn.meta.AxisMetadata) else ()
-        sharding = NamedSharding(mesh, nn.logical_to_mesh_axes(names, RULES))
-        # a box may hold no array: optax masks what is inside it
-        inside = leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inside)
+        boxed = isinstance(leaf, nn.meta.AxisMetadata)
+        sharding = NamedSharding(mesh, spec(*leaf.names) if boxed else P())
+        # A box may contain no array: optax masks the content of boxes.
+        content = leaf.unbox() if boxed else leaf
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), content)
 
     return jax.tree.map(place, boxed_shapes, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
 
 
 def local_blocks(sharding: NamedSharding, process_index: int | None = None) -> tuple[tuple[int, ...], int]:
-    """Which rows of a batch a process feeds: numbers of equal blocks of rows, ascending, and how many blocks there are.
+    """The rows of a batch that a process feeds, as numbers of equal blocks of rows.
 
-    A process has every block that one of its devices holds, so two that share a block (along the tensor axis) both read
-    it, and what is fed follows from the mesh alone, whatever order the devices of a torus were put in.
+    A process feeds each block that one of its devices holds; two processes that share a block (along the tensor axis)
+    both read it. The result follows from the mesh alone, whatever the order of devices on a torus.
 
     Args:
       sharding: from `batch_sharding`.
-      process_index: the process; None = this one.
+      process_index: default: this process.
+
+    Returns:
+      The block numbers, ascending, and the number of blocks of the batch.
     """
-    n_blocks = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
+    n_blocks = math.prod(sharding.mesh.shape[axis] for axis in mesh_axis("batch"))
     process_index = jax.process_index() if process_index is None else process_index
     held = sharding.devices_indices_map((n_blocks,)).items()
     return tuple(sorted({i.start or 0 for device, (i,) in held if device.process_index == process_index})), n_blocks
 
 
 def put_batch(local_rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The global [batch, ...] array of which this process holds `local_rows`: its `local_blocks`, one after the other."""
+    """The global [batch, ...] array of which this process has `local_rows`, the rows of its `local_blocks`."""
     blocks, n_blocks = local_blocks(sharding)
     size = len(local_rows) // len(blocks)
 

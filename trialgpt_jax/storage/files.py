@@ -1,21 +1,24 @@
-"""The files of a workdir or a token store: each is whole under its name or not there, on a disk or in an object store.
+"""Files of workdirs and token stores, local or in an object store; each appears under its name only when complete.
 
-A location is a path, or a URL of an object store (`gs://bucket/folder`, `s3://...`) that fsspec reaches with `gcsfs` or `s3fs`.
-A store has no folders, no renaming and no appending, and needs none: an object appears whole, when its upload has ended.
+A location is a path, or a URL of an object store (`gs://bucket/folder`, `s3://...`) that fsspec reaches with `gcsfs` or
+`s3fs`. An object store has no folders, no rename and no append; an object becomes visible when its upload has finished.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from typing import IO
 
 from trialgpt_jax import UserError
 
-_STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what orbax writes arrays to -> the package with which fsspec gets there
+_STORES = {"gs": "gcsfs", "s3": "s3fs"}  # object stores that orbax supports -> fsspec's package for them
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_remote(location: str) -> bool:
@@ -27,7 +30,7 @@ def resolve(location: str) -> str:
     """An absolute path, or the URL itself.
 
     Raises:
-      UserError: a URL of a store that is not known, or whose package is not installed.
+      UserError: a URL of an unknown object store, or of one whose package is not installed.
     """
     if not is_remote(location):
         return os.path.abspath(location)
@@ -43,8 +46,8 @@ def resolve(location: str) -> str:
 
 @functools.cache
 def _store(scheme: str):
-    """fsspec's client. It lists anew each time: orbax writes past it, so what it remembers would be stale."""
-    import fsspec  # here, because a run on a disk needs none
+    """fsspec's client. No listings cache: orbax writes through another client, so cached listings would be stale."""
+    import fsspec  # here, because local runs do not need it
 
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
@@ -58,12 +61,17 @@ def exists(path: str) -> bool:
 
 
 def open_file(path: str, mode: str = "rb") -> IO:
-    """Opens for reading."""
+    """Opens a file for reading; `mode` is "rb" or "r"."""
     return _fs(path).open(path, mode) if is_remote(path) else open(path, mode)
 
 
 def read_json(path: str) -> object:
-    """Raises OSError, and ValueError for what is not JSON, is nested too deeply or not UTF-8."""
+    """The contents of a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not JSON, is nested too deeply, or is not UTF-8.
+    """
     with open_file(path) as file:
         data = file.read()
     try:
@@ -73,10 +81,10 @@ def read_json(path: str) -> object:
 
 
 def write(path: str, data: bytes | str) -> None:
-    """Writes a small file durably, whole or not at all.
+    """Writes a small file and syncs it to the disk, whole or not at all.
 
     Raises:
-      OSError: nothing is left behind, and what stood there before still stands.
+      OSError: no partial file is left, and an existing file is unchanged.
     """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):
@@ -97,12 +105,12 @@ def write(path: str, data: bytes | str) -> None:
 
 
 def write_json(path: str, value: object) -> None:
-    """`write` of JSON."""
+    """Writes JSON as `write` does."""
     write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: str) -> None:
-    """Makes renames in a folder durable."""
+    """Syncs a local folder, which makes the renames in it durable."""
     handle = os.open(folder or ".", os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -111,13 +119,13 @@ def sync_folder(folder: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Makes a folder and those above it; a store needs none."""
+    """Creates a folder and its parents; does nothing in an object store."""
     if not is_remote(path):
         os.makedirs(path, exist_ok=True)
 
 
 def names(folder: str) -> list[str]:
-    """What lies in a folder, sorted; nothing when it is not there."""
+    """Names of the files and folders in a folder, sorted; empty if it does not exist."""
     try:
         if is_remote(folder):
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in _fs(folder).ls(folder, detail=False))
@@ -127,7 +135,7 @@ def names(folder: str) -> list[str]:
 
 
 def sizes(folder: str) -> dict[str, int]:
-    """Relative path -> bytes, of every file below a folder, sorted."""
+    """Relative path -> bytes for every file below a folder, sorted."""
     if is_remote(folder):
         start = len(_fs(folder)._strip_protocol(folder)) + 1
         found = {path[start:]: info["size"] for path, info in _fs(folder).find(folder, detail=True).items()}
@@ -138,19 +146,19 @@ def sizes(folder: str) -> dict[str, int]:
 
 
 def remove(path: str) -> None:
-    """Removes a file, if it is there."""
+    """Removes a file, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         _fs(path).rm_file(path) if is_remote(path) else os.remove(path)
 
 
 def remove_tree(folder: str) -> None:
-    """Removes a folder and what is in it, if it is there."""
+    """Removes a folder and its contents, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         _fs(folder).rm(folder, recursive=True) if is_remote(folder) else shutil.rmtree(folder)
 
 
 def rename_folder(folder: str, to: str) -> None:
-    """Renames a folder; in a store, object by object."""
+    """Renames a folder; in an object store by copying every object."""
     if is_remote(folder):
         _fs(folder).copy(folder, to, recursive=True)
         remove_tree(folder)
@@ -159,12 +167,13 @@ def rename_folder(folder: str, to: str) -> None:
 
 
 def sha256(path: str) -> str:
+    """sha256 of a file, hex."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_bytes(path: str) -> int | None:
-    """Bytes that may still be written where `path` is or will be made; None for a store, which does not say."""
+    """Free bytes on the file system where `path` is or will be created; None for an object store."""
     if is_remote(path):
         return None
     path = os.path.abspath(path)
@@ -174,5 +183,32 @@ def free_bytes(path: str) -> int | None:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name read from a file is one of a file inside its folder, and not a way out of it."""
+    """Whether a name that was read from a file is a plain file name, which cannot lead out of its folder."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII))
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error comes from the disk or the object store and not from a mistake in the program.
+
+    TensorStore reports errors of the system as a ValueError with the errno in its text.
+    """
+    return isinstance(error, OSError) or "os_error_code=" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's quota on it, is full."""
+    return getattr(error, "errno", None) in _FULL or any(f"os_error_code='{code}'" in str(error) for code in _FULL)
+
+
+@contextlib.contextmanager
+def full_disk_is_user_error(folder: str) -> Iterator[None]:
+    """Turns the OSError of a full disk into a UserError that names the file, or `folder` if the error has none."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"{error.filename or folder} cannot be written because the disk is full; free some space, and run the same "
+            "command to go on from the newest checkpoint"
+        ) from None

@@ -1,0 +1,89 @@
+"""Whether the files of a folder are the ones that were written: sizes and sha256, and the record that holds them.
+
+The record is `<folder>/checksums.json`: {..., "files": {path: [bytes, sha256]}, "sha256": digest of the rest}. It is
+written last, so a folder without a record is unfinished or damaged.
+"""
+
+import hashlib
+import json
+import os
+
+from trialgpt_jax.storage import files
+
+RECORD = "checksums.json"
+
+
+def list_files(folder: str) -> dict[str, list]:
+    """Reads every file below a folder; relative path -> [bytes, sha256 (hex)], sorted."""
+    return {name: [size, files.sha256(os.path.join(folder, name))] for name, size in files.sizes(folder).items()}
+
+
+def first_difference(folder: str, listed: dict[str, list]) -> str | None:
+    """Compares a folder with what `list_files` returned earlier, byte by byte.
+
+    Returns:
+      The first file that is missing or has changed, and how; None if there is none. Files that are not listed are
+      ignored.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    found = files.sizes(folder)
+    for name, (size, digest) in listed.items():
+        path = os.path.join(folder, name)
+        if name not in found:  # also true for a name that leads out of the folder, which is never opened
+            return f"{path} is missing"
+        if found[name] != size:
+            return f"{path} has {found[name]} bytes instead of {size}"
+        if files.sha256(path) != digest:
+            return f"{path} has changed since it was written (checksum)"
+    return None
+
+
+def write_record(folder: str, about: dict) -> None:
+    """Writes the record of a finished folder.
+
+    Args:
+      folder: all its files are read.
+      about: JSON values to keep with the checksums, under other names than `files` and `sha256`.
+    """
+    record = about | {"files": list_files(folder)}
+    files.write_json(record_path(folder), record | {"sha256": _digest(record)})
+
+
+def read_record(folder: str) -> dict:
+    """The record of a folder, without its own digest, which is checked.
+
+    Raises:
+      ValueError: there is none, it cannot be read, or it is not what `write_record` wrote; names the file.
+    """
+    path = record_path(folder)
+    try:
+        record = files.read_json(path)
+        digest = record.pop("sha256")
+        good = all(type(size) is int and isinstance(sha256, str) for size, sha256 in record["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from None
+    if not good:
+        raise ValueError(f"{path} cannot be read: a size or a checksum is of the wrong type")
+    if digest != _digest(record):
+        raise ValueError(f"{path} has changed since it was written (checksum)")
+    return record
+
+
+def record_path(folder: str) -> str:
+    """Where the record of a folder is."""
+    return os.path.join(folder, RECORD)
+
+
+def human_size(n_bytes: int) -> str:
+    """`12.3 MB` or `512 bytes`; 1 kB = 1000 bytes."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.1f} {name}"
+    return f"{n_bytes} bytes"
+
+
+def _digest(record: dict) -> str:
+    """sha256 (hex) of a record that does not contain its own digest."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
