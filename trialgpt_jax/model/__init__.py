@@ -1,1 +1,1 @@
-"""The model wing: GPT in Flax Linen, its attention and loss, generation, exchange with Hugging Face. Knows no training."""
+"""The GPT in Flax Linen: attention, loss, generation, exchange with Hugging Face. Imports no training code."""

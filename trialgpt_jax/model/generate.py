@@ -1,9 +1,9 @@
-"""Generation: a prefill, then a jitted loop over a key/value cache, with greedy, top-k and top-p sampling.
+"""Generation: the prompt in one forward pass, then a jitted loop over a key/value cache.
 
-Up to `block_size` the cache grows. Beyond it the window slides by one token for each new one, as in nanoGPT: every position
-in it changes, so it is run again as a whole; exact, and as slow as that sounds.
+Up to `block_size` tokens the cache grows. Beyond it the window slides by one token at a time, as in nanoGPT: every
+position changes, so each new token takes a forward pass over the whole window.
 
-Shapes: B samples, P prompt length, S cache length, T window length, V vocab_size.
+Shapes: B samples, P prompt length, S cache length, T window length, V vocab_size, K key/value heads, D head width.
 """
 
 import dataclasses
@@ -14,43 +14,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from trialgpt_jax import UserError
-from trialgpt_jax.model.gpt import GPT, Block, Dense, GPTConfig, cast_matrices, logits
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.gpt import GPT, cast_matrices, logits
+from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Draw, Sampling, sample
 from trialgpt_jax.parallel.sharding import replicated
 
-
-class Sampling(NamedTuple):
-    """How the next token is drawn: temperature first, then top-k, then top-p, as in Hugging Face's `generate`.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: only the k likeliest; 0 = all.
-      top_p: only the fewest likeliest whose probabilities reach p; 1 = all.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def validate(self) -> None:
-        """Raises UserError for a value out of range (NaN is in no range)."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}, but must be at least 0 (0 = greedy) and finite")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}, but must be at least 1, or 0 for no limit")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}, outside (0, 1]")
-
-
-DEFAULT_SAMPLING = Sampling()
-CHUNK = 16  # tokens that one dispatch decodes
+CHUNK = 16  # tokens decoded per dispatch
 
 
 class _State(NamedTuple):
-    """What the decode loops carry."""
+    """The carry of the decode loops."""
 
     last_B: jax.Array  # newest token of each sample
     n_new: jax.Array  # tokens generated so far, by every sample
@@ -58,12 +34,18 @@ class _State(NamedTuple):
     memory: tuple  # per layer the cached keys and values [K * B, S, D]; or the window's tokens [B, T]
 
 
-def split_layers(params, config: GPTConfig):
-    """Parameters for decoding: matrices cast to `config.dtype`, each layer's arrays of their own under `blocks`, kernels [out, in].
+class _Drawing(NamedTuple):
+    """What decides the next token besides its logits."""
 
-    A slice of a stacked array would be copied at every token. As for the kernels, XLA on CPU multiplies a few rows by a
-    matrix twice as fast when the matrix is the left operand and its rows are what is summed over: it is then read once,
-    as it lies, and not rearranged first (measured at 8 rows: 21-28 against 15 GB/s; at one row 32 against 26).
+    draw: Draw
+    keys_B: jax.Array  # PRNG key of each sample
+    stop_id: jax.Array
+
+
+def split_layers(params, config: GPTConfig):
+    """Parameters in the layout of `config.decode`: cast to `config.dtype`, layers apart, kernels [out, in].
+
+    A slice of a stacked array would be copied at every token; for the kernels see docs/performance.md#decode-layout.
     """
     return _split(params, config)
 
@@ -77,17 +59,8 @@ def _split(params, config: GPTConfig):
             lambda path, p: p[i].T if path[-1].key == "kernel" else p[i], params["blocks"]
         )
 
-    return {**params, "blocks": tuple(layer(i) for i in range(config.n_layer))}
-
-
-def _dense_of_rows(call, args, kwargs, context):
-    """Takes the place of `Dense.__call__`, for kernels [out, in]."""
-    if not isinstance(context.module, Dense) or context.method_name != "__call__":
-        return call(*args, **kwargs)
-    weights = context.module.variables["params"]
-    rows_Nx1xI = args[0].reshape(-1, 1, args[0].shape[-1])  # of two axes, XLA would turn the operands around again
-    out = jnp.einsum("oi,nti->ont", weights["kernel"], rows_Nx1xI).transpose(1, 2, 0).reshape(*args[0].shape[:-1], -1)
-    return out + weights["bias"].astype(out.dtype) if "bias" in weights else out
+    outer = {name: value for name, value in params.items() if name != "blocks"}
+    return outer | {f"blocks_{i}": layer(i) for i in range(config.n_layer)}
 
 
 def generate(
@@ -104,7 +77,7 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continues a prompt.
 
-    Sample i of a seed is the same whatever num_samples is: its random numbers follow from (seed, i, position) alone.
+    Sample i of a seed does not depend on num_samples: its random numbers follow from (seed, i, position) alone.
 
     Args:
       params: from `split_layers`.
@@ -114,7 +87,7 @@ def generate(
       num_samples: B, continuations of the prompt.
       sampling: how tokens are drawn.
       seed: of the random numbers.
-      stop_id: ends a sample; what follows in its row is `stop_id` again.
+      stop_id: ends a sample; the rest of its row repeats `stop_id`.
       chunk: tokens between yields.
 
     Yields:
@@ -124,6 +97,36 @@ def generate(
       UserError: an empty or over-long prompt, ids beyond the vocabulary, numbers out of range.
     """
     prompt = np.asarray(prompt, np.int32)
+    _check(prompt, config, max_new_tokens, num_samples, sampling)
+    drawing = _drawing(sampling, num_samples, seed, stop_id)
+    cache_length = _cache_length(config, len(prompt), max_new_tokens)
+    padded = np.zeros((1, min(cache_length, _power_of_two(len(prompt)))), np.int32)
+    padded[0, : len(prompt)] = prompt
+    first_BxV, memory = _prefill(params, config, padded, len(prompt), num_samples, cache_length)
+    zeros_B = jnp.zeros(num_samples, jnp.int32)
+    state = _next(_State(zeros_B, jnp.int32(0), zeros_B > 0, memory), first_BxV, drawing)
+    history = np.concatenate([np.tile(prompt, (num_samples, 1)), np.asarray(state.last_B)[:, None]], axis=1)
+    yield history[:, -1:]
+    n_new, sliding = 1, False
+    while n_new < max_new_tokens and not np.asarray(state.done_B).all():
+        # The newest token is not in the cache yet: its slot is len(history) - 1.
+        room = config.block_size - (history.shape[1] - 1)
+        if room > 0:
+            n = min(chunk, max_new_tokens - n_new, room)
+            state, tokens_BxN = _decode(params, config, state, jnp.int32(len(prompt) - 1), jnp.int32(n), chunk, drawing)
+        else:
+            if not sliding:
+                sliding, window = True, jnp.asarray(history[:, -config.block_size :])
+                state = state._replace(memory=window)
+            n = min(chunk, max_new_tokens - n_new)
+            state, tokens_BxN = _slide(params, config, state, jnp.int32(n), chunk, drawing)
+        new = np.asarray(tokens_BxN)[:, :n]
+        history = np.concatenate([history, new], axis=1)
+        n_new += n
+        yield new
+
+
+def _check(prompt: np.ndarray, config: GPTConfig, max_new_tokens: int, num_samples: int, sampling: Sampling) -> None:
     sampling.validate()
     if len(prompt) == 0:
         raise UserError("the prompt is empty; give at least one token")
@@ -138,69 +141,24 @@ def generate(
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
 
-    draw = _draw(sampling, num_samples, seed, stop_id)
-    cache_length = _cache_length(config, len(prompt), max_new_tokens)
-    padded = np.zeros((1, min(cache_length, _power_of_two(len(prompt)))), np.int32)
-    padded[0, : len(prompt)] = prompt
-    first_BxV, memory = _prefill(params, config, padded, len(prompt), num_samples, cache_length)
-    zeros_B = jnp.zeros(num_samples, jnp.int32)
-    state = _next(_State(zeros_B, jnp.int32(0), zeros_B > 0, memory), first_BxV, draw)
-    history = np.concatenate([np.tile(prompt, (num_samples, 1)), np.asarray(state.last_B)[:, None]], axis=1)
-    yield history[:, -1:]
-    n_new, sliding = 1, False
-    while n_new < max_new_tokens and not np.asarray(state.done_B).all():
-        # The newest token is not in the cache yet: it goes to slot len(history) - 1.
-        room = config.block_size - (history.shape[1] - 1)
-        if room > 0:
-            n = min(chunk, max_new_tokens - n_new, room)
-            state, tokens_BxN = _decode(params, config, state, jnp.int32(len(prompt) - 1), jnp.int32(n), chunk, draw)
-        else:
-            if not sliding:
-                sliding, window = True, jnp.asarray(history[:, -config.block_size :])
-                state = state._replace(memory=window)
-            n = min(chunk, max_new_tokens - n_new)
-            state, tokens_BxN = _slide(params, config, state, jnp.int32(n), chunk, draw)
-        new = np.asarray(tokens_BxN)[:, :n]
-        history = np.concatenate([history, new], axis=1)
-        n_new += n
-        yield new
-
-
-class _Draw(NamedTuple):
-    """Sampling as arrays, so that every setting runs the same compiled loop."""
-
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    keys_B: jax.Array
-    stop_id: jax.Array
-
-
-def _draw(sampling: Sampling, num_samples: int, seed: int, stop_id: int | None) -> _Draw:
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
-    stop_id = jnp.int32(-1 if stop_id is None else stop_id)
-    return _Draw(
-        jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p), keys_B, stop_id
-    )
-
 
 def compile_decode(
     config: GPTConfig, mesh: Mesh, params_layout, *, num_samples: int, prompt_length: int, max_new_tokens: int
 ) -> jax.stages.Compiled:
-    """Compiles what `generate` runs token after token for `mesh`, whose devices may be of a chip that is not attached.
+    """Compiles the decode loop of `generate` for `mesh`, whose devices may belong to a chip that is not attached.
 
-    The loop's body, one token of every sample, stands once in the program: its bytes are those of one token.
+    The loop's body, one token of every sample, occurs once in the program: its bytes are those of one token.
 
     Args:
       config: the model, for the mesh's platform.
       mesh: from `make_mesh`.
-      params_layout: ShapeDtypeStructs of the parameters on it, from `train_step.params_layout`.
+      params_layout: ShapeDtypeStructs of the parameters, from `Program.params_layout`.
       num_samples: B.
       prompt_length: P.
       max_new_tokens: with P, gives the length of the cache, as in `generate`.
 
     Returns:
-      (params, state, slot before the first, n, draw) -> (state, tokens [B, chunk]); the state is donated.
+      (params, state, slot before the first, n, drawing) -> (state, tokens [B, chunk]); the state is donated.
     """
     S = _cache_length(config, prompt_length, max_new_tokens)
 
@@ -211,18 +169,22 @@ def compile_decode(
         return jax.tree.map(lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding), tree, shardings)
 
     with jax.set_mesh(mesh):
-        # where the compiler lays the split parameters and the cache is where the decode step finds them
+        # The decode step reads parameters and cache in the layouts that the programs before it give them.
         split = _split.lower(params_layout, config).compile()
         params = like(jax.eval_shape(_split, params_layout, config), split.output_shardings)
-        prefill_args = (params, config, array((1, min(S, _power_of_two(prompt_length))), jnp.int32),
-                        array((), jnp.int32), num_samples, S)  # fmt: skip
+        prompt, length = array((1, min(S, _power_of_two(prompt_length))), jnp.int32), array((), jnp.int32)
+        prefill_args = (params, config, prompt, length, num_samples, S)
         prefill = _prefill.lower(*prefill_args).compile()
         _, memory = like(jax.eval_shape(_prefill, *prefill_args), prefill.output_shardings)
-        draw = jax.eval_shape(lambda: _draw(DEFAULT_SAMPLING, num_samples, 0, None))
-        draw = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), draw)
+        drawing = jax.eval_shape(lambda: _drawing(DEFAULT_SAMPLING, num_samples, 0, None))
+        drawing = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), drawing)
         state = _State(array((num_samples,), jnp.int32), array((), jnp.int32), array((num_samples,), bool), memory)
-        integer = array((), jnp.int32)
-        return _decode.lower(params, config, state, integer, integer, CHUNK, draw).compile()
+        return _decode.lower(params, config, state, length, length, CHUNK, drawing).compile()
+
+
+def _drawing(sampling: Sampling, num_samples: int, seed: int, stop_id: int | None) -> _Drawing:
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
+    return _Drawing(Draw.of(sampling), keys_B, jnp.int32(-1 if stop_id is None else stop_id))
 
 
 def _cache_length(config: GPTConfig, prompt_length: int, max_new_tokens: int) -> int:
@@ -234,73 +196,32 @@ def _power_of_two(n: int) -> int:
     return 1 << max(4, (n - 1).bit_length())
 
 
-def _blocks(params, config: GPTConfig, x_BxTxC, positions_T, caches=None):
-    """Every layer in turn; the caches, where given, come back with the new keys and values."""
-    new = []
-    with nn.intercept_methods(_dense_of_rows):
-        for i, layer in enumerate(params["blocks"]):
-            x_BxTxC, cache = Block(config).apply({"params": layer}, x_BxTxC, positions_T, True, caches and caches[i])
-            new.append(cache)
-    return x_BxTxC, tuple(new)
-
-
-def _apply(params, config: GPTConfig, tokens_BxT, positions_T, caches=None):
-    """Hidden states after the final norm, and the caches."""
-    outer = {"params": {name: value for name, value in params.items() if name != "blocks"}}
-    model = GPT(config)
-    x = model.apply(outer, tokens_BxT, positions_T, method=GPT.embed)
-    x, caches = _blocks(params, config, x, positions_T, caches)
-    return model.apply(outer, x, method=GPT.final_norm), caches
+def _forward(params, config: GPTConfig, tokens_BxT, positions_T=None, caches=None):
+    """The GPT on parameters from `split_layers`."""
+    config = dataclasses.replace(config, decode=True)
+    return GPT(config).apply({"params": params}, tokens_BxT, positions_T, caches=caches)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4, 5))
 def _prefill(params, config, tokens_1xP, length, num_samples, cache_length):
-    """Runs the prompt once; returns the logits [B, V] after its `length` tokens and the caches, for B equal samples.
+    """Logits [B, V] after the `length` tokens of the prompt, and the caches, for B equal samples.
 
-    Slots from `length` on hold what the padding left; each is overwritten before a query can see it.
+    Slots from `length` on hold keys of the padding; each is overwritten before a query can see it.
     """
     empty = jnp.zeros((config.n_kv_head, cache_length, config.head_dim), config.dtype)
     caches = ((empty, empty),) * config.n_layer
-    hidden, caches = _apply(params, config, tokens_1xP, jnp.arange(tokens_1xP.shape[1]), caches)
+    hidden, caches = _forward(params, config, tokens_1xP, jnp.arange(tokens_1xP.shape[1]), caches)
     last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
-    return jax.tree.map(
-        lambda x: jnp.repeat(x, num_samples, axis=0), (logits(params, config, last)[:, 0], caches)
-    )  # fmt: skip
+    result = (logits(params, config, last)[:, 0], caches)
+    return jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), result)
 
 
 @jax.jit
-def _next(state: _State, logits_BxV, draw: _Draw) -> _State:
+def _next(state: _State, logits_BxV, drawing: _Drawing) -> _State:
     """The state after drawing one more token from `logits_BxV`."""
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, state.n_new)
-    drawn_B = jnp.where(state.done_B, draw.stop_id, _sample(logits_BxV, draw, keys_B))
-    return state._replace(last_B=drawn_B, n_new=state.n_new + 1, done_B=state.done_B | (drawn_B == draw.stop_id))
-
-
-def _sample(logits_BxV, draw: _Draw, keys_B):
-    def greedy():
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-
-    def sampled():
-        scaled_BxV = logits_BxV / draw.temperature
-        limited = (draw.top_k > 0) | (draw.top_p < 1)
-        # the sort costs more than the head's matmul, so it is run only when it is asked for
-        kept_BxV = jax.lax.cond(limited, lambda: _limit(scaled_BxV, draw.top_k, draw.top_p), lambda: scaled_BxV)
-        return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
-
-    return jax.lax.cond(draw.temperature == 0, greedy, sampled)
-
-
-def _limit(logits_BxV, top_k, top_p):
-    """-inf for what top-k and then top-p leave out; ties with the last one kept are kept."""
-    V = logits_BxV.shape[-1]
-    sorted_BxV = -jnp.sort(-logits_BxV, axis=-1)
-    sorted_BxV = jnp.where(jnp.arange(V) < jnp.where(top_k > 0, top_k, V), sorted_BxV, -jnp.inf)
-    probabilities = jax.nn.softmax(sorted_BxV, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # the rounded sum reaches 1 before the last of the unlikely ones, which p = 1 must not leave out
-    keep = ((before < top_p) | (top_p >= 1)) & (sorted_BxV > -jnp.inf)
-    threshold_Bx1 = jnp.min(jnp.where(keep, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BxV < threshold_Bx1, -jnp.inf, logits_BxV)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(drawing.keys_B, state.n_new)
+    drawn_B = jnp.where(state.done_B, drawing.stop_id, sample(logits_BxV, drawing.draw, keys_B))
+    return state._replace(last_B=drawn_B, n_new=state.n_new + 1, done_B=state.done_B | (drawn_B == drawing.stop_id))
 
 
 def _loop(step, state: _State, n, chunk: int):
@@ -312,37 +233,36 @@ def _loop(step, state: _State, n, chunk: int):
         state = step(state)
         return i + 1, state, jax.lax.dynamic_update_slice(tokens_BxN, state.last_B[:, None], (0, i))
 
-    def going(carry):
+    def running(carry):
         i, state, _ = carry
         return (i < n) & ~jnp.all(state.done_B)
 
-    # columns that an early end leaves unwritten belong to samples that are all done, and repeat their stop id
+    # Columns that an early end does not reach repeat the stop id, because all samples are done.
     tokens_BxN = jnp.broadcast_to(state.last_B[:, None], (B, chunk))
-    i, state, tokens_BxN = jax.lax.while_loop(going, body, (jnp.int32(0), state, tokens_BxN))
+    i, state, tokens_BxN = jax.lax.while_loop(running, body, (jnp.int32(0), state, tokens_BxN))
     return state, jnp.where(jnp.arange(chunk) < i, tokens_BxN, state.last_B[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
-def _decode(params, config, state, before_first, n, chunk, draw):
-    """n more tokens by the cache. The newest token's slot is `before_first` + the number of tokens generated."""
+def _decode(params, config, state, before_first, n, chunk, drawing):
+    """n more tokens with the cache. The newest token's slot is `before_first` + the number of tokens generated."""
 
     def step(state):
         positions_T = (before_first + state.n_new)[None]
-        hidden, caches = _apply(params, config, state.last_B[:, None], positions_T, state.memory)
-        return _next(state._replace(memory=caches), logits(params, config, hidden)[:, 0], draw)
+        hidden, caches = _forward(params, config, state.last_B[:, None], positions_T, state.memory)
+        return _next(state._replace(memory=caches), logits(params, config, hidden)[:, 0], drawing)
 
     return _loop(step, state, n, chunk)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4), donate_argnums=2)
-def _slide(params, config, state, n, chunk, draw):
-    """n more tokens, each from a whole forward over the last block_size tokens."""
-    config = dataclasses.replace(config, remat="none")
+def _slide(params, config, state, n, chunk, drawing):
+    """n more tokens, each from a forward pass over the last block_size tokens."""
 
     def step(state):
         window_BxT = state.memory
-        hidden, _ = _apply(params, config, window_BxT, jnp.arange(window_BxT.shape[1]))
-        state = _next(state, logits(params, config, hidden[:, -1:])[:, 0], draw)
+        hidden = _forward(params, config, window_BxT)
+        state = _next(state, logits(params, config, hidden[:, -1:])[:, 0], drawing)
         return state._replace(memory=jnp.concatenate([window_BxT[:, 1:], state.last_B[:, None]], axis=1))
 
     return _loop(step, state, n, chunk)

@@ -1,8 +1,8 @@
-"""Hugging Face's GPT-2 and our parameters: names, shapes and configuration, both ways, through safetensors.
+"""Exchange with Hugging Face's GPT-2 through safetensors: names, shapes and configuration, both ways.
 
-Their Conv1D weights are [in, out] like our kernels, so nothing is transposed. They differ in three ways: a tensor for each
-layer where ours are stacked, `c_attn` = q|k|v along the output where ours are apart, no padding of the vocabulary.
-A pickle (`pytorch_model.bin`) is never read: reading one runs what code it holds.
+Their Conv1D weights are [in, out] like our kernels, so nothing is transposed. Three things differ: they have one tensor
+per layer where ours are stacked, one `c_attn` = q|k|v where ours are three kernels, and no padding of the vocabulary.
+Pickles (`pytorch_model.bin`) are never read, because unpickling executes code.
 
 Shapes: C n_embd, L n_layer, T block_size, V vocab_size.
 """
@@ -17,16 +17,19 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from trialgpt_jax import UserError, files
-from trialgpt_jax.model.gpt import GPTConfig
+from trialgpt_jax import UserError
+from trialgpt_jax.schema import specs
+from trialgpt_jax.storage import files
+from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.layers import EPS
 
 WEIGHTS = "model.safetensors"
 
-# What their GPT-2 always is: our option -> the value that says so.
-_GPT2_ONLY = {"position": "learned", "norm": "layernorm", "activation": "gelu", "qk_norm": False, "embed_norm": False,
-              "logit_softcap": 0.0}  # fmt: skip
-# Their options that change the function: name -> the values that are GPT-2's, the default first.
+# The allow-list of the export: the fields of `GPTConfig` that their configuration expresses. Every other field of the
+# group `model` must have its default, which is GPT-2's, so an option that this module does not know is refused.
+_EXPRESSED = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "tie_embeddings")
+_INITIAL = ("zero_init_proj",)  # acts on initial values only
+# Their options that change the function: name -> GPT-2's values, the default first.
 _THEIR_OPTIONS = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
@@ -36,19 +39,16 @@ _THEIR_OPTIONS = {
     "add_cross_attention": (False,),
 }
 _THEIR_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # defaults
-_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which old files carry along
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which old files contain
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Their tensors' shapes by name, without the prefix `transformer.`; `lm_head.weight` only where it is untied."""
+    """Shapes of their tensors by name, without the prefix `transformer.`; `lm_head.weight` only if it is untied."""
     C, V = config.n_embd, config.vocab_size
+    kernels = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
     layer = {}
-    for norm in ("ln_1", "ln_2"):
-        layer |= {f"{norm}.weight": (C,), f"{norm}.bias": (C,)}
-    for name, inputs, outputs in (
-        ("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, 4 * C), ("mlp.c_proj", 4 * C, C)
-    ):  # fmt: skip
-        layer |= {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+    for name, shape in {"ln_1": (C,), "ln_2": (C,), **kernels}.items():
+        layer |= {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
     outer = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     if not config.tie_embeddings:
         outer["lm_head.weight"] = (V, C)
@@ -59,16 +59,16 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_hf(params, config: GPTConfig) -> dict[str, np.ndarray]:
-    """Their state dict, as `GPT2LMHeadModel` saves it: `transformer.*`, and `lm_head.weight` only where it is untied.
+    """Their state dict, as `GPT2LMHeadModel` saves it: `transformer.*`, and `lm_head.weight` only if it is untied.
 
-    A model without biases is one with biases of zero, which is how theirs can hold it.
+    A model without biases becomes one with biases of zero.
 
     Args:
       params: our parameters.
       config: of the model.
 
     Raises:
-      UserError: names the options that their GPT-2 does not have.
+      UserError: names the options that GPT-2 does not have.
     """
     check_expressible(config)
     ours = {name: np.asarray(value) for name, value in traverse_util.flatten_dict(params, sep="/").items()}
@@ -84,28 +84,30 @@ def to_hf(params, config: GPTConfig) -> dict[str, np.ndarray]:
             values = [ours[part] for part in parts if part in ours]
         value = np.concatenate(values, -1) if values else np.zeros(shape, dtype)
         if path.endswith("embedding"):
-            value = value[: shape[0]]  # without the padding of the vocabulary
+            value = value[: shape[0]]  # removes the padding of the vocabulary
         tensors[name if name.startswith("lm_head") else f"transformer.{name}"] = np.ascontiguousarray(value)
     return tensors
 
 
 def check_expressible(config: GPTConfig) -> None:
-    """Raises UserError, naming the options, for a model that their GPT-2 cannot express."""
+    """Raises UserError, naming the options, for a model that is not a GPT-2."""
+    defaults = GPTConfig()
+    free = (*_EXPRESSED, *_INITIAL, "n_kv_head", "head_dim")  # the last two depend on n_head and n_embd
     wrong = [
-        f"model.{name}={getattr(config, name)}" for name, value in _GPT2_ONLY.items() if getattr(config, name) != value
+        f"model.{name}={getattr(config, name)}"
+        for name in specs(GPTConfig)
+        if name not in free and getattr(config, name) != getattr(defaults, name)
     ]
     if config.n_kv_head != config.n_head:
         wrong.append(f"model.n_kv_head={config.n_kv_head} (n_head is {config.n_head})")
     if config.head_dim * config.n_head != config.n_embd:
         wrong.append(f"model.head_dim={config.head_dim} (n_embd / n_head is {config.n_embd / config.n_head:g})")
     if wrong:
-        raise UserError(
-            f"Hugging Face's GPT-2 cannot express {', '.join(wrong)}; only GPT-2's own options can go there"
-        )
+        raise UserError(f"Hugging Face's GPT-2 cannot express {', '.join(wrong)}; only GPT-2's options can be exported")
 
 
 def hf_config(config: GPTConfig, eot_id: int | None) -> dict:
-    """The contents of their `config.json`. `eot_id`: end-of-text, begins and ends documents; None = unknown."""
+    """The contents of their `config.json`. `eot_id`: the end-of-text id, their bos and eos; None = unknown."""
     check_expressible(config)
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -148,9 +150,9 @@ def write(folder: str, params, config: GPTConfig, eot_id: int | None) -> None:
 
 
 def read_config(folder: str) -> dict:
-    """The fields of `config.model` that describe the model of an HF folder: its sizes, and GPT-2's options.
+    """The fields of `config.model` for the model of an HF folder: its sizes, and GPT-2's options.
 
-    Dropout is 0: theirs says 0.1 by default, which is what GPT-2 was trained with from scratch.
+    Dropout is 0. Their default of 0.1 is what GPT-2 was trained with from scratch.
 
     Raises:
       UserError: no config.json, another architecture, or an option that our GPT does not have.
@@ -177,11 +179,11 @@ def read_config(folder: str) -> dict:
         raise UserError(f"{path}: n_inner is {theirs['n_inner']}, but only 4 * n_embd can be converted")
     sizes["block_size"] = sizes.pop("n_positions")
     tied = bool(theirs.get("tie_word_embeddings", True))
-    return {**sizes, **_GPT2_ONLY, "n_kv_head": 0, "head_dim": 0, "bias": True, "tie_embeddings": tied, "dropout": 0.0}
+    return {name: default for name, (default, _) in specs(GPTConfig).items()} | sizes | {"tie_embeddings": tied}
 
 
 def is_hf_folder(folder: str) -> bool:
-    """Whether a folder's config.json is that of a Hugging Face model, rather than a workdir's (or none at all)."""
+    """Whether a folder's config.json describes a Hugging Face model, and not a workdir."""
     try:
         return not isinstance(files.read_json(os.path.join(folder, "config.json")).get("model"), dict)
     except (OSError, ValueError, AttributeError):
@@ -189,7 +191,7 @@ def is_hf_folder(folder: str) -> bool:
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: GPTConfig) -> dict:
-    """Our parameters from their tensors; the padding of the vocabulary is zeros, as in a new model.
+    """Our parameters from their tensors; the vocabulary is padded with zeros, as in a new model.
 
     Args:
       tensors: by name, with or without the prefix `transformer.`; of any float dtype.
@@ -233,16 +235,17 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: GPTConfig) -> dict:
                 ours[f"blocks/{path}"] = stacked
     if head and not np.array_equal(np.asarray(tensors[head]), np.asarray(tensors[given["wte.weight"]])):
         raise UserError(
-            f"tensor `{head}` differs from `{given['wte.weight']}`, though config.json ties them; set tie_word_embeddings=false"
+            f"tensor `{head}` differs from `{given['wte.weight']}`, though config.json ties them; "
+            "set tie_word_embeddings=false"
         )
     return traverse_util.unflatten_dict(ours, sep="/")
 
 
 class SafetensorsFolder(Mapping):
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names, read when asked for.
+    """The tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`, read on access.
 
     Raises:
-      UserError: neither is there (a pickle is refused with the way to convert it), or a file is damaged.
+      UserError: there is neither (a pickle is refused with the way to convert it), or a file is damaged.
     """
 
     def __init__(self, folder: str):
@@ -280,13 +283,13 @@ class SafetensorsFolder(Mapping):
 
 def _pickle_advice(folder: str, file: str) -> str:
     return (
-        f"; {file} is a pickle, which runs code when it is read, so it is not. Where you trust it, convert it with "
+        f"; {file} is a pickle and is not read, because unpickling executes code. If you trust it, convert it with "
         f"transformers: GPT2LMHeadModel.from_pretrained({folder!r}).save_pretrained(NEW_FOLDER)"
     )
 
 
 def _our_path(name: str) -> str:
-    """Ours for theirs, without `h.<layer>`: `mlp.c_fc.weight` -> `mlp/c_fc/kernel`."""
+    """Our name for theirs, without `h.<layer>`: `mlp.c_fc.weight` -> `mlp/c_fc/kernel`."""
     module, leaf = name.rsplit(".", 1)
     if leaf == "weight":
         leaf = "scale" if module.startswith("ln_") else "embedding" if module in ("wte", "wpe", "lm_head") else "kernel"

@@ -1,9 +1,9 @@
-"""Norms and GELU whose backward passes keep their inputs alone, in the dtype in which they came.
+"""Building blocks of the GPT: linear layers, embedding lookup, norms, activations, rotary positions, remat policies.
 
-Automatic differentiation keeps float32 copies of what lies between: on an H200 (32 x 1,024 tokens, GPT-2 124M, bfloat16)
-that is a third of the memory that a step needs besides its state. Here a backward pass computes them again from the input,
-inside the same fused loop. The barriers keep the compiler from noticing that it has seen these values before, and from
-storing them after all.
+Norm and GELU have backward passes of their own, which recompute from the input instead of storing float32
+intermediates. These take a third of the memory of a bfloat16 step (docs/performance.md#norm-gelu-vjp).
+
+Shapes: B batch, T length, C n_embd, H heads, D head width, V padded vocabulary, N rows (B * T), I inputs, O outputs.
 """
 
 import functools
@@ -11,18 +11,129 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.parallel.sharding import mesh_axis, spec
+from trialgpt_jax.schema import choose
 
 EPS = 1e-5  # GPT-2's; Flax's LayerNorm defaults to 1e-6
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    """`x` in float32, or float64 if it is that already."""
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in float32, or float64 if it is float64 already."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """[..., C] -> [N, C]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# ---- initial values
+
+
+def normal(std: float, *axes: str):
+    """Initializer N(0, std) that records the logical axis names."""
+    init = nn.initializers.normal(std) if std else nn.initializers.zeros
+    return nn.with_logical_partitioning(init, axes)
+
+
+def vocabulary(config: GPTConfig, std: float):
+    """Initializer N(0, std) for the rows of real ids. Padding rows are zero and stay zero: they receive no gradient."""
+    init = nn.initializers.normal(std)
+
+    def masked(key, shape, dtype):
+        return jnp.where(jnp.arange(shape[0])[:, None] < config.vocab_size, init(key, shape, dtype), 0)
+
+    return nn.with_logical_partitioning(masked, ("vocab", "embed"))
+
+
+def projection_std(config: GPTConfig) -> float:
+    """GPT-2's scale of residual projections: 2 * n_layer of them add up to the variance of one with std 0.02."""
+    return 0.0 if config.zero_init_proj else 0.02 / math.sqrt(2 * config.n_layer)
+
+
+# ---- linear layers and embeddings
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_kernel(kernel_IxO: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    """All-gathers a kernel along fsdp once per pass and reduce-scatters its gradient.
+
+    Without it XLA gathers attention kernels again for the recomputation and for the input's gradient
+    (docs/performance.md#fsdp-gather).
+    """
+    gathered = {"embed": "hidden", "heads_in": "heads", "mlp_in": "mlp"}
+    return nn.with_logical_constraint(kernel_IxO, tuple(gathered.get(axis, axis) for axis in axes))
+
+
+gather_kernel.defvjp(
+    lambda kernel, axes: (gather_kernel(kernel, axes), None),
+    lambda axes, _, d_kernel: (nn.with_logical_constraint(d_kernel, axes),),
+)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias.
+
+    Attributes:
+      config: the model.
+      features: O.
+      axes: logical names of the kernel's axes.
+      std: of the initial kernel.
+    """
+
+    config: GPTConfig
+    features: int
+    axes: tuple[str, str]
+    std: float
+
+    @nn.compact
+    def __call__(self, x):
+        """[..., I] -> [..., O] of `config.dtype`."""
+        c = self.config
+        x_NxI, shape = rows(x), (x.shape[-1], self.features)
+        if c.decode:  # kernel [O, I] is read at memory speed for a few rows (docs/performance.md#decode-layout)
+            kernel_OxI = self.param("kernel", normal(self.std, *self.axes[::-1]), shape[::-1], c.param_dtype)
+            y_NxO = jnp.einsum("oi,nti->ont", kernel_OxI.astype(c.dtype), x_NxI[:, None]).transpose(1, 2, 0)[:, 0]
+        else:  # 2-D operands: faster kernel gradients on CPU (docs/performance.md#dense-rows)
+            kernel_IxO = self.param("kernel", normal(self.std, *self.axes), shape, c.param_dtype)
+            y_NxO = x_NxI @ gather_kernel(kernel_IxO.astype(c.dtype), self.axes)
+        if c.bias:
+            y_NxO = y_NxO + self.param("bias", normal(0, self.axes[1]), shape[1:], c.param_dtype).astype(c.dtype)
+        return y_NxO.reshape(*x.shape[:-1], self.features)
+
+
+def lookup(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
+    """Rows [B, T, C] of an embedding table.
+
+    Under fsdp each device gathers the columns and looks up its own sequences inside `shard_map`: the gradient of the
+    table is then a reduce-scatter, and not the all-reduce that XLA chooses (docs/performance.md#fsdp-gather).
+    """
+    matrix_VxC = table.embedding.astype(table.dtype)
+    mesh, fsdp, tensor = jax.sharding.get_abstract_mesh(), mesh_axis("embed"), mesh_axis("vocab")
+    # `init` runs on one token, which no mesh divides
+    if mesh.empty or mesh.shape[fsdp] == 1 or table.is_initializing():
+        return jnp.take(matrix_VxC, ids_BxT, axis=0)
+
+    def local(matrix_VxC, ids_BxT):
+        matrix_VxC = jax.lax.all_gather(matrix_VxC, fsdp, axis=1, tiled=True)
+        rows_BxT = ids_BxT - jax.lax.axis_index(tensor) * matrix_VxC.shape[0]
+        here = (rows_BxT >= 0) & (rows_BxT < matrix_VxC.shape[0])
+        found = jnp.take(matrix_VxC, jnp.where(here, rows_BxT, 0), axis=0)
+        return jax.lax.psum(jnp.where(here[..., None], found, 0), tensor)
+
+    specs = {"in_specs": (spec("vocab", "embed"), spec("batch")), "out_specs": spec("batch")}
+    return jax.shard_map(local, mesh=mesh, **specs, check_vma=False)(matrix_VxC, ids_BxT)
+
+
+# ---- norms
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, centred: bool) -> jax.Array:
-    """LayerNorm or RMSNorm over the last axis, eps 1e-5, statistics in float32.
+    """LayerNorm or RMSNorm over the last axis, eps 1e-5, statistics in float32 (float64 for float64).
 
     Args:
       x: [..., C].
@@ -36,74 +147,147 @@ def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, centred: bool) 
     return _norm_forward(x, scale, bias, centred)[0]
 
 
-def _statistics(x: jax.Array, centred: bool) -> tuple[jax.Array, jax.Array]:
-    """Mean (0 unless centred) and 1 / standard deviation, [..., 1], in float32 or float64."""
-    wide = _wide(x)
-    if not centred:
-        return jnp.zeros((), wide.dtype), jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + EPS)
-    mean = jnp.mean(wide, -1, keepdims=True)
-    if x.dtype == wide.dtype:  # E[x^2] - mean^2 would lose digits
-        variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
-    else:  # far fewer than the rounding of x has cost already, and both sums take one pass over x
-        variance = jnp.maximum(jnp.mean(jnp.square(wide), -1, keepdims=True) - jnp.square(mean), 0)
-    return mean, jax.lax.rsqrt(variance + EPS)
+NORMS = {"layernorm": functools.partial(norm, centred=True), "rmsnorm": functools.partial(norm, centred=False)}
 
 
 def rms(x: jax.Array) -> jax.Array:
-    """x / RMS(x) over the last axis, in the dtype of `x`: the parameter-free norm of queries and keys."""
-    return (_wide(x) * _statistics(x, centred=False)[1]).astype(x.dtype)
+    """x / RMS(x) over the last axis, in the dtype of `x`: the norm without parameters of queries and keys."""
+    return (wide(x) * _statistics(x, centred=False)[1]).astype(x.dtype)
+
+
+def _statistics(x: jax.Array, centred: bool) -> tuple[jax.Array, jax.Array]:
+    """Mean (0 unless centred) and 1 / standard deviation, [..., 1], in float32 or float64."""
+    x_wide = wide(x)
+    if not centred:
+        return jnp.zeros((), x_wide.dtype), jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), -1, keepdims=True) + EPS)
+    mean = jnp.mean(x_wide, -1, keepdims=True)
+    if x.dtype == x_wide.dtype:  # E[x^2] - mean^2 would cancel
+        variance = jnp.mean(jnp.square(x_wide - mean), -1, keepdims=True)
+    else:  # bfloat16: its rounding loses more than the cancellation does, and one pass over x gives both sums
+        variance = jnp.maximum(jnp.mean(jnp.square(x_wide), -1, keepdims=True) - jnp.square(mean), 0)
+    return mean, jax.lax.rsqrt(variance + EPS)
 
 
 def _norm_forward(x, scale, bias, centred):
     mean, inverse = _statistics(x, centred)
-    y = (_wide(x) - mean) * inverse * scale
-    # the statistics are kept, at 8 bytes a row: without them the sums over rows below would need a pass of their own
+    y = (wide(x) - mean) * inverse * scale
+    # The statistics are kept, 8 bytes a row: both sums over rows in the backward pass then take one pass over x.
     return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
 def _norm_backward(centred, kept, dy):
     x, scale, bias, mean, inverse = kept
-    wide, dy = _wide(jax.lax.optimization_barrier(x)), _wide(dy)
-    normal = (wide - mean) * inverse
+    # optimization_barrier: XLA would otherwise store the forward pass's float32 copy of x
+    x_wide, dy = wide(jax.lax.optimization_barrier(x)), wide(dy)
+    normalised = (x_wide - mean) * inverse
     g = dy * scale
-    dx = g - normal * jnp.mean(g * normal, -1, keepdims=True)
+    dx = g - normalised * jnp.mean(g * normalised, -1, keepdims=True)
     if centred:
         dx = dx - jnp.mean(g, -1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
-    d_scale = jnp.sum(dy * normal, rows).astype(scale.dtype)
-    d_bias = None if bias is None else jnp.sum(dy, rows).astype(bias.dtype)
+    others = tuple(range(x.ndim - 1))
+    d_scale = jnp.sum(dy * normalised, others).astype(scale.dtype)
+    d_bias = None if bias is None else jnp.sum(dy, others).astype(bias.dtype)
     return (dx * inverse).astype(x.dtype), d_scale, d_bias
 
 
 norm.defvjp(_norm_forward, _norm_backward)
 
+
+class Norm(nn.Module):
+    """The config's norm over C, with a scale, and a bias where LayerNorm has one."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", ones, (c.n_embd,), c.param_dtype)
+        has_bias = c.bias and c.norm == "layernorm"
+        bias = self.param("bias", normal(0, "embed"), (c.n_embd,), c.param_dtype) if has_bias else None
+        return choose(NORMS, c.norm, "model.norm")(x, scale, bias)
+
+
+# ---- activations
+
+_gelu = functools.partial(jax.nn.gelu, approximate=True)
 _A, _B = math.sqrt(2 / math.pi), 0.044715
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU in the tanh form that GPT-2 uses (Hendrycks and Gimpel 2016), in float32.
-
-    XLA:GPU takes it into the matmul before it, where cuBLAS computes it in float32, but knows it by its form in the dtype
-    of `x` alone; where it stays outside (in a loop over layers, in training) its error is a third larger than rounding alone.
+    """GELU in the tanh form that GPT-2 uses (Hendrycks and Gimpel 2016), computed in float32.
 
     Args:
-      x: [..., C], a matmul's output. It is what the backward pass reads.
+      x: [..., C], the output of a matmul; the only array that the backward pass reads.
 
     Returns:
       [..., C] in the dtype of `x`.
     """
-    return jax.lax.platform_dependent(x, cuda=_gelu, default=lambda x: _gelu(_wide(x)).astype(x.dtype))
-
-
-_gelu = functools.partial(jax.nn.gelu, approximate=True)
+    # XLA:GPU recognises the form in the dtype of x as a cuBLASLt epilogue (docs/performance.md#gelu-epilogue).
+    return jax.lax.platform_dependent(x, cuda=_gelu, default=lambda x: _gelu(wide(x)).astype(x.dtype))
 
 
 def _gelu_backward(x, dy):
-    wide = _wide(jax.lax.optimization_barrier(x))
-    tanh = jnp.tanh(_A * (wide + _B * wide**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh**2) * _A * (1 + 3 * _B * wide**2)
-    return ((_wide(dy) * slope).astype(x.dtype),)
+    x_wide = wide(jax.lax.optimization_barrier(x))
+    tanh = jnp.tanh(_A * (x_wide + _B * x_wide**3))
+    slope = 0.5 * (1 + tanh) + 0.5 * x_wide * (1 - tanh**2) * _A * (1 + 3 * _B * x_wide**2)
+    return ((wide(dy) * slope).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    """max(x, 0)^2 (So et al. 2021)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+def swiglu(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """silu(gate) * x (Shazeer 2020)."""
+    return jax.nn.silu(gate) * x
+
+
+ACTIVATIONS = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}
+GATED = ("swiglu",)  # activations of two matmul outputs
+
+
+# ---- positions
+
+
+def rope(x_BxTxHxD: jax.Array, positions_T: jax.Array) -> jax.Array:
+    """Rotary position embedding, base 10,000; dimension i pairs with i + D/2 (Su et al. 2021; GPT-NeoX's pairing)."""
+    half = x_BxTxHxD.shape[-1] // 2
+    dtype = jnp.promote_types(x_BxTxHxD.dtype, jnp.float32)
+    frequency = 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
+    angle_Tx1xD = positions_T.astype(dtype)[:, None, None] * frequency
+    cos, sin = jnp.cos(angle_Tx1xD), jnp.sin(angle_Tx1xD)
+    a, b = jnp.split(x_BxTxHxD.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxTxHxD.dtype)
+
+
+# What a position encoding does to queries and keys; learned positions are added to the embeddings instead.
+POSITIONS = {"learned": lambda x, positions_T: x, "rope": rope}
+
+
+# ---- rematerialisation: what of a layer, besides its input, is stored for the backward pass
+
+
+def _kernel_outputs(primitive, *args, **params):
+    """Stores the outputs of matmuls and attention kernels; norms and activations are recomputed."""
+    named = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "residual", "mlp")
+    # cuDNN's attention has no checkpoint names, so its output and statistics are matched by primitive.
+    return primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **params)
+
+
+REMAT = {
+    "none": _kernel_outputs,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
