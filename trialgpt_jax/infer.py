@@ -1,6 +1,6 @@
 """Generates text: `python -m trialgpt_jax.infer --workdir=runs/quickstart --prompt="The people"`.
 
-Text streams to stdout as it is produced; with --json, stdout is one JSON object at the end.
+Text streams to stdout while it is generated. With --json, stdout is one JSON object at the end.
 """
 
 import json
@@ -13,14 +13,17 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
+from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.evaluate import load_params
-from trialgpt_jax.model.generate import DEFAULT_SAMPLING, Sampling, generate, split_layers
-from trialgpt_jax.parallel import accelerators, processes
-from trialgpt_jax.parallel.sharding import AXES, make_mesh
-from trialgpt_jax.training.metrics import say
+from trialgpt_jax.model.generate import generate, split_layers
+from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Sampling
+from trialgpt_jax.parallel import processes
+from trialgpt_jax.parallel.axes import AXES
+from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.training.program import Program
+from trialgpt_jax.training.start import load_params
 
 
 def infer(
@@ -35,27 +38,28 @@ def infer(
     step: int = -1,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """Continues a prompt with the model of a workdir, its heads split over the devices where they can be.
+    """Continues a prompt with the model of a workdir, with its heads split over the devices if they divide them.
 
     Args:
       config: the workdir's.
       workdir: of a run.
       prompt: text; None starts a document (the end-of-text id).
-      num_samples: continuations, generated together.
-      max_new_tokens: tokens of each; end-of-text ends one earlier.
+      num_samples: continuations, generated as one batch.
+      max_new_tokens: tokens of each; end-of-text ends a continuation earlier.
       sampling: temperature, top-k, top-p.
       seed: sample i of a seed does not depend on num_samples.
       step: of the checkpoint; -1 = the newest whole one.
-      on_text: gets the prompt and the first sample's text, piece by piece, while it is made.
+      on_text: called with the prompt and then with pieces of the first sample's text.
 
     Returns:
-      step, prompt, and samples: a list of {text, tokens}, the text without the prompt.
+      step, prompt, and samples: a list of {text, tokens} without the prompt.
 
     Raises:
       UserError: a prompt, number or checkpoint that cannot be used.
     """
     sampling.validate()
-    # One copy of the model: decoding is bound by reading the weights, so devices share them along tensor.
+    config_lib.enable_x64(config)
+    # One copy of the model, split along tensor, because decoding is bound by reading the weights.
     heads = config.model.n_kv_head or config.model.n_head
     tensor = math.gcd(heads, jax.device_count())
     mesh = _decoding_mesh(tensor)
@@ -63,8 +67,10 @@ def infer(
     if prompt == "":
         raise UserError("--prompt is empty; leave it out to start a new document, or give some text")
     ids = [tokenizer.eot_id] if prompt is None else tokenizer.encode(prompt)
+    program = Program(config, mesh=mesh)
+    gpt = program.gpt
     with jax.set_mesh(mesh):
-        gpt, params, step = load_params(config, workdir, step, mesh)
+        params, step = load_params(workdir, program.params_layout, step)
         say(f"checkpoint {step}, {gpt.dtype} on {tensor} x {mesh.devices.flat[0].device_kind}")
         params = split_layers(params, gpt)
         on_text(prompt or "")
@@ -91,9 +97,9 @@ def infer(
 
 
 def _decoding_mesh(tensor: int) -> Mesh:
-    """A mesh of `tensor` devices; with several processes one of all devices, as every process must have some of them.
+    """A mesh of `tensor` devices; with several processes of all devices, because each process must own some of them.
 
-    The devices beyond `tensor` then do the same work along an axis of their own, over which nothing is split.
+    The other devices then repeat the work along an additional axis, over which nothing is split.
     """
     if jax.process_count() == 1:
         return make_mesh({"data": 1, "fsdp": 1, "tensor": tensor}, jax.devices()[:tensor])
@@ -105,7 +111,7 @@ def read_prompt(prompt: str | None) -> str | None:
     """The prompt of the command line: text, or the contents of a file for `FILE:path`.
 
     Raises:
-      UserError: the file is not there, or not UTF-8 (names the offset).
+      UserError: the file cannot be read, or is not UTF-8 (names the offset).
     """
     if prompt is None or not prompt.startswith("FILE:"):
         return prompt
@@ -115,7 +121,7 @@ def read_prompt(prompt: str | None) -> str | None:
             return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt={prompt}: {path} is not UTF-8 at byte {error.start}; convert it first") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not a possible file name
         why = getattr(error, "strerror", None) or error
         raise UserError(f"--prompt={prompt!a}: {path!a} cannot be read: {why}") from None
 
@@ -123,22 +129,20 @@ def read_prompt(prompt: str | None) -> str | None:
 FLAGS = {
     "workdir": (None, "folder of the run"),
     "prompt": (None, "text to continue, or FILE:path; left out: a new document"),
-    "num_samples": (1, "continuations, generated together"),
-    "max_new_tokens": (200, "tokens of each, unless it ends earlier"),
-    "temperature": (0.8, "below 1 = more of the likely, above 1 = more surprises, 0 = always the likeliest"),
-    "top_k": (0, "draw from the k likeliest only; 0 = all"),
-    "top_p": (1.0, "draw from the fewest likeliest that together reach probability p; 1 = all"),
-    "seed": (0, "of the draws; reproduces a sample"),
+    "num_samples": (1, "continuations, generated as one batch"),
+    "max_new_tokens": (200, "tokens of each; end-of-text ends one earlier"),
+    "temperature": (0.8, "below 1 = more predictable, above 1 = more varied, 0 = greedy"),
+    "top_k": (0, "sample from the k likeliest tokens; 0 = all"),
+    "top_p": (1.0, "sample from the smallest set of likeliest tokens that reaches probability p; 1 = all"),
+    "seed": (0, "of the random numbers; the same seed gives the same samples"),
     "checkpoint_step": (-1, "which checkpoint; -1 = the newest whole one"),
     "json": (False, "print one JSON object on stdout"),
 } | processes.FLAGS
 
 
 def main(argv: list[str]) -> None:
-    flags, config = config_lib.parse_command_line(argv, __doc__, FLAGS)
-    if not flags.workdir:
-        raise UserError("--workdir=FOLDER is missing: the folder of a run")
-    config_lib.validate(config)
+    flags, config = cli.parse(argv, __doc__, FLAGS)
+    workdir = cli.require_workdir(flags)
     prompt = read_prompt(flags.prompt)
 
     def stream(text: str) -> None:
@@ -146,13 +150,12 @@ def main(argv: list[str]) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    accelerators.use_compilation_cache()
-    with processes.joined(flags):
+    with cli.start(flags, config):
         if flags.num_samples > 1:
             stream("--- sample 0\n")
         result = infer(
             config,
-            flags.workdir,
+            workdir,
             prompt,
             num_samples=flags.num_samples,
             max_new_tokens=flags.max_new_tokens,
@@ -169,4 +172,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_lib.run(main)
+    cli.run(main)

@@ -1,29 +1,33 @@
-"""What is said about a run: FLOPs, MFU and bits per byte, and where the numbers go."""
+"""The numbers of a run: FLOPs, bits per byte, clocks and rates, and `metrics.jsonl` with its copies."""
 
 import contextlib
 import json
 import math
 import os
-import sys
+import time
 
 import jax
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError, files
-from trialgpt_jax.model.gpt import GPTConfig, head
+from trialgpt_jax import UserError
+from trialgpt_jax.console import say
+from trialgpt_jax.storage import files
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.gpt import head
+from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.tensorboard import EventFile
 
 
 def parameter_count(params) -> int:
-    """Number of parameters, the padding of the vocabulary included."""
+    """Number of parameters, including the padding of the vocabulary."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def flops_per_token(params, config: GPTConfig) -> float:
-    """Training FLOPs per token: 6 per parameter that sits in a matmul, and 12 * n_layer * width * block_size for attention.
+    """Training FLOPs per token: 6 per parameter in a matmul, plus 12 * n_layer * width * block_size for attention.
 
-    The head counts once, positions and an untied input embedding do not. The convention of nanoGPT, PaLM (appendix B) and
-    torchtitan: causality is not subtracted and recomputation not added. `params` may be shapes.
+    The head counts once; positions and an untied input embedding do not count. This is the convention of nanoGPT, PaLM
+    (appendix B) and torchtitan: causality is not subtracted, recomputation is not added. `params` may be shapes.
     """
     kernels = sum(
         x.size for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"]) if path[-1].key == "kernel"
@@ -33,7 +37,7 @@ def flops_per_token(params, config: GPTConfig) -> float:
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, n_bytes: int | None) -> float | None:
-    """Cross-entropy per UTF-8 byte of the text, which does not depend on the tokenizer.
+    """Cross-entropy per UTF-8 byte of the text, in bits; it does not depend on the tokenizer.
 
     Args:
       nats_per_token: mean loss over tokens of the split.
@@ -44,18 +48,17 @@ def bits_per_byte(nats_per_token: float, tokens: int, n_bytes: int | None) -> fl
 
 
 def time_left(seconds: float) -> str:
-    """A duration as a person writes it: 12s, 3m05s, 2h10m, 4d03h."""
+    """A duration in two units: 12s, 3m05s, 2h10m, 4d03h."""
     seconds = int(seconds)
     if seconds < 60:
         return f"{seconds}s"
-    for unit, below, size in (("m", "s", 60), ("h", "m", 3600), ("d", "h", 86400)):
-        if seconds < size * {"m": 60, "h": 24, "d": 10**9}[unit]:
-            return f"{seconds // size}{unit}{seconds % size // {'s': 1, 'm': 60, 'h': 3600}[below]:02d}{below}"
-    raise AssertionError
+    units = (("m", 60, "s", 1), ("h", 3600, "m", 60), ("d", 86400, "h", 3600))
+    unit, size, minor_unit, minor = next(u for u in reversed(units) if seconds >= u[1])
+    return f"{seconds // size}{unit}{seconds % size // minor:02d}{minor_unit}"
 
 
 def progress_line(line: dict, steps: int) -> str:
-    """The line of one training step: step, loss, learning rate, gradient norm, speed, MFU where known, time left."""
+    """The log line of a training step: step, loss, learning rate, gradient norm, speed, MFU if known, time left."""
     step_seconds = line["step_seconds"]
     loss, norm = (math.nan if line[name] is None else line[name] for name in ("loss", "grad_norm"))
     parts = [
@@ -72,31 +75,74 @@ def progress_line(line: dict, steps: int) -> str:
     return " | ".join(parts)
 
 
-class MetricsLog:
-    """`metrics.jsonl`, one object a line, with copies to TensorBoard and Weights & Biases where they are on.
+class Meter:
+    """Training time and rates.
+
+    Time counts from `restart` to the completion of a step, so evaluation, saving and compilation are excluded.
 
     Attributes:
-      last: the last line kept from an earlier run of the workdir, or {}.
+      seconds: training time since step 0.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None, seconds: float = 0.0):
+        """`peak_flops`: of all devices together; None = unknown, so no MFU. `seconds`: from an earlier process."""
+        self._tokens_per_step, self._flops_per_token, self._peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.seconds = seconds
+        self._step, self._time = 0, 0.0  # the last completed step and when it was
+        self._window_steps, self._window_seconds = 0, 0.0  # since the last `rates`
+
+    def restart(self, step: int) -> None:
+        """Starts the clock after `step`, which is complete."""
+        self._step, self._time = step, time.monotonic()
+
+    def complete(self, step: int) -> None:
+        """Records that `step` is complete."""
+        now = time.monotonic()
+        self.seconds += now - self._time
+        self._window_seconds += now - self._time
+        self._window_steps += step - self._step
+        self._step, self._time = step, now
+
+    def rates(self) -> dict[str, float]:
+        """step_seconds, tokens_per_second and mfu (if the peak is known) since the last call."""
+        step_seconds = self._window_seconds / self._window_steps
+        self._window_steps, self._window_seconds = 0, 0.0
+        rates = {"step_seconds": step_seconds, "tokens_per_second": self._tokens_per_step / step_seconds}
+        if self._peak_flops:
+            rates["mfu"] = rates["tokens_per_second"] * self._flops_per_token / self._peak_flops
+        return rates
+
+
+def finite(value) -> float | None:
+    """A float for JSON, which has neither NaN nor infinity: None stands for them."""
+    return float(value) if math.isfinite(value) else None
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object per line, copied to TensorBoard and Weights & Biases if they are enabled.
+
+    Attributes:
+      last: the last line kept from an earlier process in the workdir, or {}.
     """
 
     def __init__(self, workdir: str, log: ConfigDict, resume_step: int, config: ConfigDict):
-        """Opens the log and drops lines of steps after `resume_step`, which will be run again; all for 0.
+        """Opens the log and drops the lines of steps after `resume_step`, which will run again; 0 drops all.
 
         Raises:
-          UserError: W&B is asked for and not installed, or a line before the last is not JSON.
+          UserError: W&B is enabled but not installed, or a line before the last is not JSON.
         """
-        self._path = os.path.join(workdir, "metrics.jsonl")
+        self._path = workdir_lib.metrics_path(workdir)
         kept = _lines_up_to(self._path, resume_step)
         self.last = kept[-1] if kept else {}
-        self._text = "".join(json.dumps(line) + "\n" for line in kept)  # of a store's object: nothing can be appended
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)  # for object stores, which cannot append
         files.write(self._path, self._text)
-        self._size = len(self._text.encode())  # bytes of whole lines on disk
+        self._size = len(self._text.encode())  # bytes of complete lines on disk
         self._unwritten = ""
         self._tensorboard = self._wandb = None
         if log.tensorboard and files.is_remote(workdir):
             say("log.tensorboard is off: its files are appended to, which an object store cannot do")
         elif log.tensorboard:
-            self._tensorboard = EventFile(os.path.join(workdir, "tensorboard"), resume_step)
+            self._tensorboard = EventFile(workdir_lib.tensorboard_path(workdir), resume_step)
         if log.wandb:
             try:
                 import wandb
@@ -106,7 +152,7 @@ class MetricsLog:
             self._wandb = wandb.init(project=log.wandb, name=name, id=name, resume="allow", config=config.to_dict())
 
     def write(self, line: dict) -> None:
-        """Adds a line; it carries `step`. While the disk is full, lines wait for room, and `sync` tells it."""
+        """Adds a line, which has a `step`. While the disk is full, lines stay in memory, and `sync` raises."""
         self._unwritten += json.dumps(line) + "\n"
         if not files.is_remote(self._path):
             with contextlib.suppress(OSError):
@@ -124,7 +170,7 @@ class MetricsLog:
     def _append(self, sync: bool) -> None:
         data = self._unwritten.encode()
         with open(self._path, "r+b") as file:
-            file.truncate(self._size)  # of a write that a full disk cut short
+            file.truncate(self._size)  # drops a line that a full disk cut short
             file.seek(self._size)
             file.write(data)
             file.flush()
@@ -133,10 +179,10 @@ class MetricsLog:
         self._size, self._unwritten = self._size + len(data), ""
 
     def sync(self) -> None:
-        """Puts everything on disk or into the store; called before a checkpoint, which promises the lines up to its step.
+        """Writes all lines durably. Called before a checkpoint, which guarantees the lines up to its step.
 
         Raises:
-          OSError: it cannot be written; nothing is lost yet.
+          OSError: they cannot be written; they stay in memory.
         """
         if files.is_remote(self._path):
             self._text, self._unwritten = self._text + self._unwritten, ""
@@ -145,7 +191,7 @@ class MetricsLog:
             self._append(sync=True)
 
     def close(self) -> None:
-        """Ends the log. What could not be written since the last `sync` belongs to no checkpoint."""
+        """Closes the log. Lines that cannot be written are later than every checkpoint: a resumed run writes them."""
         with contextlib.suppress(OSError):
             self.sync()
             if self._tensorboard:
@@ -155,7 +201,7 @@ class MetricsLog:
 
 
 def _lines_up_to(path: str, step: int) -> list[dict]:
-    """The lines of steps <= `step`, none for 0; a last line that a kill cut short is dropped."""
+    """The lines of steps <= `step`, none for 0. An incomplete last line, after a kill, is dropped."""
     if not files.exists(path):
         return []
     with files.open_file(path) as file:
@@ -169,13 +215,6 @@ def _lines_up_to(path: str, step: int) -> list[dict]:
             lines.append(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(raw):
-                raise UserError(f"{path}, line {number}: not a line of metrics; mend or remove the file") from None
-    # a run killed before its first checkpoint begins anew, with the evaluation of step 0
+                raise UserError(f"{path}, line {number}: not a line of metrics; repair or remove the file") from None
+    # Without a checkpoint the run starts over, including the evaluation of step 0.
     return [line for line in lines if line["step"] <= step] if step else []
-
-
-def say(text: str) -> None:
-    """Prints a line of the run's log to stderr, from the first process only; stdout is for results."""
-    if jax.process_index() == 0:
-        # in one write: what another thread says at this moment, the end of the job perhaps, begins a line of its own
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)

@@ -1,75 +1,107 @@
-"""The optimizer: schedules, clipping, AdamW or Muon, and which parameters decay."""
+"""Optimizers and learning rate schedules by name, gradient clipping, and which parameters decay."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from trialgpt_jax.schema import choose
+
+# ---- schedules after the warmup: (config.optim, peak, updates after the warmup, updates in all) -> optax.Schedule
+
+
+def _cosine(optim, peak, updates, total):
+    return optax.cosine_decay_schedule(peak, updates, alpha=optim.min_lr_ratio)
+
+
+def _linear(optim, peak, updates, total):
+    return optax.linear_schedule(peak, peak * optim.min_lr_ratio, updates)
+
+
+def _wsd(optim, peak, updates, total):
+    """Warmup, stable, decay: linear over the last `decay_fraction` of all updates."""
+    decay = max(1, min(round(optim.decay_fraction * total), updates))
+    return optax.linear_schedule(peak, peak * optim.min_lr_ratio, decay, transition_begin=updates - decay)
+
+
+def _constant(optim, peak, updates, total):
+    return optax.constant_schedule(peak)
+
+
+SCHEDULES = {"cosine": _cosine, "linear": _linear, "wsd": _wsd, "constant": _constant}
+
 
 def schedule(optim: ConfigDict, steps: int, peak: float) -> optax.Schedule:
     """Learning rate as a function of the number of updates made so far.
 
-    The warmup is nanoGPT's: update n (from 0) uses peak * (n + 1) / (warmup_steps + 1), so that none is wasted at zero.
-    After it comes a cosine or a line down to peak * min_lr_ratio at `steps`, the peak with a line down over the last
-    decay_fraction of the steps ("wsd"), or the peak ("constant").
+    The warmup is nanoGPT's: update n (from 0) uses peak * (n + 1) / (warmup_steps + 1), so that no update is wasted at
+    rate zero. The decay ends at peak * min_lr_ratio.
 
     Args:
       optim: `config.optim`.
-      steps: total number of updates.
+      steps: number of updates in all.
       peak: largest learning rate.
+
+    Raises:
+      UserError: no schedule of that name.
     """
-    warmup, last = optim.warmup_steps, steps - optim.warmup_steps
-    decay = round(optim.decay_fraction * steps) if optim.schedule == "wsd" else last
-    decay = max(1, min(decay, last))
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, decay, alpha=optim.min_lr_ratio),
-        "linear": lambda: optax.linear_schedule(peak, peak * optim.min_lr_ratio, decay),
-        "wsd": lambda: optax.linear_schedule(peak, peak * optim.min_lr_ratio, decay, transition_begin=last - decay),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[optim.schedule]()
+    warmup = optim.warmup_steps
+    after = choose(SCHEDULES, optim.schedule, "optim.schedule")(optim, peak, max(1, steps - warmup), steps)
     if warmup:
         after = optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
-    # optax counts in int32, whose quotients are float32 even where parameters are float64
+    # optax counts in int32; its quotients are then float32 even for float64 parameters
     return lambda n_updates: after(jnp.asarray(n_updates, float))
 
 
-def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The optax chain: clip by the global norm, then AdamW, or Muon on the hidden matrices and AdamW on the rest.
+# ---- optimizers: (config.optim, steps) -> optax.GradientTransformation, without clipping
 
-    Weight decay is decoupled and falls on matrices only (kernels and embeddings, not biases and norms), as nanoGPT's.
-    Muon's update is scaled by sqrt(max(1, fan_out / fan_in)) (Jordan 2024); layers are orthogonalised each on its own.
-    """
-    adamw = optax.adamw(
-        schedule(optim, steps, optim.learning_rate),
-        optim.b1,
-        optim.b2,
-        optim.eps,
-        weight_decay=optim.weight_decay,
-        mask=lambda params: _by_path(params, _is_matrix),
+
+def _adamw(optim, steps):
+    rate = schedule(optim, steps, optim.learning_rate)
+    decays = {"weight_decay": optim.weight_decay, "mask": lambda params: _by_path(params, _is_matrix)}
+    return optax.adamw(rate, optim.b1, optim.b2, optim.eps, **decays)
+
+
+def _muon(optim, steps):
+    """Muon (Jordan 2024) for the hidden matrices of each layer, AdamW for everything else."""
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=optim.muon_momentum, weight_dimension_numbers=_layer_matrices),
+        optax.stateless(_scale_by_shape),
+        optax.add_decayed_weights(optim.weight_decay),
+        optax.scale_by_learning_rate(schedule(optim, steps, optim.muon_learning_rate)),
     )
-    if optim.name == "muon":
-        muon = optax.chain(
-            optax.contrib.scale_by_muon(beta=optim.muon_momentum, weight_dimension_numbers=_layer_matrices),
-            optax.stateless(_scale_by_shape),
-            optax.add_decayed_weights(optim.weight_decay),
-            optax.scale_by_learning_rate(schedule(optim, steps, optim.muon_learning_rate)),
-        )
-        update = optax.partition(
-            {"muon": muon, "adamw": adamw},
-            lambda params: _by_path(params, lambda names: "muon" if _is_hidden_matrix(names) else "adamw"),
-        )
-    else:
-        update = adamw
+    return optax.partition(
+        {"muon": muon, "adamw": _adamw(optim, steps)},
+        lambda params: _by_path(params, lambda names: "muon" if _is_hidden_matrix(names) else "adamw"),
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+
+
+def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimizer `optim.name`, after clipping by the global norm where `optim.clip_norm` is not 0.
+
+    Weight decay is decoupled and applies to matrices only (kernels and embeddings), as in nanoGPT.
+
+    Args:
+      optim: `config.optim`.
+      steps: number of updates in all.
+
+    Raises:
+      UserError: no optimizer or schedule of that name.
+    """
+    update = choose(OPTIMIZERS, optim.name, "optim.name")(optim, steps)
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update) if optim.clip_norm else update
 
 
 def _scale_by_shape(updates, params):
-    """Makes the update of a matrix [.., in, out] act alike on vectors of any width."""
+    """Scales the update of a matrix [..., in, out] by sqrt(max(1, out / in)): the same effect at every width."""
     return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
 
 
 def _layer_matrices(params):
-    """Every leaf is a stack [layer, in, out] of matrices."""
+    """Every leaf is a stack [layer, in, out] of matrices, each orthogonalised separately."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)
 
 
@@ -82,9 +114,9 @@ def _is_hidden_matrix(names: list[str]) -> bool:
 
 
 def _by_path(params, function):
-    """Maps every leaf to function(its names). By name, not by rank: a norm's scale is [layer, C], a matrix by rank."""
+    """Maps every leaf to function(its names). Not by rank: stacked norm scales [layer, C] look like matrices."""
 
     def names(path):
-        return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]  # skips the boxes of axis names
+        return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]  # skips boxes of axis names
 
     return jax.tree_util.tree_map_with_path(lambda path, _: function(names(path)), params)

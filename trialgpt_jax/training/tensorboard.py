@@ -1,7 +1,7 @@
-"""Event files for TensorBoard: scalars, as records of protocol buffers, written without a library.
+"""Event files for TensorBoard: scalars in TFRecord framing, written without a library.
 
-tensorboardX imports torch wherever that is installed, two seconds of every start, and its writer has a thread that a full disk
-ends, whereupon the run would wait for ever. The formats: TensorFlow's `event.proto`, `summary.proto` and TFRecord.
+tensorboardX imports torch if it is installed, which takes two seconds of every start, and a full disk ends its writer
+thread, after which the run waits without end. Formats: TensorFlow's `event.proto`, `summary.proto` and TFRecord.
 """
 
 import os
@@ -23,7 +23,7 @@ _TABLE = _crc32c_table()
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """CRC-32C of `data`, rotated and shifted as TFRecord has it, little-endian."""
+    """TFRecord's masked CRC-32C of `data`, little-endian."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
@@ -41,37 +41,36 @@ def _varint(number: int) -> bytes:
 
 
 def _field(number: int, data: bytes) -> bytes:
-    """A field of bytes, text or a message."""
+    """A length-delimited field: bytes, text or a message."""
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
 class EventFile:
-    """One event file of a folder, begun now.
+    """A new event file in a folder.
 
     Args:
-      folder: made if it is not there.
-      resume_step: not 0 = hide the points of steps after it, which an earlier process wrote and this one will write again.
+      folder: created if it does not exist.
+      resume_step: not 0 = TensorBoard drops points of later steps, written by an earlier process.
     """
 
     def __init__(self, folder: str, resume_step: int):
         os.makedirs(folder, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"  # sorts by the time when it was begun
-        self._file = open(os.path.join(folder, name), "xb")  # noqa: SIM115 - `close` closes it
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"  # sorts by creation time
+        self._file = open(os.path.join(folder, name), "xb")  # noqa: SIM115 - closed by `close`
         self._add(0, _field(3, b"brain.Event:2"))  # file_version
         if resume_step:
             self._add(resume_step + 1, _field(7, b"\x08\x01"))  # session_log {status: START}
         self._flush()
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds a point to each curve; on disk within half a minute of steps.
+        """Adds a point to each curve; flushed every 30 seconds.
 
         Raises:
           OSError: it cannot be written.
         """
+        # summary {value {tag, simple_value}}
         values = (_field(1, name.encode()) + b"\x15" + struct.pack("<f", value) for name, value in numbers.items())
-        self._add(
-            step, _field(5, b"".join(_field(1, value) for value in values))
-        )  # summary {value {tag, simple_value}}
+        self._add(step, _field(5, b"".join(_field(1, value) for value in values)))
         if time.monotonic() - self._flushed > 30:
             self._flush()
 
@@ -85,5 +84,5 @@ class EventFile:
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Puts the rest on disk."""
+        """Flushes and closes the file."""
         self._file.close()

@@ -1,0 +1,222 @@
+"""The folder of a workdir's checkpoints, without orbax: which steps are whole, which are kept, what is removed.
+
+Orbax restores a flipped bit as a wrong weight without an error, so every step also has a `checksums.json`, see
+`storage.integrity`, which adds shape and dtype of every array and the validation loss. It is written last. While a save
+is in progress its step is in `<workdir>/saving`, so a step without checksums is either interrupted (it is in `saving`,
+and is discarded) or damaged. A file `<step>.removed` next to a step means that the step is being removed.
+"""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Callable
+
+import jax
+
+from trialgpt_jax import UserError
+from trialgpt_jax.parallel import processes
+from trialgpt_jax.storage import files, integrity
+from trialgpt_jax.storage.integrity import human_size
+from trialgpt_jax.training.workdir import checkpoints_path, saving_path
+
+_REMOVED = ".removed"
+_DAMAGED = ".damaged"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+
+
+class CheckpointFolder:
+    """The checkpoints of one workdir as files.
+
+    Args:
+      workdir: its folder `checkpoints/` holds one folder per step; a path or a URL, see `storage.files`.
+      keep_last: newest checkpoints to keep; at least 1.
+      keep_best: checkpoints to keep for the lowest validation loss.
+      keep_period: steps that are a multiple of it are never removed; 0 = none.
+      say: takes a line for the log.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        keep_period: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        workdir = files.resolve(workdir)  # orbax accepts a relative path and fails in the background
+        self._folder, self._marker = checkpoints_path(workdir), saving_path(workdir)
+        self._keep_last, self._keep_best, self._keep_period, self._say = keep_last, keep_best, keep_period, say
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, whole or not, ascending; without those being saved or removed."""
+        names, unfinished = files.names(self._folder), self._unfinished()
+        return sorted(
+            int(name) for name in names if _STEP.fullmatch(name) and name != unfinished and name + _REMOVED not in names
+        )
+
+    def problem(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of `step`, after reading every byte; None when it is whole."""
+        try:
+            return integrity.first_difference(self._path(step), self._record(step)["files"])
+        except (OSError, ValueError) as error:
+            return " ".join(str(error).split())
+
+    def newest_whole(self) -> int | None:
+        """The newest step whose checkpoint is whole; logs damaged newer ones. None when there are no checkpoints.
+
+        Process 0 reads and decides for all.
+
+        Raises:
+          UserError: there are checkpoints, but none is whole.
+        """
+        return processes.from_first(self._newest_whole)
+
+    def _newest_whole(self) -> int | None:
+        steps = self.steps()
+        for step in reversed(steps):
+            problem = self.problem(step)
+            if problem is None:
+                return step
+            self._say(f"checkpoint {step} is damaged: {problem}")
+        if steps:
+            raise UserError(
+                f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) is whole; restore one from a "
+                "backup, or train into another workdir"
+            )
+        return None
+
+    def check(self, step: int) -> None:
+        """Refuses a step that does not exist or is not whole; process 0 reads and decides for all.
+
+        Raises:
+          UserError: says what is wrong, and which steps there are.
+        """
+        processes.from_first(lambda: self._check(step))
+
+    def _check(self, step: int) -> None:
+        if step not in self.steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self._folder} has no checkpoint of step {step}; it has {have}")
+        if problem := self.problem(step):
+            raise UserError(f"checkpoint {step} is damaged: {problem}")
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether any array of `step` has a name with this prefix; False if its checksums cannot be read."""
+        return any(name.startswith(prefix) for name in self._arrays(step))
+
+    def params_only(self, step: int) -> bool:
+        """Whether `step` holds parameters without optimizer state: converted ones, not yet trained here."""
+        names = self._arrays(step)
+        return bool(names) and all(name.startswith("params/") for name in names)
+
+    def _arrays(self, step: int) -> dict:
+        try:
+            return self._record(step)["arrays"]
+        except (OSError, ValueError):
+            return {}
+
+    def check_space(self, n_bytes: int) -> None:
+        """Refuses a disk without space for the checkpoints to be kept and the one being written.
+
+        Args:
+          n_bytes: of the arrays of one checkpoint.
+
+        Raises:
+          UserError: says how much is needed and how much is free. Checkpoints of `keep_period` are not counted.
+        """
+        free = files.free_bytes(self._folder)
+        kept = self._keep_last + self._keep_best + 1
+        missing = max(1, kept - len(self.steps())) * n_bytes
+        if free is not None and free < missing:
+            raise UserError(
+                f"{self._folder}: a checkpoint takes {human_size(n_bytes)}, and checkpoint.keep_last + "
+                f"checkpoint.keep_best + 1 = {kept} of them need {human_size(missing)} more, but {human_size(free)} "
+                "are free; free some, keep fewer, or choose another --workdir"
+            )
+
+    def discard_interrupted(self) -> None:
+        """Removes what an interrupted save or removal left behind. Not for a workdir that another run is using."""
+        if jax.process_index() != 0:
+            return
+        if step := self._unfinished():
+            self._say(f"the save of step {step} was interrupted; it is discarded")
+        self._discard_unfinished()
+        for name in files.names(self._folder):
+            if name.endswith(_REMOVED):
+                self._remove(name.removesuffix(_REMOVED))
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the damaged checkpoints newer than `step`, so that those steps can be saved again."""
+        for damaged in [other for other in self.steps() if other > step] if jax.process_index() == 0 else []:
+            self._say(f"checkpoint {damaged} is kept as {damaged}{_DAMAGED} until step {damaged} is saved again")
+            files.remove_tree(self._path(damaged) + _DAMAGED)
+            files.rename_folder(self._path(damaged), self._path(damaged) + _DAMAGED)
+
+    # ---- for `Checkpoints`, which writes the arrays
+
+    def _path(self, step: int | str) -> str:
+        return os.path.join(self._folder, str(step))
+
+    def _record(self, step: int) -> dict:
+        """The checksums of a step: `step`, `val_loss`, `arrays`, `files`. Raises ValueError if they are damaged."""
+        record, path = integrity.read_record(self._path(step)), integrity.record_path(self._path(step))
+        loss = record.get("val_loss", math.nan)
+        if not isinstance(record.get("arrays"), dict) or not (
+            loss is None or (type(loss) is float and math.isfinite(loss))
+        ):
+            raise ValueError(f"{path} cannot be read: the arrays or the loss are missing or of the wrong type")
+        if record.get("step") != step:
+            raise ValueError(f"{path} is of step {record.get('step')}")
+        return record
+
+    def _mark_unfinished(self, step: int) -> None:
+        files.make_folder(self._folder)
+        files.write(self._marker, str(step))
+
+    def _mark_finished(self, step: int, val_loss: float | None, arrays: dict) -> None:
+        integrity.write_record(self._path(step), {"step": step, "val_loss": val_loss, "arrays": arrays})
+        files.remove(self._marker)
+
+    def _unfinished(self) -> str | None:
+        """The step whose save has begun and not ended."""
+        try:
+            with files.open_file(self._marker) as file:
+                step = file.read(32).decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return None
+        whole = not _STEP.fullmatch(step) or files.exists(integrity.record_path(self._path(step)))
+        return None if whole else step
+
+    def _discard_unfinished(self) -> None:
+        if step := self._unfinished():
+            files.remove_tree(self._path(step))
+        for name in files.names(self._folder):
+            if "orbax-checkpoint-tmp" in name:
+                files.remove_tree(self._path(name))
+        files.remove(self._marker)
+
+    def _prune(self) -> None:
+        """Removes the checkpoints that are not to be kept, and damaged ones whose step has been saved again."""
+        losses = {}
+        for step in self.steps():
+            with contextlib.suppress(OSError, ValueError):  # damaged: neither removed nor counted
+                losses[step] = self._record(step)["val_loss"]
+        whole = list(losses)
+        best = sorted((step for step in whole if losses[step] is not None), key=lambda step: losses[step])
+        keep = set(whole[-self._keep_last :]) | set(best[: self._keep_best])
+        keep |= {step for step in whole if self._keep_period and step % self._keep_period == 0}
+        for step in whole:
+            if step not in keep:
+                self._remove(str(step))
+        for name in files.names(self._folder):
+            if name.endswith(_DAMAGED) and name.removesuffix(_DAMAGED) in map(str, whole):
+                files.remove_tree(self._path(name))
+
+    def _remove(self, name: str) -> None:
+        """Removes a step. If this is interrupted, the step counts as removed, not as damaged, and is removed later."""
+        path = self._path(name)
+        files.write(path + _REMOVED, b"")
+        if _STEP.fullmatch(name):
+            files.remove_tree(path)
+        files.remove(path + _REMOVED)

@@ -1,0 +1,264 @@
+"""One builder: a config and devices in; the model, mesh, optimizer, layouts and compiled steps out."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from trialgpt_jax import UserError
+from trialgpt_jax.console import say
+from trialgpt_jax.data import batches
+from trialgpt_jax.data.token_store import Mixture, Split, TokenStore
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.parallel.axes import mesh_sizes
+from trialgpt_jax.parallel.sharding import (
+    RULES,
+    batch_sharding,
+    local_blocks,
+    make_mesh,
+    put_batch,
+    replicated,
+    shard_shapes,
+)
+from trialgpt_jax.training import train_step as steps
+from trialgpt_jax.training.metrics import flops_per_token, parameter_count
+from trialgpt_jax.training.optimizer import make_optimizer, schedule
+from trialgpt_jax.training.train_step import TrainState
+
+
+class Program:
+    """What a config becomes on given devices. Layouts and compiled steps are made when first read, and kept.
+
+    Args:
+      config: a valid config, see `config.validate`.
+      devices: default: all devices. They may belong to a chip that is not attached.
+      mesh: default: `config.mesh` over `devices`.
+
+    Attributes:
+      config, gpt, mesh, optimizer: the config, its model, the device mesh and the optax optimizer.
+      layout: the TrainState as ShapeDtypeStructs with shardings; nothing is allocated.
+      params_layout: the same of the parameters alone.
+      train_step: compiled, (state, tokens [batch_size, T + 1]) -> (state, metrics); the state is donated.
+      eval_step: compiled, (params, tokens [eval_batch_size, T + 1], valid [eval_batch_size]) -> (nats, tokens).
+
+    Raises:
+      UserError: an attention kernel, dtype, remat or mesh that these devices do not support.
+    """
+
+    def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None, mesh: Mesh | None = None):
+        if mesh is None:
+            devices = jax.devices() if devices is None else devices
+            mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
+        self.config, self.mesh = config, mesh
+        self.gpt = gpt_config(config, mesh.devices.flat[0].platform)
+        for name in (self.gpt.dtype, self.gpt.param_dtype):
+            if jax.dtypes.canonicalize_dtype(name) != jnp.dtype(name):
+                raise UserError(f"train.dtype or train.param_dtype is {name}, which needs JAX_ENABLE_X64=1")
+        self.optimizer = make_optimizer(config.optim, config.train.steps)
+
+    @functools.cached_property
+    def _boxed_params(self):
+        return jax.eval_shape(functools.partial(steps.init_params, self.gpt, 0))
+
+    @functools.cached_property
+    def params_layout(self):
+        return shard_shapes(self._boxed_params, self.mesh)
+
+    @functools.cached_property
+    def layout(self) -> TrainState:
+        new = functools.partial(steps.new_state, optimizer=self.optimizer, skip_spikes=self.config.train.skip_spikes)
+        return shard_shapes(jax.eval_shape(new, self._boxed_params), self.mesh)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences of a microbatch, rounded up to a multiple of the devices that share the batch."""
+        train, shards = self.config.train, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-train.batch_size // train.accumulate_steps // shards) * shards
+
+    def init_state(self) -> TrainState:
+        """The state before step 0, created on the devices that hold it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.layout)
+        seed, skip_spikes = self.config.seed, self.config.train.skip_spikes
+        with self._mesh_in_use():
+            init = functools.partial(steps.init_state, self.gpt, self.optimizer, seed, skip_spikes)
+            return jax.jit(init, out_shardings=shardings)()
+
+    @functools.cached_property
+    def train_step(self) -> jax.stages.Compiled:
+        config, train = self.config, self.config.train
+        step = functools.partial(
+            steps.train_step,
+            config=self.gpt,
+            optimizer=self.optimizer,
+            accumulate_steps=train.accumulate_steps,
+            seed=config.seed,
+            skip_spikes=train.skip_spikes,
+            learning_rate=schedule(config.optim, train.steps, config.optim.learning_rate),
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.layout), replicated(self.mesh)
+        with self._mesh_in_use():
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+            return self._compile(jitted.lower(self.layout, self._tokens(train.batch_size)))
+
+    @functools.cached_property
+    def eval_step(self) -> jax.stages.Compiled:
+        size = self.eval_batch_size
+        valid = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=batch_sharding(self.mesh))
+        with self._mesh_in_use():
+            jitted = jax.jit(functools.partial(steps.eval_step, config=self.gpt), out_shardings=replicated(self.mesh))
+            return self._compile(jitted.lower(self.params_layout, self._tokens(size), valid))
+
+    def evaluate(self, params, eval_batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, int]:
+        """Mean loss over the valid rows of `eval_batches`.
+
+        Args:
+          params: the parameters.
+          eval_batches: this process's int32 tokens [local_batch, T + 1] and bool valid rows [local_batch].
+
+        Returns:
+          Nats per token and the number of tokens, over all processes.
+        """
+        sharding = batch_sharding(self.mesh)
+        totals, pending = np.zeros(2), None
+        for tokens, valid in eval_batches:
+            sums = self.eval_step(params, put_batch(tokens, sharding), put_batch(valid, sharding))
+            if pending:  # fetched one batch late: the device does not wait, and at most two batches are on it
+                totals += jax.device_get(pending)
+            pending = sums
+        totals += jax.device_get(pending)
+        return float(totals[0] / totals[1]), int(totals[1])
+
+    def train_batches(self, split: Split | Mixture, start_step: int) -> Iterator[np.ndarray]:
+        """This process's part of the batches from `start_step` on, see `data.batches.train_batches`."""
+        config = self.config
+        return batches.train_batches(
+            split,
+            block_size=self.gpt.block_size,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            start_step=start_step,
+            blocks=local_blocks(batch_sharding(self.mesh)),
+        )
+
+    def eval_batches(self, split: Split | Mixture, n_batches: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """This process's part of `n_batches` batches of train.batch_size sequences; 0 = the whole split."""
+        return batches.eval_batches(
+            split,
+            block_size=self.gpt.block_size,
+            batch_size=self.eval_batch_size,
+            n_batches=-(-n_batches * self.config.train.batch_size // self.eval_batch_size),
+            blocks=local_blocks(batch_sharding(self.mesh)),
+        )
+
+    def describe(self, train_tokens: int) -> str:
+        """Devices, model size and FLOPs, for the log; `train_tokens`: tokens of the training split."""
+        train, device = self.config.train, jax.devices()[0]
+        tokens_per_step = train.batch_size * self.gpt.block_size
+        mfu = "" if accelerators.chip(device.device_kind) else "; no MFU because the peak of this chip is not known"
+        return (
+            f"{jax.device_count()} x {device.device_kind}, mesh {dict(self.mesh.shape)}, "
+            f"{jax.process_count()} process(es)\n"
+            f"{parameter_count(self.params_layout):,} parameters, {self.gpt.dtype} matmuls, attention kernel "
+            f"{self.gpt.attention}, remat {self.gpt.remat}\n"
+            f"{tokens_per_step:,} tokens per step, {train.steps * tokens_per_step:.3g} in all; "
+            f"{train_tokens:,} in the training split\n"
+            f"{flops_per_token(self.params_layout, self.gpt):.3g} FLOPs per token{mfu}"
+        )
+
+    def memory_plan(self) -> str:
+        """The train step's memory per device against what the device has, and what to change if it does not fit."""
+        device = self.mesh.devices.flat[0]
+        plan = self.train_step.memory_analysis()
+        state, temporaries = plan.argument_size_in_bytes, plan.temp_size_in_bytes
+        total = state + plan.output_size_in_bytes - plan.alias_size_in_bytes + temporaries
+        text = f"memory per device: {state / 2**30:.2f} GiB state and batch + {temporaries / 2**30:.2f} GiB temporaries"
+        available = accelerators.memory_bytes(device)
+        if available is None:
+            return text
+        text += f" = {total / 2**30:.2f} of {available / 2**30:.1f} GiB"
+        if total > available:
+            text += "; THIS DOES NOT FIT: raise train.accumulate_steps, set train.remat=block, or split the state "
+            text += "with mesh.fsdp"
+        return text
+
+    def _tokens(self, batch_size: int) -> jax.ShapeDtypeStruct:
+        shape = (batch_size, self.gpt.block_size + 1)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
+
+    @contextlib.contextmanager
+    def _mesh_in_use(self) -> Iterator[None]:
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
+            yield
+
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        return lowered.compile(accelerators.compiler_options(self.mesh.devices.flat[0].platform))
+
+
+def params_layout(gpt: GPTConfig, mesh: Mesh):
+    """The parameters of a model as ShapeDtypeStructs with their shardings on `mesh`."""
+    return shard_shapes(jax.eval_shape(functools.partial(steps.init_params, gpt, 0)), mesh)
+
+
+def gpt_config(config: ConfigDict, platform: str) -> GPTConfig:
+    """The model of a config on a platform ("cpu", "gpu" or "tpu"), which decides dtype, attention kernel and unrolling.
+
+    Raises:
+      UserError: the platform does not support the attention kernel or the remat that the config names.
+    """
+    train = config.train
+    model = GPTConfig(**config.model)
+    dtype = accelerators.compute_dtype(train.dtype, platform)
+    kernel = accelerators.attention_kernel(
+        train.attention,
+        platform,
+        dtype=dtype,
+        head_dim=model.head_dim,
+        block_size=model.block_size,
+        dropout=model.dropout,
+    )
+    if train.remat == "offload" and platform == "cpu":
+        raise UserError("train.remat=offload moves activations to host memory, where a CPU has them already; use block")
+    # Unrolled layers are faster, but remat needs the loop (docs/performance.md#scan-unroll).
+    unrolled = train.remat == "none" and (platform == "gpu" or (platform == "cpu" and model.n_layer <= 12))
+    return dataclasses.replace(
+        model,
+        dtype=dtype,
+        param_dtype=train.param_dtype,
+        attention=kernel,
+        remat=train.remat,
+        scan_unroll=train.scan_unroll or (model.n_layer if unrolled else 1),
+    )
+
+
+def resolve(config: ConfigDict, store: TokenStore) -> ConfigDict:
+    """The config with vocabulary size and tokenizer of the token store that it trains on.
+
+    Raises:
+      UserError: the store has ids beyond model.vocab_size.
+    """
+    config = config.copy_and_resolve_references()
+    if config.data.tokenizer != store.tokenizer:  # later commands take the tokenizer's name from the workdir's config
+        say(f"data.tokenizer={config.data.tokenizer}, but {store.folder} was made with {store.tokenizer}; that is used")
+        config.data.tokenizer = store.tokenizer
+    vocab_size = config.model.vocab_size = config.model.vocab_size or store.vocab_size
+    if store.vocab_size > vocab_size:
+        raise UserError(
+            f"{store.folder}: tokenizer {store.tokenizer} has {store.vocab_size} ids, beyond "
+            f"model.vocab_size={vocab_size}; set model.vocab_size={store.vocab_size}, or 0 for the store's"
+        )
+    if store.vocab_size < vocab_size:
+        unused = vocab_size - store.vocab_size
+        say(
+            f"model.vocab_size={vocab_size}, but tokenizer {store.tokenizer} has only {store.vocab_size} ids; "
+            f"the other {unused} are unused"
+        )
+    return config

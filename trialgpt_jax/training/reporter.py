@@ -1,0 +1,114 @@
+"""The reports of a training run: a line per step and per evaluation, and the refusal of a run that only skips."""
+
+import math
+
+import jax
+
+from trialgpt_jax.console import say
+from trialgpt_jax.data.token_store import Mixture, Split
+from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.training.metrics import Meter, MetricsLog, bits_per_byte, finite, flops_per_token, progress_line
+from trialgpt_jax.training.program import Program
+
+
+class Reporter:
+    """What a run writes while it trains: a line per step and per evaluation, in the log and in `metrics.jsonl`.
+
+    Args:
+      program: the run's.
+      val_split: what it evaluates on.
+      workdir: of the run.
+      first_step: the step it continues from; 0 = none.
+
+    Attributes:
+      seconds: training time since step 0.
+    """
+
+    def __init__(self, program: Program, val_split: Split | Mixture, workdir: str, first_step: int):
+        self._program, self._val_split, self._config = program, val_split, program.config
+        self._tokens_per_step = self._config.train.batch_size * program.gpt.block_size
+        self._log = None
+        if jax.process_index() == 0:
+            self._log = MetricsLog(workdir, self._config.log, first_step, self._config)
+        chip = accelerators.chip(jax.devices()[0].device_kind)
+        peak = chip and chip.peak_flops * jax.device_count()
+        seconds = self._log.last.get("seconds", 0.0) if self._log else 0.0
+        flops = flops_per_token(program.params_layout, program.gpt)
+        self._meter = Meter(self._tokens_per_step, flops, peak, seconds)
+
+    @property
+    def seconds(self) -> float:
+        return self._meter.seconds
+
+    def restart_clock(self, step: int) -> None:
+        """Starts the clock of training time after `step`, which is complete."""
+        self._meter.restart(step)
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Waits until `step` is complete, and writes its line where one is due.
+
+        Raises:
+          FloatingPointError: train.max_skipped steps in a row were skipped.
+        """
+        config, values = self._config, jax.device_get(metrics)
+        self._meter.complete(step)
+        self._check_skipped(step, values)
+        if step % config.log.every_steps and step != config.train.steps:
+            return
+        rates = self._meter.rates()
+        line = {
+            "step": step,
+            "tokens": step * self._tokens_per_step,
+            "loss": finite(values["loss"]),
+            "lr": float(values["lr"]),
+            "grad_norm": finite(values["grad_norm"]),
+            "tokens_per_second": rates["tokens_per_second"],
+            "seconds": self.seconds,
+            "skipped": int(values["skipped"]),
+        }
+        if "mfu" in rates:
+            line["mfu"] = rates["mfu"]
+        self._write(line)
+        say(progress_line(line | rates, config.train.steps))
+
+    def _check_skipped(self, step: int, values: dict) -> None:
+        skipped, train = int(values["skipped_in_a_row"]), self._config.train
+        if not skipped:
+            return
+        loss, norm = float(values["loss"]), float(values["grad_norm"])
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        why = f"are a spike (train.skip_spikes={train.skip_spikes:g})" if is_finite else "are not finite"
+        say(f"step {step}: loss {loss:.4g} or gradients {norm:.4g} of batch {step - 1} {why}; the update is skipped")
+        if skipped >= train.max_skipped:
+            raise FloatingPointError(
+                f"{skipped} steps in a row were skipped (train.max_skipped), up to step {step}; the last good "
+                "state is in the newest checkpoint. Lower the learning rate, or look at the batches"
+            )
+
+    def evaluate(self, step: int, params) -> float | None:
+        """Writes the validation loss at `step`, and returns it if it is finite."""
+        split = self._val_split
+        batches = self._program.eval_batches(split, self._config.eval.batches)
+        loss, n_tokens = self._program.evaluate(params, batches)
+        line = {"step": step, "tokens": step * self._tokens_per_step, "val_loss": finite(loss), "seconds": self.seconds}
+        per_byte = bits_per_byte(loss, split.n_tokens, split.n_bytes)
+        if per_byte is not None:
+            line["val_bits_per_byte"] = finite(per_byte)
+        self._write(line)
+        text = f", {per_byte:.4f} bits per byte" if per_byte is not None else ""
+        say(f"step {step}: validation loss {loss:.4f}{text} over {n_tokens:,} tokens")
+        return finite(loss)
+
+    def _write(self, line: dict) -> None:
+        if self._log:
+            self._log.write(line)
+
+    def sync(self) -> None:
+        """As `MetricsLog.sync`."""
+        if self._log:
+            self._log.sync()
+
+    def close(self) -> None:
+        """As `MetricsLog.close`."""
+        if self._log:
+            self._log.close()

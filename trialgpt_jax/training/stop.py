@@ -1,0 +1,58 @@
+"""Stopping a run on request: SIGTERM, Ctrl-C or a time limit; all processes of a job stop after the same step."""
+
+import contextlib
+import os
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopRequest:
+    """Context manager: the first SIGTERM or Ctrl-C asks for a stop after the current step, the second ends the process.
+
+    With several processes JAX's preemption service listens for SIGTERM in each of them and agrees on a step at which
+    all can stop. A second SIGTERM has no effect there, because a scheduler that takes hosts away signals them one by
+    one.
+    """
+
+    def __enter__(self):
+        self._asked = False
+        self._previous = {}
+        # With several processes SIGTERM is left alone: a handler here would replace the preemption service's.
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
+            with contextlib.suppress(ValueError):  # not in the main thread (a notebook): no signals to handle
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number, frame):
+        for each, handler in self._previous.items():
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else handler)
+        self._ask_all()
+        if jax.process_index() == 0:
+            # os.write and not `say`: the signal may interrupt a print, and Python's buffers are not reentrant
+            os.write(2, b"stopping after this step; once more to leave at once\n")
+
+    def _ask_all(self) -> None:
+        if jax.process_count() > 1 and not self._asked:
+            os.kill(os.getpid(), signal.SIGTERM)  # the preemption service passes it on to the other processes
+        self._asked = True
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int, elapsed: float, max_seconds: float) -> bool:
+        """Whether to stop after `step`; all processes get the same answer at the same step.
+
+        Args:
+          step: the step that has just been dispatched.
+          elapsed: seconds since the run started.
+          max_seconds: the time limit; 0 = none.
+        """
+        late = bool(max_seconds) and elapsed >= max_seconds
+        if jax.process_count() == 1:
+            return self._asked or late
+        if late:
+            self._ask_all()  # clocks differ: the first process past the limit asks, and the service agrees on a step
+        return multihost_utils.reached_preemption_sync_point(step)
