@@ -1,1 +1,1 @@
-"""The data wing: corpus -> documents -> token ids -> shards and manifest -> windows -> global batches. Knows no model."""
+"""Corpus -> documents -> token ids -> shards and manifest -> windows -> global batches. Imports no model and no JAX."""

@@ -1,15 +1,16 @@
-"""Hugging Face's files of a GPT-2 tokenizer, both ways: `tokenizer.json`, or `vocab.json` with `merges.txt`.
+"""Reads and writes Hugging Face's files of a GPT-2 tokenizer: `tokenizer.json`, or `vocab.json` with `merges.txt`.
 
-Our tokenizers keep a rank for each token, theirs a list of merges; each follows from the other, see `merges`. Their
-tokenizers read the string `<|endoftext|>` inside a text as the special id, ours as ordinary text; all else encodes alike.
+Our tokenizers store a rank per token, theirs a list of merges; `merges` converts. The encodings differ in one point:
+theirs encode the string `<|endoftext|>` inside a text as the special id, ours as ordinary text.
 """
 
 import itertools
 import json
 import os
 
-from trialgpt_jax import UserError, files
+from trialgpt_jax import UserError
 from trialgpt_jax.data.tokenizer import END_OF_TEXT, Tokenizer, byte_characters, load
+from trialgpt_jax.storage import files
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -17,7 +18,10 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 def merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
     """The two parts of every token that is not a single byte, in the order of ids.
 
-    A token's parts are what its bytes become under the merges that come before it.
+    The parts of a token are the result of applying all earlier merges to its bytes.
+
+    Raises:
+      UserError: a token is not a merge of two earlier tokens.
     """
     ranks = {tokenizer.token_bytes(i): i for i in range(tokenizer.eot_id)}
     found = []
@@ -27,7 +31,7 @@ def merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
             pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
             best = min(range(len(pairs)), key=pairs.__getitem__)
             if pairs[best] >= rank:
-                raise UserError(f"tokenizer {tokenizer.name}: id {rank} is not a merge of two ids before it")
+                raise UserError(f"tokenizer {tokenizer.name}: id {rank} is not a merge of two smaller ids")
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
         if len(parts) == 2:
             found.append((parts[0], parts[1]))
@@ -39,8 +43,8 @@ def write(tokenizer: Tokenizer, folder: str, block_size: int) -> None:
 
     Args:
       tokenizer: `gpt2` or a trained `bpe:N`.
-      folder: where to.
-      block_size: longest text that the model takes, tokens.
+      folder: the folder.
+      block_size: the model's context length, tokens.
     """
     characters = byte_characters()
 
@@ -85,48 +89,57 @@ def write(tokenizer: Tokenizer, folder: str, block_size: int) -> None:
 
 
 def read(folder: str) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder as ours, named `gpt2` where it is that one, else `bpe:N`.
+    """The tokenizer of a Hugging Face folder, named `gpt2` if it is GPT-2's, otherwise `bpe:N`.
 
     Returns:
-      None when the folder holds no tokenizer.
+      None if the folder holds no tokenizer.
 
     Raises:
-      UserError: the files are damaged, or it is no byte-level BPE whose ids are the bytes, the merges in order and
+      UserError: the files are damaged, or it is not a byte-level BPE whose ids are the bytes, the merges in order and
         `<|endoftext|>`.
     """
     path = os.path.join(folder, "tokenizer.json")
     try:
         if os.path.exists(path):
-            whole = files.read_json(path)
-            model = whole["model"]
-            vocab, pairs = model["vocab"], [p.split(" ") if isinstance(p, str) else p for p in model["merges"]]
-            kind = model.get("type", "BPE"), whole["normalizer"], whole["pre_tokenizer"]["type"]
-            if kind != ("BPE", None, "ByteLevel") or whole["pre_tokenizer"]["add_prefix_space"]:
-                raise ValueError(f"it is {kind[0]} after {kind[2]}, not GPT-2's byte-level BPE")
-            extra = [token["content"] for token in whole["added_tokens"] if token["content"] != END_OF_TEXT]
+            vocab, pairs = _read_whole(path)
         elif os.path.exists(path := os.path.join(folder, "vocab.json")):
-            vocab, extra = files.read_json(path), []
+            vocab = files.read_json(path)
             with open(path := os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
                 lines = file.read().split("\n")
             pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         else:
             return None
-        if extra:
-            raise ValueError(f"it has the added token {extra[0]!r}")
-        if vocab.get(END_OF_TEXT) != len(vocab) - 1:
-            raise ValueError(f"{END_OF_TEXT} has id {vocab.get(END_OF_TEXT)}, not the last one, {len(vocab) - 1}")
-        byte_of = {char: b for b, char in byte_characters().items()}
-        as_bytes = {text: bytes(byte_of[char] for char in text) for text in vocab if text != END_OF_TEXT}
-        tokenizer = Tokenizer(f"bpe:{len(vocab)}", {token: vocab[text] for text, token in as_bytes.items()})
-        if merges(tokenizer) != [(as_bytes[left], as_bytes[right]) for left, right in pairs]:
-            raise ValueError("its merges are not in the order of its ids")
+        tokenizer = _from_merges(vocab, pairs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         why = f"{error} is not what it should hold" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{path} cannot be used as a tokenizer: {why}; remove the tokenizer's files to convert the weights alone"
+            f"{path} cannot be used as a tokenizer: {why}; remove the tokenizer's files to convert only the weights"
         ) from None
     try:
         gpt2 = load("gpt2")
-    except UserError:  # GPT-2's merges are not on this machine; under the name bpe:50257 this one needs none
+    except UserError:  # GPT-2's merges are not on this machine; as bpe:50257 this tokenizer does not need them
         return tokenizer
     return gpt2 if gpt2.hash == tokenizer.hash else tokenizer
+
+
+def _read_whole(path: str) -> tuple[dict[str, int], list[list[str]]]:
+    """Vocabulary and merges in a `tokenizer.json`; ValueError if it is not GPT-2's kind of tokenizer."""
+    whole = files.read_json(path)
+    model = whole["model"]
+    kind = model.get("type", "BPE"), whole["normalizer"], whole["pre_tokenizer"]["type"]
+    if kind != ("BPE", None, "ByteLevel") or whole["pre_tokenizer"]["add_prefix_space"]:
+        raise ValueError(f"it is {kind[0]} after {kind[2]}, not GPT-2's byte-level BPE")
+    if extra := [token["content"] for token in whole["added_tokens"] if token["content"] != END_OF_TEXT]:
+        raise ValueError(f"it has the added token {extra[0]!r}")
+    return model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+
+
+def _from_merges(vocab: dict[str, int], pairs: list[list[str]]) -> Tokenizer:
+    if vocab.get(END_OF_TEXT) != len(vocab) - 1:
+        raise ValueError(f"{END_OF_TEXT} has id {vocab.get(END_OF_TEXT)}, not the last one, {len(vocab) - 1}")
+    byte_of = {char: b for b, char in byte_characters().items()}
+    as_bytes = {text: bytes(byte_of[char] for char in text) for text in vocab if text != END_OF_TEXT}
+    tokenizer = Tokenizer(f"bpe:{len(vocab)}", {token: vocab[text] for text, token in as_bytes.items()})
+    if merges(tokenizer) != [(as_bytes[left], as_bytes[right]) for left, right in pairs]:
+        raise ValueError("its merges are not in the order of its ids")
+    return tokenizer

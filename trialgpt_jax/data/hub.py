@@ -1,22 +1,23 @@
-"""Remote corpora: which files there are, and one file at a time onto this machine, with patience for a bad network."""
+"""Remote corpora: lists their files and downloads them one at a time, with retries."""
 
 import concurrent.futures
-import contextlib
 import errno
 import http.client
+import itertools
 import os
 import re
-import sys
+import shutil
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import TypeVar
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
+from trialgpt_jax.storage.files import remove
 
-ATTEMPTS, FIRST_DELAY = 9, 0.5  # seconds, doubled every time up to a minute: together two minutes
-_PERMANENT = (400, 401, 403, 404, 410, 416)  # HTTP statuses that no repetition mends
+ATTEMPTS, FIRST_DELAY = 9, 0.5  # seconds; doubles up to 60 s, about two minutes in total
+_PERMANENT = (400, 401, 403, 404, 410, 416)  # HTTP statuses that are not retried
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 _ADDRESS = re.compile(r"hf://datasets/([^/]+/[^/@]+)@([^/]+)/(.+)")
 _T = TypeVar("_T")
@@ -26,11 +27,10 @@ def list_dataset(repo: str, config: str, split: str, revision: str) -> list[tupl
     """The data files of a dataset on the Hugging Face hub, in the order in which `datasets` reads them.
 
     Args:
-      repo: `owner/name`.
-      config, revision: empty for the dataset's default configuration, for its main branch.
+      config, revision: empty for the default configuration and the main branch.
 
     Returns:
-      Name, bytes and address (`hf://datasets/owner/name@commit/path`) of every file.
+      Name, bytes and URL (`hf://datasets/owner/name@commit/path`) of every file.
 
     Raises:
       UserError: no such dataset, configuration or split, or the hub cannot be reached.
@@ -41,20 +41,21 @@ def list_dataset(repo: str, config: str, split: str, revision: str) -> list[tupl
     def find() -> list[str]:
         try:
             builder = datasets.load_dataset_builder(f"hf://datasets/{repo}", config or None, revision=revision or None)
-        except ValueError as error:  # an unknown configuration, or several and no default; the message names them
-            raise UserError(
-                f"data.source_options.config={config!r} of hf:{repo}: {' '.join(str(error).split())}"
-            ) from None
+        except ValueError as error:  # unknown configuration, or several without a default; the message lists them
+            why = " ".join(str(error).split())
+            raise UserError(f"data.source_options.config={config!r} of hf:{repo}: {why}") from None
         found = builder.config.data_files or {}
         if split not in found:
             raise UserError(f"hf:{repo} has no split {split!r} (data.source_options.split), but {', '.join(found)}")
         return [str(address) for address in found[split]]
 
     addresses = with_retries(find, f"the list of files of hf:{repo}")
-    parts = [_ADDRESS.fullmatch(address) for address in addresses]
-    if not all(parts):
-        raise UserError(f"hf:{repo} keeps its data elsewhere ({addresses[0]}); download it and use data.source=files")
-    commit, paths = parts[0][2], [part[3] for part in parts]
+    matches = [_ADDRESS.fullmatch(address) for address in addresses]
+    if not all(matches):
+        raise UserError(
+            f"hf:{repo} keeps its data outside the hub ({addresses[0]}); download it and use data.source=files"
+        )
+    commit, paths = matches[0][2], [match[3] for match in matches]
 
     def measure() -> dict[str, int]:
         infos = huggingface_hub.HfApi().get_paths_info(repo, paths, revision=commit, repo_type="dataset")
@@ -65,7 +66,7 @@ def list_dataset(repo: str, config: str, split: str, revision: str) -> list[tupl
 
 
 def list_addresses(repo: str, path: str, folder: str) -> list[tuple[str, int, str]]:
-    """The files that a text file in a hub dataset lists, one address a line: name, bytes (0 if unknown), address.
+    """The files listed in a text file of a hub dataset, one URL per line: name, bytes (0 if unknown), URL.
 
     Raises:
       UserError: as `list_dataset`.
@@ -84,30 +85,41 @@ def list_addresses(repo: str, path: str, folder: str) -> list[tuple[str, int, st
 
 
 def download(address: str, folder: str) -> str:
-    """Brings one file into `folder` and returns its path. Dropped connections are taken up where they broke off.
+    """Downloads one file into `folder` and returns its path. A dropped connection resumes at the byte where it broke.
 
     Raises:
-      UserError: it is not there, or the network failed `ATTEMPTS` times in a row.
+      UserError: the file does not exist, or the network failed `ATTEMPTS` times in a row.
     """
     os.makedirs(folder, exist_ok=True)
     if match := _ADDRESS.fullmatch(address):
         import huggingface_hub
 
         repo, revision, path = match.groups()
-        fetch = lambda: huggingface_hub.hf_hub_download(
-            repo, path, repo_type="dataset", revision=revision, local_dir=folder
-        )
-        return with_retries(fetch, address)
-    path = os.path.join(folder, address.rsplit("/", 1)[-1])
-    state: dict[str, str] = {}  # what identifies the version of the file that we have the beginning of
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
-    with_retries(lambda: _download_rest(address, path, state), address)
+        where = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
+        return with_retries(lambda: huggingface_hub.hf_hub_download(repo, path, **where), address)
+    path, etag = os.path.join(folder, address.rsplit("/", 1)[-1]), ""
+    remove(path)
+
+    def download_rest() -> None:
+        """Appends the missing bytes; starts over if the server's ETag is not that of the first part."""
+        nonlocal etag
+        have = os.path.getsize(path) if etag and os.path.exists(path) else 0
+        headers = {"Range": f"bytes={have}-", "If-Range": etag} if have else {}
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60) as answer:
+            resumed, etag = answer.status == 206, answer.headers.get("ETag") or ""
+            with open(path, "ab" if resumed else "wb") as file:
+                shutil.copyfileobj(answer, file, 1 << 20)
+            length = answer.headers.get("Content-Length")
+        expected = (have if resumed else 0) + int(length) if length else None
+        if expected is not None and os.path.getsize(path) != expected:
+            raise http.client.IncompleteRead(b"", expected - os.path.getsize(path))
+
+    with_retries(download_rest, address)
     return path
 
 
 def count_rows(address: str) -> int:
-    """Rows of a remote parquet file; reads its footer alone. Raises UserError as `download` does."""
+    """Rows of a remote parquet file; downloads only its footer. Raises UserError as `download` does."""
     import huggingface_hub
     import pyarrow.parquet
 
@@ -119,46 +131,29 @@ def count_rows(address: str) -> int:
 
 
 def with_retries(action: Callable[[], _T], what: str) -> _T:
-    """Calls `action` until the network lets it, with growing pauses.
+    """Calls `action` until it succeeds, with exponential backoff after network errors.
 
     Raises:
-      UserError: a permanent refusal, or too many failures.
+      UserError: a permanent error, or `ATTEMPTS` failures. A full or unwritable disk raises its OSError.
     """
-    from huggingface_hub.errors import HTTPError  # the base of what the hub's HTTP client raises
+    from huggingface_hub.errors import HTTPError  # the base class of the hub client's errors
 
-    for attempt in range(ATTEMPTS):
+    for attempt in itertools.count(1):
         try:
             return action()
         except (OSError, HTTPError, http.client.HTTPException) as error:
-            status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             if getattr(error, "errno", None) in _DISK:
                 raise
-            # That an entry is missing from the local cache is how the hub's client reports that it has no connection
+            status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            # LocalEntryNotFoundError is how the hub's client reports that it has no connection
             missing = isinstance(error, FileNotFoundError) and "LocalEntryNotFound" not in repr(error)
             if status in _PERMANENT or missing:
-                raise UserError(f"{what} cannot be had ({text}); check the name, or your access to it") from None
-            if attempt == ATTEMPTS - 1:
+                raise UserError(f"{what} cannot be fetched ({text}); check the name and your access to it") from None
+            if attempt == ATTEMPTS:
                 raise UserError(
-                    f"{what} failed {ATTEMPTS} times ({text}); what is finished is kept, and the same command goes on"
+                    f"{what} failed {ATTEMPTS} times ({text}); finished work is kept, and the same command continues"
                 ) from None
-            delay = min(60.0, FIRST_DELAY * 2**attempt)
-            print(f"{what}: {text}; trying again in {delay:g} s", file=sys.stderr)
+            delay = min(60.0, FIRST_DELAY * 2 ** (attempt - 1))
+            say(f"{what}: {text}; retrying in {delay:g} s")
             time.sleep(delay)
-    raise AssertionError("unreachable")
-
-
-def _download_rest(address: str, path: str, state: dict[str, str]) -> None:
-    """Appends to `path` what is missing of `address`; starts over when the server has another version by now."""
-    have = os.path.getsize(path) if os.path.exists(path) and state.get("etag") else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": state["etag"]} if have else {}
-    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60) as answer:
-        resumed = answer.status == 206
-        state["etag"] = answer.headers.get("ETag") or ""
-        length = answer.headers.get("Content-Length")
-        with open(path, "ab" if resumed else "wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-    expected = (have if resumed else 0) + int(length) if length else None
-    if expected is not None and os.path.getsize(path) != expected:
-        raise http.client.IncompleteRead(b"", expected - os.path.getsize(path))

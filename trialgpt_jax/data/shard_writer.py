@@ -1,4 +1,4 @@
-"""Files of a token store as they come to be: each is durable and whole under its name, or not there."""
+"""Writes a shard of a token store: it appears under its name only when it is complete and durable."""
 
 import contextlib
 import hashlib
@@ -6,11 +6,11 @@ import os
 
 import numpy as np
 
-from trialgpt_jax import files
+from trialgpt_jax.storage import files
 
 
 class ShardWriter:
-    """Writes one shard as `<file>.<pid>.part`; `finish` makes it durable under its name, and only then."""
+    """Writes one shard as `<file>.<pid>.part`; `finish` syncs it and renames it to `file`."""
 
     def __init__(self, folder: str, file: str, split: str, dtype: np.dtype):
         self._folder, self._dtype = folder, np.dtype(dtype).newbyteorder("<")
@@ -20,11 +20,16 @@ class ShardWriter:
         self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by finish or abort
 
     def append(self, ids: np.ndarray, documents: int, n_bytes: int) -> None:
-        """Appends whole documents: `ids` [n] with their end-of-text ids, how many they are, and their UTF-8 bytes."""
+        """Appends whole documents.
+
+        Args:
+          ids: [n], with the end-of-text id of every document.
+          documents, n_bytes: number of documents and their size in UTF-8.
+        """
         data = np.ascontiguousarray(ids, self._dtype)
         self._digest.update(data.data)
         view = memoryview(data).cast("B")
-        while len(view):  # an unbuffered write may take less than all
+        while len(view):  # an unbuffered write may be partial
             view = view[self._file.write(view) :]
         self.record["tokens"] += len(ids)
         self.record["documents"] += documents
@@ -32,7 +37,7 @@ class ShardWriter:
         self.record["max_id"] = max(self.record["max_id"], int(ids.max()))
 
     def finish(self) -> dict:
-        """Flushes to disk, renames, and returns the shard's record for the manifest."""
+        """Syncs and renames the file; returns the shard's record for the manifest."""
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._part, os.path.join(self._folder, self.record["file"]))

@@ -1,11 +1,11 @@
-"""Spreads the groups of a job over processes and threads, and shows how far it is.
+"""Distributes the groups of a job over processes and threads, and shows the progress.
 
-Each process takes whole groups and has threads of its own for the encoding when there are fewer groups than cores.
-Processes scale better (reading, decompressing and hashing run in parallel as well); threads need no start-up and share
-one tokenizer.
+Each process takes whole groups; with fewer groups than cores it encodes in several threads. Processes scale better,
+because reading, decompressing and hashing run in parallel as well; threads need no start-up and share one tokenizer.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -16,43 +16,31 @@ from collections.abc import Callable, Iterable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
 
 from tqdm import tqdm
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.data import units
-from trialgpt_jax.data.corpora import InputFile
-from trialgpt_jax.data.units import Job
+from trialgpt_jax.data.encoders import batch_encoder
+from trialgpt_jax.data.units import Job, Task, encode_group
+
+Finish = Callable[[dict], None]
+Report = Callable[[int, int, int, int], None]
 
 
-class Task(NamedTuple):
-    """An unfinished group: its number, files, the records of its finished units, and whether it is one text alone."""
-
-    group: int
-    files: list[InputFile]
-    done: list[dict]
-    only_text: bool
-
-
-def run(
-    job: Job, num_workers: int, tasks: list[Task], finish: Callable[[dict], None], report: Callable[..., None]
-) -> None:
-    """Works through all tasks.
+def run(job: Job, tasks: list[Task], finish: Finish, report: Report) -> None:
+    """Processes all tasks with `data.num_workers` parallel encoders; 0 = one per core.
 
     Args:
-      num_workers: encoders at a time; 0 = one per core.
-      finish: called with the record of every unit once it is durable, in this process.
-      report: called with group, documents, tokens, UTF-8 bytes since its last call, and bytes of the group read so far.
+      finish: called in this process with the record of every unit once it is durable.
+      report: called with the documents, tokens, UTF-8 bytes and input bytes since its last call.
 
     Raises:
-      UserError: as `units.encode_group`, or a worker process died. What `finish` was told of stays good.
+      UserError: as `encode_group`, or a worker process died. Units that were passed to `finish` stay valid.
     """
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # macOS has no affinity
-    cores = num_workers or usable
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = job.data.num_workers or (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
     processes = max(1, min(cores, len(tasks)))
     threads = -(-cores // processes)
     if processes == 1:
@@ -61,42 +49,29 @@ def run(
         _run_processes(job, threads, tasks, processes, finish, report)
 
 
-def _run_here(
-    job: Job, threads: int, tasks: Iterable[Task], finish: Callable[[dict], None], report: Callable[..., None]
-) -> None:
-    tokenizer = tokenizer_lib.load(job.tokenizer, job.folder)
-    encode = tokenizer_lib.batch_encoder(tokenizer, job.encoder)
+def _run_here(job: Job, threads: int, tasks: Iterable[Task], finish: Finish, report: Report) -> None:
+    tokenizer = tokenizer_lib.load(job.data.tokenizer, job.data.dir)
+    encode = batch_encoder(tokenizer, job.data.encoder)
     for task in tasks:
-
-        def counts(*numbers: int, group: int = task.group) -> None:
-            report(group, *numbers)
-
-        for record in units.encode_group(job, tokenizer, encode, threads, *task, counts):
+        for record in encode_group(job, tokenizer, encode, threads, task, report):
             finish(record)
 
 
-def _run_processes(
-    job: Job,
-    threads: int,
-    tasks: list[Task],
-    processes: int,
-    finish: Callable[[dict], None],
-    report: Callable[..., None],
-) -> None:
-    """As `_run_here`, in child processes, which ask for tasks and send records, counts and errors, each by its own pipe.
+def _run_processes(job: Job, threads: int, tasks: list[Task], processes: int, finish: Finish, report: Report) -> None:
+    """`_run_here` in child processes, which request tasks and send records, counts and errors, each over its own pipe.
 
-    Pipes alone: a queue's locks are named semaphores, which outlive a process that is stopped, and whoever is killed
-    holding one blocks the others.
+    Pipes instead of a queue: the locks of a queue are named semaphores, which outlive a process that is stopped, and a
+    process that is killed while it holds one blocks the others.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     children: dict[Connection, BaseProcess] = {}
-    left = iter(tasks)
+    remaining = iter(tasks)
     try:
         for _ in range(processes):
-            pipe, childs_end = context.Pipe()
-            children[pipe] = context.Process(target=_child, args=(job, threads, childs_end), daemon=True)
+            pipe, child_end = context.Pipe()
+            children[pipe] = context.Process(target=_child, args=(job, threads, child_end), daemon=True)
             children[pipe].start()
-            childs_end.close()  # the child's own is then the only one, so its end is the pipe's
+            child_end.close()  # only the child holds its end now, so the pipe closes when the child exits
         running = set(children)
         while running:
             for pipe in connection.wait(running):
@@ -107,13 +82,13 @@ def _run_processes(
                     children[pipe].join()
                     if status := children[pipe].exitcode:
                         raise UserError(
-                            f"a worker process ended with status {status} (-9: killed, as when memory runs out); lower "
-                            "data.num_workers; what is finished is kept, and the same command goes on"
+                            f"a worker process ended with status {status} (-9: killed, e.g. out of memory); lower "
+                            "data.num_workers; finished work is kept, and the same command continues"
                         ) from None
                     continue
                 if kind == "task":
-                    with contextlib.suppress(BrokenPipeError):  # it is dead, which the next `recv` finds
-                        pipe.send(next(left, None))
+                    with contextlib.suppress(BrokenPipeError):  # the child is dead, which the next `recv` finds
+                        pipe.send(next(remaining, None))
                 elif kind == "unit":
                     finish(*rest)
                 elif kind == "counts":
@@ -128,46 +103,43 @@ def _run_processes(
 
 
 def _child(job: Job, threads: int, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its children
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent: no orphans
+    # Exit if the parent is killed
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def send(*message: object) -> None:
+        pipe.send(message)
 
     def next_task() -> Task | None:
-        pipe.send(("task",))
+        send("task")
         return pipe.recv()
 
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         try:
-            _run_here(
-                job,
-                threads,
-                iter(next_task, None),
-                lambda record: pipe.send(("unit", record)),
-                lambda *counts: pipe.send(("counts", *counts)),
-            )
+            tasks = iter(next_task, None)
+            _run_here(job, threads, tasks, functools.partial(send, "unit"), functools.partial(send, "counts"))
         except UserError as error:
-            pipe.send(("error", str(error)))
+            send("error", str(error))
 
 
 class ProgressBar(contextlib.AbstractContextManager):
-    """The bar on stderr: input read, documents, tokens, megabytes of text a second, time left; totals at the end."""
+    """A bar on stderr: input read, documents, tokens, MB of text per second, time left; logs the totals at exit."""
 
     def __init__(self, total: int):
-        """total: bytes of input, as stored; 0 when unknown."""
-        every = 0.2 if sys.stderr.isatty() else 10
-        self._bar = tqdm(total=total or None, unit="B", unit_scale=True, mininterval=every, file=sys.stderr)
+        """`total`: bytes of input, as stored; 0 if unknown."""
+        interval = 0.2 if sys.stderr.isatty() else 10  # seconds
+        self._bar = tqdm(total=total or None, unit="B", unit_scale=True, mininterval=interval, file=sys.stderr)
         self._documents = self._tokens = self._bytes = 0
-        self._read: dict[int, int] = {}  # group -> bytes of it read
         self._started = time.perf_counter()
 
-    def update(self, group: int, documents: int, tokens: int, n_bytes: int, read: int) -> None:
-        """Adds documents, tokens and UTF-8 bytes; `read` bytes of the group's input are done."""
+    def update(self, documents: int, tokens: int, n_bytes: int, read: int) -> None:
+        """Adds documents, tokens, UTF-8 bytes and input bytes."""
         self._documents += documents
         self._tokens += tokens
         self._bytes += n_bytes
         self._bar.set_postfix_str(self._counts(), refresh=False)
-        self._bar.update(read - self._read.get(group, 0))
-        self._read[group] = read
+        self._bar.update(read)
 
     def _counts(self) -> str:
         rate = self._bytes / (time.perf_counter() - self._started) / 1e6
@@ -175,4 +147,4 @@ class ProgressBar(contextlib.AbstractContextManager):
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-        print(f"{self._counts()}, {time.perf_counter() - self._started:.1f} s", file=sys.stderr)
+        say(f"{self._counts()}, {time.perf_counter() - self._started:.1f} s")

@@ -1,0 +1,70 @@
+"""Encoders by name: the implementations that turn many texts into token ids. All give tiktoken's ids."""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from trialgpt_jax import UserError
+from trialgpt_jax.data.tokenizer import Tokenizer
+from trialgpt_jax.schema import choose
+
+Encode = Callable[[list[str]], list[np.ndarray]]  # texts -> their ids, uint32 [n] each, without end-of-text
+
+
+def batch_encoder(tokenizer: Tokenizer, encoder: str) -> Encode:
+    """A function texts -> their ids, uint32 arrays without end-of-text, that releases the GIL.
+
+    Args:
+      encoder: a key of `ENCODERS`: `tiktoken`, or `gigatoken`, which is several times as fast. See `check_encoder`.
+
+    Raises:
+      UserError: unknown encoder, or gigatoken is not installed.
+    """
+    return choose(ENCODERS, encoder, "data.encoder")(tokenizer)
+
+
+def check_encoder(tokenizer: Tokenizer, encoder: str, texts: Iterable[str]) -> None:
+    """Compares an encoder with tiktoken on a sample of the corpus.
+
+    Raises:
+      UserError: unknown encoder, one that is not installed, or different ids.
+    """
+    encode = batch_encoder(tokenizer, encoder)
+    if encoder == "tiktoken":
+        return
+    for text in texts:
+        if not np.array_equal(encode([text])[0], tokenizer.encode_to_numpy(text)):
+            raise UserError(
+                f"data.encoder={encoder} differs from tiktoken on {text[:40]!r}...; use data.encoder=tiktoken"
+            )
+
+
+def _tiktoken(tokenizer: Tokenizer) -> Encode:
+    return lambda texts: [tokenizer.encode_to_numpy(text) for text in texts]
+
+
+def _gigatoken(tokenizer: Tokenizer) -> Encode:
+    try:
+        import gigatoken
+    except ImportError:
+        raise UserError(
+            "data.encoder=gigatoken needs the extra `fast`: `pip install gigatoken`, or use data.encoder=tiktoken"
+        ) from None
+    with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+        file.write(tokenizer.ranks_file())
+        file.flush()
+        fast = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2")  # PATTERN; no special tokens
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        rows = fast.encode_batch(texts, parallel=False).layout  # single-threaded: called from several threads
+        offsets, ids = np.asarray(rows.offsets.data), np.asarray(rows.content.data)
+        return [ids[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
+
+    return encode
+
+
+ENCODERS = {"tiktoken": _tiktoken, "gigatoken": _gigatoken}

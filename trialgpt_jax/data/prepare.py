@@ -1,0 +1,205 @@
+"""The preprocess engine: does one machine's share of a job, and merges the shares into a token store.
+
+Neither function takes the lock of the folder; `trialgpt_jax.preprocess` does.
+"""
+
+import collections
+import math
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from trialgpt_jax import UserError
+from trialgpt_jax.console import say
+from trialgpt_jax.data import corpora, job_folder, token_store, units, workers
+from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.data.documents import InputFile, count_rows
+from trialgpt_jax.data.encoders import check_encoder
+from trialgpt_jax.data.tokenizer import Tokenizer
+from trialgpt_jax.data.units import Job, Task
+from trialgpt_jax.storage.files import sync_folder, write_json
+
+TRAINING_CHARACTERS = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents, up to this much text
+SAMPLE_CHARACTERS = 2 << 20  # a fast encoder is compared with tiktoken on this much of them
+
+
+def prepare(data: ConfigDict, index: int, count: int) -> dict:
+    """Does what is missing of share `index` of `count`, saving the progress after every unit.
+
+    Args:
+      data: `config.data`.
+
+    Returns:
+      The manifest if it is complete or this is the only share, otherwise the progress record.
+
+    Raises:
+      UserError: as `trialgpt_jax.preprocess.preprocess`. OSError: the folder cannot be written.
+    """
+    if manifest := job_folder.finished(data):
+        print(f"{data.dir} is already complete; nothing to do")
+        job_folder.warn_of_changes(data, manifest)
+        return manifest
+    progress = job_folder.load_progress(data, index, count)
+    path = job_folder.progress_path(data.dir, index, count)
+    if not progress["files"]:
+        progress["files"] = corpora.list_files(data.source, data.source_options)
+        if data.split == "nanogpt":
+            progress["rows"] = [count_rows(file) for file in progress["files"]]
+        write_json(path, progress)
+    listed = [InputFile(*entry) for entry in progress["files"]]
+    val_rows = _nanogpt_rows(listed, progress["rows"], data) if data.split == "nanogpt" else {}
+    job = Job(data, val_rows, only_text=data.split == "hash" and len(listed) == 1 and listed[0].is_text)
+    groups = corpora.group_files(listed, data.shard_tokens)
+    tokenizer = _tokenizer(job, groups)
+    progress["tokenizer"] = {name: getattr(tokenizer, name) for name in ("hash", "vocab_size", "eot_id", "dtype")}
+    write_json(path, progress)
+    check_encoder(tokenizer, data.encoder, _training_texts(job, groups, SAMPLE_CHARACTERS))
+
+    tasks = []
+    last_units = {unit["group"]: unit for unit in progress["units"]}  # the last one of every group: they are in order
+    for group in range(index, len(groups), count):
+        last = last_units.get(group, {"part": -1, "next": (0, 0)})
+        if last["next"] is not None:
+            tasks.append(Task(group, groups[group], last["part"] + 1, last["next"]))
+        # What a killed run left of this group only: others may be in progress on another machine
+        job_folder.remove_parts(data.dir, f"*_{group:05d}_*")
+
+    def finish(record: dict) -> None:
+        progress["units"].append(record)
+        progress["units"].sort(key=_place)
+        write_json(path, progress)
+
+    with workers.ProgressBar(sum(file.size for task in tasks for file in task.files)) as bar:
+        workers.run(job, tasks, finish, bar.update)
+    return merge(data) if count == 1 else progress
+
+
+def merge(data: ConfigDict) -> dict:
+    """Merges the finished shares in `data.dir` into a token store; may be interrupted and repeated.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: a share is missing, unfinished, or was made with another config, input or tokenizer.
+    """
+    if manifest := job_folder.finished(data):
+        return manifest
+    shares = _finished_shares(data)
+    listed, tokenizer = shares[0]["files"], shares[0]["tokenizer"]
+    records = sorted((unit for share in shares for unit in share["units"]), key=_place)
+    skipped = collections.Counter()
+    for unit in records:
+        skipped.update(unit["skipped"])
+    manifest = {
+        "format_version": token_store.FORMAT_VERSION,
+        "vocab_size": tokenizer["vocab_size"],
+        "eot_id": tokenizer["eot_id"],
+        "dtype": tokenizer["dtype"],
+        **job_folder.job_settings(data),
+        "tokenizer": {"name": data.tokenizer, "hash": tokenizer["hash"]},
+        "input": {
+            "files": len(listed),
+            "bytes": sum(size for _, size, _ in listed),
+            "sha256": job_folder.digest([(name, size) for name, size, _ in listed]),
+        },
+        "skipped": dict(sorted(skipped.items())),
+        "sources": _sum_sources(unit["sources"] for unit in records),
+        "shards": _rename_shards(data.dir, records),
+    }
+    write_json(os.path.join(data.dir, token_store.MANIFEST), manifest)
+    job_folder.remove_leftovers(data.dir)
+    return manifest
+
+
+def _nanogpt_rows(listed: list[InputFile], rows: list[int], data: ConfigDict) -> dict[str, frozenset[int]]:
+    """File -> rows that `datasets`' train_test_split(val_fraction, seed=split_seed) puts into its test split."""
+    total = sum(rows)
+    chosen = np.random.default_rng(data.split_seed).permutation(total)[: math.ceil(data.val_fraction * total)]
+    first = np.cumsum([0, *rows])
+    return {
+        file.name: frozenset((chosen[(chosen >= first[i]) & (chosen < first[i + 1])] - first[i]).tolist())
+        for i, file in enumerate(listed)
+    }
+
+
+def _tokenizer(job: Job, groups: list[list[InputFile]]) -> Tokenizer:
+    """The tokenizer; a `bpe:N` that is not in the folder yet is trained on the beginning of the corpus and saved."""
+    name, folder = job.data.tokenizer, job.data.dir
+    if name == "gpt2" or os.path.exists(os.path.join(folder, tokenizer_lib.RANKS_FILE)):
+        return tokenizer_lib.load(name, folder)
+    say(f"training the tokenizer {name}")
+    tokenizer = tokenizer_lib.train(name, _training_texts(job, groups, TRAINING_CHARACTERS))
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _training_texts(job: Job, groups: list[list[InputFile]], characters: int) -> Iterator[str]:
+    """The first training documents, up to `characters` in total."""
+    for group in groups:
+        for document in units.read_group(job, group):
+            if document.text is not None and units.split_of(job, group[document.file], document) == "train":
+                yield document.text[:characters]
+                characters -= len(document.text)
+                if characters <= 0:
+                    return
+
+
+def _place(unit: dict) -> tuple[int, int]:
+    """The order of units in the store."""
+    return unit["group"], unit["part"]
+
+
+def _finished_shares(data: ConfigDict) -> list[dict]:
+    """The progress records of all shares; UserError unless they are complete and of the same job."""
+    folder, paths = data.dir, job_folder.progress_paths(data.dir)
+    shares = [job_folder.read_progress(data, path) for path in paths]
+    if not shares:
+        raise UserError(f"{folder} holds no shares to merge; run preprocess with --worker=i/n first")
+    count = shares[0]["worker"][1]
+    for share, path in zip(shares, paths, strict=True):
+        for field in ("files", "tokenizer"):
+            if share[field] != shares[0][field]:
+                raise UserError(
+                    f"{path}: its {field} differ from those of {paths[0]}; all workers must see the same input"
+                )
+    missing = set(range(count)) - {share["worker"][0] for share in shares if share["worker"][1] == count}
+    if missing or len(shares) != count:
+        why = f"--worker={min(missing)}/{count} is missing" if missing else "they are of different jobs"
+        raise UserError(f"{folder} holds {len(shares)} of {count} shares; {why}; run it, and merge again")
+    ended = {unit["group"] for share in shares for unit in share["units"] if unit["next"] is None}
+    groups = corpora.group_files([InputFile(*entry) for entry in shares[0]["files"]], data.shard_tokens)
+    if unfinished := set(range(len(groups))) - ended:
+        group = min(unfinished)
+        raise UserError(f"{folder}: group {group} is unfinished; run --worker={group % count}/{count} again")
+    return shares
+
+
+def _rename_shards(folder: str, records: list[dict]) -> list[dict]:
+    """Gives the shards of every split their final numbers; returns their records."""
+    shards = []
+    for split in token_store.SPLITS:
+        for number, shard in enumerate(s for unit in records for s in unit["shards"] if s["split"] == split):
+            name = f"{split}_{number:05d}.bin"
+            old, new = os.path.join(folder, shard["file"]), os.path.join(folder, name)
+            if os.path.exists(old):
+                os.replace(old, new)
+            elif not os.path.exists(new):  # an interrupted merge has renamed it if it exists
+                raise UserError(f"{old} is missing, though its share is finished; copy it here and merge again")
+            shards.append(shard | {"file": name})
+    sync_folder(folder)
+    return shards
+
+
+def _sum_sources(sources: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """Documents, tokens and UTF-8 bytes by source: the largest `units.MAX_SOURCES`, and the rest as `units.OTHERS`."""
+    total: dict[str, list[int]] = {}
+    for part in sources:
+        for name, counts in part.items():
+            units.add_counts(total, name, counts)
+    largest = sorted(total.keys() - {units.OTHERS}, key=lambda name: (-total[name][2], name))
+    for name in largest[units.MAX_SOURCES :]:
+        units.add_counts(total, units.OTHERS, total.pop(name))
+    return dict(sorted(total.items()))
