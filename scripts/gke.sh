@@ -4,18 +4,18 @@
 #   bash scripts/gke.sh --name=NAME --image=IMAGE --claim=CLAIM --tpu=TYPE:TOPOLOGY:CHIPS|--gpu=TYPE:GPUS [options]
 #        -- --config=FILE --workdir=FOLDER [flags of trialgpt_jax.train]
 #
-#   --name=NAME        of the Job and its Service: lower-case letters, digits and `-`
-#   --image=IMAGE      a container image with Python and the package installed (extra `tpu` or `cuda`), in the repository root
-#   --claim=CLAIM      a PersistentVolumeClaim that several nodes may write, mounted at /mnt/shared: the token store lies
-#                      there, and the workdir too unless it is gs://...
-#   --tpu=TYPE:TOPOLOGY:CHIPS  e.g. tpu-v5-lite-podslice:4x4:4, the node pool's labels and the chips of one of its hosts
-#   --gpu=TYPE:GPUS    e.g. nvidia-h100-80gb:8, the node pool's label and the GPUs of one machine
+#   --name=NAME        name of the Job and its Service: lower-case letters, digits and `-`
+#   --image=IMAGE      a container image with the package installed (extra `tpu` or `cuda`) and the repository root as its
+#                      working directory
+#   --claim=CLAIM      a PersistentVolumeClaim that several nodes may write, mounted at /mnt/shared, with the token store,
+#                      and with the workdir unless that is gs://...
+#   --tpu=TYPE:TOPOLOGY:CHIPS  e.g. tpu-v5-lite-podslice:4x4:4, the node pool's labels and the chips per host
+#   --gpu=TYPE:GPUS    e.g. nvidia-h100-80gb:8, the node pool's label and the GPUs per machine
 #   --nodes=N          hosts of the slice, or GPU machines (default 1)
-#   --spot             on spot nodes
-#   --max_failures=N   failures of pods before the Job is given up (default 3 for each node); stops with 75 and nodes that
-#                      are taken away do not count
+#   --spot             use spot nodes
+#   --max_failures=N   pod failures before the Job fails (default 3 per node); exits with 75 and lost nodes do not count
 #   --namespace=NAMESPACE  (default: kubectl's)
-#   --dry_run          prints the manifest and the command, and runs none
+#   --dry_run          prints the manifest and the command without running it
 set -euo pipefail
 source "$(dirname "$0")/launcher_lib.sh"
 name='' image='' claim='' tpu='' gpu='' nodes=1 spot='' max_failures='' namespace=''
@@ -38,10 +38,10 @@ while (($#)); do
     shift
 done
 for option in name image claim; do
-    [ -n "${!option}" ] || die "--$option=... is missing; --help says what it is"
+    [ -n "${!option}" ] || die "--$option=... is missing; see --help"
 done
-[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name=$name: lower-case letters, digits and \`-\` are needed"
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || die "--nodes=$nodes: a whole number from 1 is needed"
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name=$name must consist of lower-case letters, digits and \`-\`"
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || die "--nodes=$nodes must be a positive integer"
 (($#)) || die "nothing to run: give --config=FILE and --workdir=FOLDER after \`--\`"
 
 if [[ -z $gpu && $tpu =~ ^([a-z0-9-]+):([0-9]+(x[0-9]+)+):([0-9]+)$ ]]; then
@@ -52,18 +52,18 @@ elif [[ -z $tpu && $gpu =~ ^([a-z0-9-]+):([0-9]+)$ ]]; then
     selector="\"cloud.google.com/gke-accelerator\": \"${BASH_REMATCH[1]}\""
     limits="{\"nvidia.com/gpu\": ${BASH_REMATCH[2]}}"
 else
-    die "one of --tpu=TYPE:TOPOLOGY:CHIPS and --gpu=TYPE:GPUS is needed, not --tpu=$tpu --gpu=$gpu"
+    die "give one of --tpu=TYPE:TOPOLOGY:CHIPS and --gpu=TYPE:GPUS, not --tpu=$tpu --gpu=$gpu"
 fi
 [ -z "$spot" ] || selector+=', "cloud.google.com/gke-spot": "true"'
 
-# The flags as a JSON list. Kubernetes replaces $(NAME) in it; one that the user wrote is doubled, to stay as it is.
+# The flags as a JSON list. Kubernetes expands $(NAME) in it; in the user's flags `$(` is escaped as `$$(`.
 arguments=
 append() {
     local argument=${1//\\/\\\\}
     arguments+="${arguments:+, }\"${argument//\"/\\\"}\""
 }
 for argument in "$@"; do
-    [[ $argument != *[[:cntrl:]]* ]] || die "a flag has a line break or control character in it"
+    [[ $argument != *[[:cntrl:]]* ]] || die "a flag contains a line break or control character"
     append "${argument//\$\(/\$\$\(}"
 done
 if ((nodes > 1)); then
@@ -83,7 +83,7 @@ fill NODE_SELECTOR "{$selector}"
 fill IMAGE "$image"
 fill LIMITS "$limits"
 fill CLAIM "$claim"
-fill TRAIN_ARGS "[$arguments]" # last: it may hold anything
+fill TRAIN_ARGS "[$arguments]" # last, because it may contain placeholders
 
 apply=(kubectl apply ${namespace:+"--namespace=$namespace"} -f -)
 show "${apply[@]}"
@@ -92,5 +92,5 @@ if [ -n "$dry_run" ]; then
     exit 0
 fi
 printf '%s\n' "$manifest" | "${apply[@]}"
-say "to follow: kubectl logs ${namespace:+--namespace=$namespace }--follow --selector=job-name=$name,batch.kubernetes.io/job-completion-index=0"
-say "to stop, saved: kubectl delete ${namespace:+--namespace=$namespace }job/$name service/$name"
+say "to follow the log: kubectl logs ${namespace:+--namespace=$namespace }--follow --selector=job-name=$name,batch.kubernetes.io/job-completion-index=0"
+say "to save and stop: kubectl delete ${namespace:+--namespace=$namespace }job/$name service/$name"

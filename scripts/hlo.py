@@ -1,9 +1,9 @@
-"""Reads a compiled program's text: what it moves through device memory, and what it sends between chips.
+"""Reads the text of a compiled program: bytes moved through device memory, and bytes sent between chips.
 
-Every instruction of the entry computation moves its operands and its results once, and what is inside a fusion moves
-nothing; a loop's body counts as often as it runs, a slice of a stacked array as the slice alone, and what lies in a chip's
-fast memory (a TPU's VMEM) or is a library's scratch space not at all. So the figure is what a program must move if its
-caches keep nothing between two instructions. It follows from the text alone and is the same on every machine.
+Each instruction of the entry computation moves its operands and results once; instructions inside a fusion move
+nothing. A loop body is multiplied by its trip count, and a slice of a stacked array counts as the slice only. Buffers
+in a chip's fast memory (a TPU's VMEM) and library workspaces are not counted. The figure is what a program moves if no
+cache keeps anything between two instructions. It depends on the text only, so it is the same on every machine.
 """
 
 import collections
@@ -13,18 +13,31 @@ import re
 from collections.abc import Iterator
 
 _BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
-    "u32": 4, "f64": 8, "s64": 8, "u64": 8,
-}  # fmt: skip
-_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
-         "replica-id", "iota", "broadcast-in-dim"}  # fmt: skip
-_TAKE_A_PART = ("dynamic-slice", "slice", "dynamic-update-slice", "gather")  # of their first operand
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64"), 8),
+}
+_FREE = {
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "broadcast-in-dim",
+}
+_PARTIAL = ("dynamic-slice", "slice", "dynamic-update-slice", "gather")  # access only a part of the first operand
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation: its name, result type, operation, what stands in the parentheses and behind them."""
+    """One line of a computation: `name = type operation(arguments), attributes`."""
 
     name: str
     type: str
@@ -35,18 +48,18 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
+        """Names of the instructions whose results it reads."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
     def called(self) -> list[str]:
         """Names of the computations it calls."""
-        lists = re.findall(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?([^}\s,]+(?:, ?%[^}\s,]+)*)",
-                           self.attributes)  # fmt: skip
+        kinds = "calls|to_apply|body|branch_computations|called_computations"
+        lists = re.findall(rf"(?:{kinds})=\{{?([^}}\s,]+(?:, ?%[^}}\s,]+)*)", self.attributes)
         return [name.strip().lstrip("%") for names in lists for name in names.split(",")]
 
 
 def type_bytes(hlo_type: str, fast_memory: bool = False) -> int:
-    """Bytes that a type, or all parts of a tuple type, take in device memory, and in fast memory where that counts."""
+    """Bytes of a type, or of all parts of a tuple type; buffers in fast memory count only with `fast_memory`."""
     total = 0
     for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", hlo_type):
         if not fast_memory and re.search(r"S\([1-9]", layout):  # a memory space other than HBM
@@ -77,7 +90,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def traffic(text: str) -> dict[str, int]:
-    """Operation (a kernel's name for custom calls) -> bytes moved through device memory in one run of the program."""
+    """Operation, or kernel name of a custom call -> bytes moved through device memory in one run of the program."""
     computations, entry = parse(text)
     moved = collections.Counter()
     for times, instruction, name in _run(computations, entry):
@@ -90,12 +103,12 @@ def traffic(text: str) -> dict[str, int]:
 
 
 def collectives(text: str) -> dict[str, dict[str, float]]:
-    """Kind -> how often it runs in one run of the program, and the bytes that a chip receives by it.
+    """Kind -> {"count": runs per run of the program, "bytes": bytes that a chip receives}.
 
-    Loops count as often as they run. TPU programs mention a collective again in the pieces that overlap it with
-    computation, so it counts where it starts; a reduce-scatter is there an all-reduce inside a fusion of that name. Of n
-    chips in a group, one receives (n-1)/n of an all-gather's result and of a reduce-scatter's operand, and twice that of
-    an all-reduce.
+    Loop bodies are multiplied by their trip counts. TPU programs repeat a collective in the fusions that overlap it
+    with computation, so it is counted where it starts; a reduce-scatter appears there as an all-reduce inside a fusion
+    called all-reduce-scatter. In a group of n chips, each receives (n-1)/n of an all-gather's result and of a
+    reduce-scatter's operand, and twice that for an all-reduce.
     """
     computations, entry = parse(text)
     found = {}
@@ -103,7 +116,7 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     def visit(name, times, channels, scattered):
         inner = computations.get(name, {}).values()
         if name.startswith("async_collective_fusion") or any('"AsyncCollectiveDone"' in i.attributes for i in inner):
-            return  # what was counted where it starts
+            return  # already counted where it starts
         for instruction in inner:
             if instruction.operation == "while":
                 for body in instruction.called():
@@ -111,7 +124,7 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
                 continue
             kind = instruction.operation.removesuffix("-start")
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            # all collectives of shard_map share a channel: what tells them apart is what they do to which array
+            # collectives of shard_map share a channel, so kind and type are needed to distinguish them
             which = channel and (channel[1], kind, instruction.type)
             if kind in COLLECTIVES and (which is None or which not in channels):
                 channels.add(which)
@@ -127,10 +140,10 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
 
 
 def _received(collective: Instruction, kind: str) -> float:
-    """Bytes that a chip receives by one run of a collective; `kind` may be another than the operation's own."""
+    """Bytes that a chip receives in one run of a collective; `kind` may differ from the operation."""
     sizes = [type_bytes(array, True) for array in re.findall(r"\w+\[[\d,]*\]", collective.type)]
     n, size = _group(collective.attributes), sum(sizes)
-    if collective.operation == "collective-permute-start":  # a start holds the operands as well as the results
+    if collective.operation == "collective-permute-start":  # the type of a start holds operands and results
         return sizes[0]
     if collective.operation.endswith("-start") and collective.operation != "all-reduce-start":
         size *= n / (n + 1)
@@ -152,7 +165,7 @@ def _group(attributes: str) -> int:
 
 
 def _run(computations: dict, name: str, times: int = 1) -> Iterator[tuple[int, Instruction, str]]:
-    """Instructions as they run: (how often, instruction, its computation's name), loops and calls entered."""
+    """Yields (times run, instruction, name of its computation) over a computation and all that it calls."""
     for instruction in computations[name].values():
         if instruction.operation in ("while", "call", "conditional", "async-start"):
             trips = _trips(instruction, computations) if instruction.operation == "while" else 1
@@ -164,7 +177,7 @@ def _run(computations: dict, name: str, times: int = 1) -> Iterator[tuple[int, I
 
 
 def _trips(loop: Instruction, computations: dict) -> int:
-    """How often a loop's body runs: what it says, or the bound of its counter over the counter's step (from 0)."""
+    """Trip count of a loop: the annotated one, or the bound of its counter divided by its step (from 0)."""
     if known := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', loop.attributes):
         return int(known[1])
     condition, body = (
@@ -180,7 +193,7 @@ def _trips(loop: Instruction, computations: dict) -> int:
         return bound
 
     def added(name: str, depth: int = 0) -> int:
-        """Sum of the constants on the way from a value back to the counter."""
+        """Sum of the constants on the path from a value back to the counter."""
         i = body.get(name)
         if i is None or depth > 8:
             return 0
@@ -193,14 +206,14 @@ def _trips(loop: Instruction, computations: dict) -> int:
 
 def _moved(instruction: Instruction, computation: dict, computations: dict) -> int:
     """Bytes that one instruction reads and writes."""
-    # last among the results of a call of cuBLAS or cuDNN is room for it to work in, and nothing says how much of that it uses
+    # the last result of a cuBLAS or cuDNN call is its workspace; how much of it is used is unknown
     result = type_bytes(re.sub(r", [su]8\[\d+\]\{0\}\)$", ")", instruction.type))
     reads = [type_bytes(computation[name].type) if name in computation else 0 for name in instruction.operands]
     operation = instruction.operation.removesuffix("-start")
-    if operation != instruction.operation:  # its type is (operands, results, ...)
+    if operation != instruction.operation:  # the type of a start is (operands, results, ...)
         result -= sum(reads)
     if operation in ("dynamic-slice", "slice", "gather"):
-        # reads as much as it returns, be it into fast memory, from where `result` does not count it
+        # reads as much as it returns, also into fast memory, which `result` does not include
         arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", instruction.type)
         part = type_bytes(arrays[0] if operation == instruction.operation else arrays[len(reads)], fast_memory=True)
         return min(part, reads[0]) + result
@@ -218,12 +231,11 @@ def _moved(instruction: Instruction, computation: dict, computations: dict) -> i
         for operand in i.operands:
             users[operand].append(i)
     for i in inner.values():
-        if (
-            i.operation == "parameter"
-        ):  # one that is only sliced or gathered from is read as far as that goes; one updated, not at all
+        # a parameter that is only sliced or gathered from is read in part; one that is only updated is not read
+        if i.operation == "parameter":
             names = [i.name, *(u.name for u in users[i.name] if u.operation == "bitcast")]
             ends = [u for name in names for u in users[name] if u.operation != "bitcast"]
-            if ends and all(u.operation in _TAKE_A_PART and u.operands[0] in names for u in ends):
+            if ends and all(u.operation in _PARTIAL and u.operands[0] in names for u in ends):
                 parts = [type_bytes(u.type) for u in ends if u.operation != "dynamic-update-slice"]
                 reads[int(i.arguments)] = min(sum(parts), reads[int(i.arguments)])
     root = next(i for i in inner.values() if i.is_root)

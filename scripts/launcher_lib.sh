@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Sourced by the launchers (tpu_vm.sh, gke.sh, multi_gpu.sh): usage, refusals, and commands that are shown before they run.
-# With `dry_run=1` commands are written to stdout, quoted as a shell would read them, and not run.
+# Sourced by tpu_vm.sh, gke.sh and multi_gpu.sh: usage, errors, and commands that are printed before they run.
+# With `dry_run=1` commands are printed to stdout, quoted for a shell, and not run.
 if ((BASH_VERSINFO[0] < 5)); then
-    echo "error: bash $BASH_VERSION will not do; run it with bash 5 or newer" >&2
+    echo "error: bash $BASH_VERSION is too old; bash 5 or newer is required" >&2
     exit 2
 fi
 dry_run=
 
-# The comment at the top of the launcher is its help.
+# Prints the comment at the top of the launcher.
 usage() {
     awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
 }
@@ -21,7 +21,7 @@ say() {
     echo "$(date +%H:%M:%S) $*" >&2
 }
 
-# The words as one line that a shell reads as the same words: those with anything unusual in single quotes.
+# Prints the words as one line of shell input; words with special characters are in single quotes.
 quoted() {
     local word line=
     for word in "$@"; do
@@ -33,7 +33,7 @@ quoted() {
     printf '%s\n' "$line"
 }
 
-# Shows a command; with dry_run that is all that happens to it.
+# Prints a command: to stdout for a dry run, otherwise to stderr.
 show() {
     if [ -n "$dry_run" ]; then
         quoted "$@"

@@ -4,14 +4,15 @@
 #   bash scripts/multi_gpu.sh [options] [--] --config=FILE --workdir=FOLDER [flags of trialgpt_jax.train]
 #
 #   --processes=N  processes to start (default 1: JAX drives all GPUs of a machine from one process)
-#   --gpus=LIST    the GPUs, e.g. 0,1,2,3, shared out evenly; `none` leaves CUDA_VISIBLE_DEVICES alone
+#   --gpus=LIST    the GPUs, e.g. 0,1,2,3, divided evenly among the processes; `none` leaves CUDA_VISIBLE_DEVICES unchanged
 #                  (default: CUDA_VISIBLE_DEVICES, or else all that nvidia-smi lists)
 #   --port=N       port of process 0 on this machine (default: a free one)
-#   --grace=S      seconds from SIGTERM to SIGKILL for the processes of a run in which one died (default 30)
-#   --dry_run      prints the commands and runs none
+#   --grace=S      seconds from SIGTERM to SIGKILL for the remaining processes after one died (default 30)
+#   --dry_run      prints the commands without running them
 #
-# PYTHON is the interpreter (default `python`). SIGTERM and Ctrl-C go to every process, which save and exit with 75; when one
-# fails, the others are ended, for they would wait for it. The exit status is the first one that is not 0.
+# PYTHON is the interpreter (default `python`). SIGTERM and Ctrl-C are forwarded to all processes, which save and exit with
+# 75. When one process fails, the others are terminated, because they would wait for it. The exit status is the first
+# nonzero one.
 set -euo pipefail
 source "$(dirname "$0")/launcher_lib.sh"
 processes=1 gpus=${CUDA_VISIBLE_DEVICES:-} port='' grace=30 python=${PYTHON:-python}
@@ -28,8 +29,8 @@ while (($#)); do
     esac
     shift
 done
-(($#)) || die "nothing to run: give --config=FILE and --workdir=FOLDER; --help says more"
-[[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes=$processes: a whole number from 1 is needed"
+(($#)) || die "nothing to run: give --config=FILE and --workdir=FOLDER; see --help"
+[[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes=$processes must be a positive integer"
 train=("$python" -m trialgpt_jax.train "$@")
 
 if ((processes == 1)); then
@@ -73,7 +74,7 @@ status=0
 while ((${#pids[@]})); do
     one=0 pid=
     wait -n -p pid "${pids[@]}" || one=$?
-    [ -n "${pid:-}" ] || continue # a signal came while waiting: the trap has passed it on
+    [ -n "${pid:-}" ] || continue # interrupted by a signal, which the trap has forwarded
     left=()
     for each in "${pids[@]}"; do
         [ "$each" = "$pid" ] || left+=("$each")
@@ -81,9 +82,9 @@ while ((${#pids[@]})); do
     pids=("${left[@]}")
     ((status)) || status=$one
     if ((one != 0 && one != 75 && ${#pids[@]})); then
-        echo "process $pid ended with status $one; ending the others" >&2
+        echo "process $pid exited with status $one; terminating the others" >&2
         kill -TERM "${pids[@]}" 2>/dev/null || true
-        # One that waits for the dead process in a collective never comes to the step at which it would stop.
+        # A process that waits for the dead one in a collective never reaches the step at which it would stop.
         for ((tenths = 0; tenths < 10 * grace; tenths++)); do
             [ -n "$(jobs -rp)" ] || break
             sleep 0.1

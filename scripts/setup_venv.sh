@@ -1,13 +1,14 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: enters the repository root and a virtual environment with what $1 names.
+# Sourced by quickstart.sh, test.sh and tpu_worker.sh: changes to the repository root, creates a virtual environment if
+# there is none, installs into it and puts it first in PATH.
 #   $1: what pip installs, e.g. `.` or `.[test]`
-# VENV is the environment's folder (default .venv, made if it is not there), PYTHON the interpreter that makes it.
+# VENV is the environment's folder (default .venv), PYTHON the interpreter that creates it.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 VENV=${VENV:-.venv}
 if [ ! -x "$VENV/bin/python" ]; then
     PYTHON=${PYTHON:-python3}
     "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
-        echo "error: $("$PYTHON" --version) will not do; set PYTHON to Python 3.11, 3.12 or 3.13" >&2
+        echo "error: $("$PYTHON" --version) is not supported; set PYTHON to Python 3.11, 3.12 or 3.13" >&2
         exit 2
     }
     "$PYTHON" -m venv "$VENV"

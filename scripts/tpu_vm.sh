@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM or slice: makes it or takes the one there is, copies the code of this git work tree to all
-# workers, installs it, fetches the token store, runs train on all workers, and goes on when the slice is taken away.
+# Trains on a Cloud TPU VM or slice: creates the node or uses an existing one, copies the code of this git work tree to all
+# workers, installs it, fetches the token store, runs train on all workers, and restarts after a preemption.
 #
 #   bash scripts/tpu_vm.sh --name=NAME --zone=ZONE --type=v5litepod-16 --workdir=gs://BUCKET/runs/NAME --config=FILE
 #        [options] [-- flags of trialgpt_jax.train]
 #
 #   --name=NAME, --zone=ZONE, --type=TYPE   the node; TYPE is gcloud's --accelerator-type: v5litepod-16, v5p-8, v6e-8 ...
-#   --config=FILE       a config that git tracks; changes that are not committed are copied too
-#   --workdir=FOLDER    gs://..., so that checkpoints outlive the node; a path on the workers is refused with --spot and with
+#   --config=FILE       a config tracked by git; uncommitted changes are copied too
+#   --workdir=FOLDER    gs://..., so that checkpoints survive the node; a path on the workers is refused with --spot and
 #                       --delete_when_done, and must be on a disk that all workers see
-#   --data=gs://...     a token store's folder: copied to data/ on every worker and trained on (sets --config.data.dir)
-#   --version=VERSION   the runtime (default: the one for TYPE)
+#   --data=gs://...     a token store: copied to data/ on every worker and used for training (sets --config.data.dir)
+#   --version=VERSION   runtime version (default: the one for TYPE)
 #   --project=PROJECT   (default: gcloud's)
-#   --spot              cheaper, and taken away at any time
-#   --create_flag=FLAG  one more flag for `tpu-vm create`, e.g. --create_flag=--network=mine; may be repeated
-#   --delete_when_done  deletes the node after status 0
-#   --max_creates=N     attempts to create a node in a row before giving up (default 100)
-#   --max_restarts=N    times that a run goes on after it stopped with 75 or lost its node (default 100)
-#   --max_failures=N    other failures in a row (default 3)
-#   --wait=S            seconds before another attempt, doubled each time up to tenfold (default 30)
-#   --dry_run           prints the commands for a node that is not there yet, and runs none
+#   --spot              a spot node: cheaper, can be preempted at any time
+#   --create_flag=FLAG  an additional flag for `tpu-vm create`, e.g. --create_flag=--network=mine; may be repeated
+#   --delete_when_done  delete the node after status 0
+#   --max_creates=N     consecutive attempts to create a node (default 100)
+#   --max_restarts=N    restarts after exit status 75 or a lost node (default 100)
+#   --max_failures=N    other consecutive failures (default 3)
+#   --wait=S            seconds before a retry, doubled each time up to tenfold (default 30)
+#   --dry_run           prints the commands for a node that does not exist yet, without running them
 #
-# Exit status: that of train: 0 done, 2 a mistake to mend, 1 given up. Ctrl-C and SIGTERM stop train, which saves, and exit with
-# 75; the node stays. The same command goes on in every case: it takes the node there is, and train resumes.
+# Exit status: 0 done, 2 a user error, 1 given up, 75 stopped by Ctrl-C or SIGTERM after train has saved; the node stays.
+# The same command continues in every case: it uses the existing node, and train resumes.
 set -euo pipefail
 source "$(dirname "$0")/launcher_lib.sh"
 cd "$(dirname "$0")/.."
@@ -53,24 +53,24 @@ while (($#)); do
     shift
 done
 for option in name zone type config workdir; do
-    [ -n "${!option}" ] || die "--$option=... is missing; --help says what it is"
+    [ -n "${!option}" ] || die "--$option=... is missing; see --help"
 done
 if [ "${workdir#gs://}" = "$workdir" ] && [ -n "$spot$delete_when_done" ]; then
     die "--workdir=$workdir would be lost with the node; give a gs:// one, or leave out --spot and --delete_when_done"
 fi
-[ -z "$data" ] || [ "${data#gs://}" != "$data" ] || die "--data=$data: a gs:// folder is needed"
+[ -z "$data" ] || [ "${data#gs://}" != "$data" ] || die "--data=$data must be a gs:// folder"
 git ls-files --error-unmatch -- "${config%%:*}" >/dev/null 2>&1 ||
-    die "--config=$config is not a file that git tracks here, and would not be copied; \`git add\` it"
+    die "--config=$config is not tracked by git here and would not be copied; \`git add\` it"
 case ${version:+given}$type in
     given*) ;;
     v5litepod*) version=v2-alpha-tpuv5-lite ;;
     v5p*) version=v2-alpha-tpuv5 ;;
     v6e*) version=v2-alpha-tpuv6e ;;
     v[234]-*) version='tpu-ubuntu2204-base' ;;
-    *) die "--version=... is missing: the runtime of --type=$type is not known here" ;;
+    *) die "--version=... is missing: no default runtime is known for --type=$type" ;;
 esac
 
-folder=trialgpt_jax_run # in the workers' home
+folder=trialgpt_jax_run # in the home directory of the workers
 node=("$name" "--zone=$zone" ${project:+"--project=$project"})
 tpu=(gcloud compute tpus tpu-vm)
 train=(bash scripts/tpu_worker.sh train "--config=$config" "--workdir=$workdir")
@@ -81,42 +81,42 @@ if [ -n "$data" ]; then
     train+=("--config.data.dir=data/${data##*/}")
 fi
 train+=("$@")
-# Of the folder of an earlier run, what is costly to make again and the number of a train that may still run are kept.
+# Keeps from an earlier run what is expensive to recreate and the pid of a train that may still be running.
 unpack="mkdir -p $folder && cd $folder && find . -mindepth 1 -maxdepth 1 ! -name .venv ! -name data ! -name runs"
 unpack+=" ! -name train.pid -exec rm -rf {} + && tar -xzf ../$folder.tar.gz"
 
 scratch=$(mktemp -d) there='' child='' stopping=''
 at_exit() {
     rm -rf "$scratch"
-    [ -z "$there" ] || say "$name is still there, and paid for; to delete it: $(quoted "${tpu[@]}" delete "${node[@]}")"
+    [ -z "$there" ] || say "$name still exists and is billed; to delete it: $(quoted "${tpu[@]}" delete "${node[@]}")"
 }
 on_signal() {
     stopping=1
     [ -n "$child" ] || exit 1
-    say "stopping train, which saves; $name stays"
-    on_workers "bash $folder/scripts/tpu_worker.sh stop" || say "it could not be stopped"
+    say "stopping train, which saves; $name is kept"
+    on_workers "bash $folder/scripts/tpu_worker.sh stop" || say "train could not be stopped"
 }
 trap at_exit EXIT
 trap on_signal INT TERM
 
-# On all workers. A dead connection is noticed after 5 minutes. gcloud itself then tries ten times more, with the same
-# command, which is why tpu_worker.sh ends the train that it finds before it starts another.
+# Runs a command on all workers. A dead connection is detected after 5 minutes. gcloud then retries the same command up to
+# ten times, which is why tpu_worker.sh stops a running train before it starts another.
 on_workers() {
     run "${tpu[@]}" ssh "${node[@]}" --worker=all --quiet --ssh-flag=-oConnectTimeout=20 \
         --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=10 "--command=$1"
 }
 
-# $1: failures so far.
+# $1: number of failures so far.
 back_off() {
     [ -n "$dry_run" ] || sleep $((wait * ($1 < 4 ? 1 << $1 : 10)))
 }
 
-# "STATE TYPE" of the node; empty when there is none or it cannot be asked: `create` then says why, and harms nothing.
+# Prints "STATE TYPE" of the node, or nothing if it does not exist or the query fails; `create` then reports the reason.
 describe() {
     "${tpu[@]}" describe "${node[@]}" "--format=value(state,acceleratorType.basename())" 2>/dev/null || true
 }
 
-# Returns when the node is there and ready.
+# Returns when the node exists and is ready.
 ensure_node() {
     local state has attempt
     local create=("${tpu[@]}" create "${node[@]}" "--accelerator-type=$type" "--version=$version" ${spot:+--spot} --quiet)
@@ -127,12 +127,12 @@ ensure_node() {
         case $state in
             READY)
                 there=1
-                [ "${has:-$type}" = "$type" ] || die "$name is there, but of type $has, not $type; choose another --name"
+                [ "${has:-$type}" = "$type" ] || die "$name exists, but its type is $has, not $type; choose another --name"
                 return
                 ;;
             PREEMPTED | TERMINATED)
                 there=1
-                say "$name is $state; making it anew"
+                say "$name is $state; recreating it"
                 run "${tpu[@]}" delete "${node[@]}" --quiet || { back_off "$attempt"; continue; }
                 there=''
                 ;;
@@ -146,34 +146,34 @@ ensure_node() {
         esac
         show "${create[@]}"
         [ -z "$dry_run" ] || return 0
-        if "${create[@]}" 2>"$scratch/said"; then
+        if "${create[@]}" 2>"$scratch/stderr"; then
             there=1
             return
         fi
-        cat "$scratch/said" >&2
-        if [[ $(<"$scratch/said") =~ INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND ]]; then
-            die "$name cannot be created, see above: ${BASH_REMATCH[0]}"
+        cat "$scratch/stderr" >&2
+        if [[ $(<"$scratch/stderr") =~ INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND ]]; then
+            die "$name cannot be created: ${BASH_REMATCH[0]}, see above"
         fi
         say "attempt $((attempt + 1)) of $max_creates to create $name failed"
         back_off "$attempt"
     done
-    echo "error: $name could not be made ready in $max_creates attempts" >&2
+    echo "error: $name was not ready after $max_creates attempts" >&2
     exit 1
 }
 
-# Copies, installs, trains; the status of what failed, or train's.
+# Copies the code, installs it and trains. Returns the status of the step that failed, or train's.
 train_on_node() {
     run "${tpu[@]}" scp "$scratch/$folder.tar.gz" "$name:$folder.tar.gz" "${node[@]:1}" --worker=all --quiet || return
     on_workers "$unpack && $(quoted "${install[@]}")" || return
-    on_workers "cd $folder && $(quoted "${train[@]}")" & # so that a signal to this script is heard at once
+    on_workers "cd $folder && $(quoted "${train[@]}")" & # in the background, so that signals are handled at once
     child=$!
     local status
     while true; do
         status=0
         wait "$child" || status=$?
-        kill -0 "$child" 2>/dev/null || break # else it was a signal that ended the waiting
+        kill -0 "$child" 2>/dev/null || break # otherwise a signal interrupted `wait`
     done
-    if [ -n "$stopping" ]; then # it may have ended while the signal was dealt with, and its status is still to be had
+    if [ -n "$stopping" ]; then # it may have exited in the signal handler; `wait` still returns its status
         status=0
         wait "$child" || status=$?
     fi
@@ -181,7 +181,7 @@ train_on_node() {
     return "$status"
 }
 
-changes=$(git stash create) # a commit of the work tree as it is, which changes nothing in it; empty when it is clean
+changes=$(git stash create) # a commit of the work tree; empty if it is clean
 run git archive --format=tar.gz "--output=$scratch/$folder.tar.gz" "${changes:-HEAD}"
 
 restarts=0 failures=0
@@ -194,14 +194,14 @@ while true; do
     ((status != 2)) || exit 2
     [ -z "$stopping" ] || exit "$status"
     ((SECONDS - started < 1800)) || failures=0
-    back_off "$failures" # the node's state lags behind what happens to it
+    back_off "$failures" # the reported state lags behind the node's
     read -r state _ < <(describe) || state=''
     if ((status == 75)) || [ "$state" != READY ]; then
         failures=0 restarts=$((restarts + 1))
-        ((restarts <= max_restarts)) || { say "given up after $max_restarts restarts"; exit 1; }
+        ((restarts <= max_restarts)) || { say "giving up after $max_restarts restarts"; exit 1; }
     else
         failures=$((failures + 1))
-        ((failures < max_failures)) || { say "given up after $failures failures in a row"; exit 1; }
+        ((failures < max_failures)) || { say "giving up after $failures consecutive failures"; exit 1; }
     fi
 done
 if [ -n "$delete_when_done" ]; then

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh runs on every worker of a TPU VM or slice, in the folder that holds the code:
+# Run by tpu_vm.sh on every worker of a TPU VM or slice, in the folder with the code:
 #
 #   bash scripts/tpu_worker.sh install [gs://STORE data/NAME]   # Python, packages, the token store
 #   bash scripts/tpu_worker.sh train [flags of trialgpt_jax.train]
-#   bash scripts/tpu_worker.sh stop                             # train saves and exits with 75
+#   bash scripts/tpu_worker.sh stop                             # SIGTERM: train saves and exits with 75
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 pid_file=$PWD/train.pid
 
-# The number in the file may be another process by now, so its command line must say `train`, too.
+# The pid may belong to another process by now, so the command line must match too.
 signal_train() {
     pkill "-$1" -F "$pid_file" -f trialgpt_jax.train 2>/dev/null
 }
@@ -22,7 +22,7 @@ stop_train() {
     signal_train KILL || true
 }
 
-# What the metadata server knows of this worker; JAX's own detection reads the same.
+# Reads an attribute of this worker from the metadata server, as JAX's own detection does.
 attribute() {
     curl --fail --silent --show-error --retry 5 -H Metadata-Flavor:Google \
         "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
@@ -32,7 +32,7 @@ command=$1
 shift
 case $command in
     install)
-        if [ ! -x .venv/bin/python ]; then # the images' own Python is older than 3.11
+        if [ ! -x .venv/bin/python ]; then # Python of the TPU images is older than 3.11
             PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
             python3 -m uv venv --quiet --seed --python=3.12 .venv
         fi
@@ -43,7 +43,7 @@ case $command in
         fi
         ;;
     train)
-        stop_train # one that a lost connection left behind holds the chips
+        stop_train # a train left by a lost connection still holds the chips
         endpoints=$(attribute worker-network-endpoints) # `host,host,...`, or `name:id:address,...` on older runtimes
         IFS=, read -ra workers <<<"$endpoints"
         if ((${#workers[@]} > 1)); then
@@ -52,7 +52,7 @@ case $command in
         fi
         .venv/bin/python -m trialgpt_jax.train "$@" &
         echo $! >"$pid_file"
-        # Not `exec`: of a command that died by a signal ssh says 255, which is also its word for a lost connection.
+        # Not `exec`: ssh returns 255 for a command killed by a signal, the same as for a lost connection.
         wait $!
         ;;
     stop) stop_train ;;

@@ -1,21 +1,17 @@
-"""Measures preprocess against the way nanoGPT prepares OpenWebText, on the same text in the same run: time and peak
-memory.
+"""Measures `preprocess` against nanoGPT's preparation of OpenWebText on the same text: time and peak memory.
 
     python scripts/bench/preprocess.py FOLDER     # of .jsonl.gz files; writes scripts/bench/results/preprocess.json
 
-nanoGPT's way: load the dataset with `datasets`, split it, `map` tiktoken over it in two processes, which writes every
-id as a 64-bit integer to an Arrow file, then copy that in 1,024 pieces into a uint16 memory map. Ours is the command
-line, Python's start-up included. Memory is the proportional set size of all processes of a run together, sampled every
-50 ms.
+nanoGPT's script loads the dataset with `datasets`, splits it, maps tiktoken over it in two processes, which writes each
+id as a 64-bit integer to an Arrow file, and copies that in 1,024 pieces into a uint16 memory map. Ours is the command
+line, Python's start-up included. Memory is the proportional set size of all processes of a run, sampled every 50 ms.
 """
 
 import argparse
 import glob
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,6 +21,7 @@ import threading
 import time
 
 import numpy as np
+import report
 
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 
@@ -32,13 +29,11 @@ PROCESSES = 2
 
 
 def as_nanogpt(corpus: str, out: str) -> None:
-    """The baseline, run in a process of its own: `<out>/train.bin` and `<out>/val.bin`."""
+    """The baseline, run in a separate process: writes `<out>/train.bin` and `<out>/val.bin`."""
     import datasets
     import tiktoken
 
-    gpt2 = tokenizer_lib.load(
-        "gpt2"
-    )  # found without a download; what tiktoken.get_encoding("gpt2") gives, its pattern too
+    gpt2 = tokenizer_lib.load("gpt2")  # may need no download; with PATTERN the same as tiktoken.get_encoding("gpt2")
     ranks = {gpt2.token_bytes(i): i for i in range(gpt2.eot_id)}
     encoding = tiktoken.Encoding(
         "gpt2", pat_str=tokenizer_lib.PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": gpt2.eot_id}
@@ -73,8 +68,8 @@ def measure(command: list[str]) -> tuple[float, float, float]:
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
     reader.start()
     while process.poll() is None:
-        peak = max(peak, sum(proportional_kb(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()
-                             if session(int(pid)) == process.pid))  # fmt: skip
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        peak = max(peak, sum(proportional_kb(pid) for pid in pids if session(pid) == process.pid))
         time.sleep(0.05)
     seconds = time.perf_counter() - started
     reader.join()
@@ -86,6 +81,7 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
 
 def session(pid: int) -> int:
+    """Session of a process; -1 if it has ended."""
     try:
         return os.getsid(pid)
     except ProcessLookupError:
@@ -93,6 +89,7 @@ def session(pid: int) -> int:
 
 
 def proportional_kb(pid: int) -> int:
+    """Proportional set size of a process in kB; 0 if it has ended."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
@@ -101,7 +98,7 @@ def proportional_kb(pid: int) -> int:
 
 
 def documents_digest(paths: list[str], end_of_text: int = 50256) -> tuple[int, str]:
-    """Number of tokens, and a digest of all documents that does not depend on their order."""
+    """Number of tokens, and a digest of all documents that is independent of their order."""
     total, digests = 0, []
     for path in paths:
         ids = np.fromfile(path, np.uint16)
@@ -112,14 +109,8 @@ def documents_digest(paths: list[str], end_of_text: int = 50256) -> tuple[int, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__, "preprocess", rounds=3)
     parser.add_argument("corpus", help="folder of .jsonl.gz files with a `text` field")
-    results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "preprocess.json")
-    parser.add_argument("--output", default=results, help="file for the figures")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="each runs every way once, so that a busy moment does not hit one alone"
-    )
-    parser.add_argument("--note", default="", help="what the reader of the figures should know")
     parser.add_argument("--as-nanogpt", metavar="OUT", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.as_nanogpt:
@@ -156,8 +147,8 @@ def main() -> None:
     seconds = {name: statistics.median(s for s, _, _ in run) for name, run in runs.items()}
     figures = {
         "what": f"{text / 1e6:.1f} MB of text to GPT-2 ids, {PROCESSES} processes; times as fast: ratio of the medians",
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: importlib.metadata.version(name) for name in ("datasets", "tiktoken", "gigatoken", "numpy")},
+        "machine": report.machine(),
+        "versions": report.versions("datasets", "tiktoken", "gigatoken", "numpy"),
         "seconds": {name: [round(s, 2) for s, _, _ in run] for name, run in runs.items()},
         "cpu_seconds": {name: [round(cpu, 1) for _, _, cpu in run] for name, run in runs.items()},
         "peak_memory_mb": {name: round(max(mb for _, mb, _ in run)) for name, run in runs.items()},
@@ -168,9 +159,7 @@ def main() -> None:
         "same_documents_and_ids": len(set(digests.values())) == 1,
         "note": given.note,
     }
-    with open(given.output, "w", encoding="utf-8") as file:
-        file.write(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    report.write(figures, given.output)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,14 @@
 
     python scripts/bench/startup.py --peer=path/to/nanoGPT    # writes scripts/bench/results/startup.json
 
-Each round runs `train` on the quickstart's config twice: cold, with an empty compilation cache, and warm, with the cache
-that the cold run left. The clock starts before Python does and stops when the line of step 1 is printed; the evaluation
-before it (16 batches) counts, preprocessing does not. --peer runs nanoGPT's train.py eager on CPU, in turns with ours, on a model,
-batch and number of evaluation batches of the same size, until it prints its first iteration.
+Each round runs `train` on the quickstart's config twice: cold, with an empty compilation cache, and warm, with the
+cache of the cold run. The clock starts before Python does and stops when the line of step 1 is printed. The evaluation
+before it (16 batches) is included, preprocessing is not. --peer runs nanoGPT's train.py eager on CPU, in turns with
+ours, with the same model size, batch size and number of evaluation batches, until it prints its first iteration.
 """
 
-import argparse
-import importlib.metadata
-import json
 import os
 import pickle
-import platform
 import re
 import shutil
 import statistics
@@ -23,6 +19,7 @@ import tempfile
 import time
 
 import numpy as np
+import report
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MARKS = {
@@ -35,30 +32,26 @@ CONFIG = "--config=configs/quickstart.py"
 
 
 def seconds_until(marks: dict[str, str], command: list[str], cwd: str, env: dict[str, str]) -> dict[str, float]:
-    """Seconds from the command to the first line that begins with each mark, in turn; then the process is killed."""
+    """Seconds from the command to the first line that matches each mark; then the process is killed."""
     started, seen, lines = time.perf_counter(), {}, []
-    with subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=cwd, env=env, **pipes) as process:
         for line in process.stdout:
             lines.append(line)
-            seen |= {
-                name: time.perf_counter() - started
-                for name, mark in marks.items()
-                if re.match(mark, line) and name not in seen
-            }
+            for name, mark in marks.items():
+                if name not in seen and re.match(mark, line):
+                    seen[name] = time.perf_counter() - started
             if len(seen) == len(marks):
                 break
         process.kill()
     if len(seen) < len(marks):
-        raise SystemExit(
-            f"{' '.join(command)} ended without a line of {set(marks) - set(seen)}:\n{''.join(lines[-20:])}"
-        )
+        missing = set(marks) - set(seen)
+        raise SystemExit(f"{' '.join(command)} ended without a line of {missing}:\n{''.join(lines[-20:])}")
     return seen
 
 
 def nanogpt_folder(source: str, folder: str) -> str:
-    """A copy of nanoGPT with random ids as its data."""
+    """A copy of nanoGPT whose data are random ids."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git", "assets", "data"))
     data = os.path.join(folder, "data", "random")
     os.makedirs(data)
@@ -70,12 +63,8 @@ def nanogpt_folder(source: str, folder: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "startup.json")
+    parser = report.parser(__doc__, "startup", rounds=5)
     parser.add_argument("--peer", metavar="FOLDER", help="nanoGPT's repository, to measure it too")
-    parser.add_argument("--output", default=results, help="file for the figures")
-    parser.add_argument("--rounds", type=int, default=5, help="each runs every way once")
-    parser.add_argument("--note", default="", help="what the reader of the figures should know")
     given = parser.parse_args()
 
     runs: dict[str, list[dict[str, float]]] = {}
@@ -83,52 +72,45 @@ def main() -> None:
         env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         env |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "PYTHONUNBUFFERED": "1"}
         store = f"--config.data.dir={folder}/store"
-        subprocess.run([sys.executable, "-m", "trialgpt_jax.preprocess", CONFIG, store], cwd=ROOT, env=env, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        preprocess = [sys.executable, "-m", "trialgpt_jax.preprocess", CONFIG, store]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(preprocess, cwd=ROOT, env=env, check=True, **quiet)
         if given.peer:
             peer = nanogpt_folder(given.peer, f"{folder}/nanogpt")
-            # 2 x 8 evaluation batches, for it evaluates both splits
-            sizes = [
-                "--block_size=256",
-                "--n_layer=4",
-                "--n_head=4",
-                "--n_embd=256",
-                "--batch_size=8",
-                "--eval_iters=8",
-            ]
-            other = ["--dataset=random", "--device=cpu", "--dtype=float32", "--compile=False", "--log_interval=1",
-                     "--gradient_accumulation_steps=1", f"--out_dir={folder}/out"]  # fmt: skip
-            theirs = [sys.executable, "train.py", *sizes, *other]
+            sizes = (
+                "--block_size=256 --n_layer=4 --n_head=4 --n_embd=256 --batch_size=8 --gradient_accumulation_steps=1"
+            )
+            # it evaluates both splits: 2 x 8 batches
+            other = "--dataset=random --device=cpu --dtype=float32 --compile=False --log_interval=1 --eval_iters=8"
+            theirs = [sys.executable, "train.py", *sizes.split(), *other.split(), f"--out_dir={folder}/out"]
         for number in range(given.rounds):
-            for way in ("cold", "warm"):
-                command = [sys.executable, "-m", "trialgpt_jax.train", CONFIG, store, "--config.log.every_steps=1",
-                           f"--workdir={folder}/{way}{number}"]  # fmt: skip
+            for name in ("cold", "warm"):
+                train = [sys.executable, "-m", "trialgpt_jax.train", CONFIG, store, "--config.log.every_steps=1"]
+                train.append(f"--workdir={folder}/{name}{number}")
                 cache = {"XDG_CACHE_HOME": f"{folder}/cache{number}"}
-                runs.setdefault(way, []).append(seconds_until(MARKS, command, ROOT, env | cache))
+                runs.setdefault(name, []).append(seconds_until(MARKS, train, ROOT, env | cache))
             if given.peer:
                 runs.setdefault("nanogpt", []).append(seconds_until({"stepped": "iter 0:"}, theirs, peer, env))
 
     packages = ("jax", "jaxlib", "flax", "orbax-checkpoint", *(("torch",) if given.peer else ()))
     figures = {
-        "what": "seconds from the command to the first finished optimizer step, quickstart (4.3M parameters, 8 x 256 tokens)",
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "what": "seconds from the command to the first finished step, quickstart (4.3M parameters, 8 x 256 tokens)",
+        "machine": report.machine(),
+        "versions": report.versions(*packages),
     }
     medians = {}
-    for way, rounds in runs.items():
-        medians[way] = statistics.median(run["stepped"] for run in rounds)
+    for name, rounds in runs.items():
+        medians[name] = statistics.median(run["stepped"] for run in rounds)
         until = {mark: round(statistics.median(run[mark] for run in rounds), 2) for mark in rounds[0]}
-        figures[way] = {
-            "median": round(medians[way], 2),
+        figures[name] = {
+            "median": round(medians[name], 2),
             "rounds": [round(run["stepped"], 2) for run in rounds],
             "seconds_until": until,
         }
     if given.peer:
-        figures["ratio"] = {way: round(medians["nanogpt"] / medians[way], 2) for way in ("cold", "warm")}
+        figures["ratio"] = {name: round(medians["nanogpt"] / medians[name], 2) for name in ("cold", "warm")}
     figures["note"] = given.note
-    with open(given.output, "w", encoding="utf-8") as file:
-        file.write(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    report.write(figures, given.output)
 
 
 if __name__ == "__main__":
