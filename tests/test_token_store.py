@@ -5,12 +5,14 @@ import time
 import numpy as np
 import pytest
 
-from trialgpt_jax import UserError, files
+from trialgpt_jax import UserError
 from trialgpt_jax.data import shard_writer, token_store
+from trialgpt_jax.data.tokenizer import TokenizerId
+from trialgpt_jax.storage import files
 
 
 def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
-    """A store with the given shard lengths for train and val; returns the ids of both."""
+    """Writes a store with the given shard lengths for train and val; returns the ids of both."""
     rng, records, ids = np.random.default_rng(seed), [], {}
     for split, lengths in zip(token_store.SPLITS, shards, strict=True):
         ids[split] = []
@@ -21,10 +23,8 @@ def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
             writer.append(data, 1, 4 * length)
             records.append(writer.finish())
             ids[split] += data.tolist()
-    manifest = {
-        "format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0" * 64}, "vocab_size": vocab,
-        "eot_id": vocab - 1, "dtype": "uint16", "shards": records,
-    }  # fmt: skip
+    manifest = {"format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0" * 64}, "vocab_size": vocab}
+    manifest |= {"eot_id": vocab - 1, "dtype": "uint16", "shards": records}
     files.write_json(str(folder / "manifest.json"), manifest)
     return ids
 
@@ -49,7 +49,7 @@ def test_reading_across_shards_equals_the_concatenation(tmp_path):
     assert [split.n_windows(t) for t in (1, 5, 10, 29, 30)] == [29, 5, 2, 1, 0]
 
 
-def test_verify_accepts_what_was_written_and_names_the_shard_with_a_flipped_bit(tmp_path):
+def test_verify_accepts_a_good_store_and_names_the_shard_with_a_flipped_bit(tmp_path):
     write_store(tmp_path)
     assert [record["tokens"] for record in token_store.verify(str(tmp_path))] == [10, 7, 13, 9]
     data = bytearray((tmp_path / "train_00001.bin").read_bytes())
@@ -67,7 +67,7 @@ def test_verify_accepts_what_was_written_and_names_the_shard_with_a_flipped_bit(
         ("documents", 2, "its number of documents is 1, but should be 2"),
     ],
 )
-def test_verify_checks_counts_too(tmp_path, field, value, message):
+def test_verify_checks_counts(tmp_path, field, value, message):
     write_store(tmp_path)
     change(tmp_path, lambda manifest: manifest["shards"][0].update({field: value}))
     with pytest.raises(UserError, match=message):
@@ -85,14 +85,11 @@ def test_verify_checks_counts_too(tmp_path, field, value, message):
         (lambda m: m["shards"][0].update(file="/etc/passwd"), "is not a plain file name inside the folder"),
         (lambda m: m["shards"][0].update(max_id=300), "largest id 300, but the vocabulary has 300 ids"),
         (lambda m: m["shards"][0].update(tokens=11), r"has 20 bytes, but its 11 tokens take 22: it is truncated"),
-        (
-            lambda m: m["shards"][0].update(file="train_00009.bin"),
-            "train_00009.bin is missing, though the store names it",
-        ),
+        (lambda m: m["shards"][0].update(file="train_00009.bin"), "train_00009.bin is missing, though the store names"),
         (lambda m: m.update(shards=[]), "is empty: its training split has no tokens"),
     ],
 )
-def test_a_wrong_manifest_is_refused_in_one_line(tmp_path, edit, message):
+def test_an_invalid_manifest_is_refused_with_one_line(tmp_path, edit, message):
     write_store(tmp_path)
     change(tmp_path, edit)
     with pytest.raises(UserError, match=message) as error:
@@ -100,7 +97,7 @@ def test_a_wrong_manifest_is_refused_in_one_line(tmp_path, edit, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_unfinished_and_foreign_folders_are_refused(tmp_path):
+def test_missing_unfinished_and_unrelated_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist; run `python -m trialgpt_jax.preprocess`"):
         token_store.open_store(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds no token store"):
@@ -117,7 +114,8 @@ def test_nanogpts_files_open(tmp_path):
     for name, length in (("train", 100), ("val", 10)):
         np.arange(length, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
     store = token_store.open_store(str(tmp_path))
-    assert (store.tokenizer, store.vocab_size, store.eot_id, store.manifest) == ("gpt2", 50257, 50256, None)
+    assert (store.tokenizer_id, store.vocab_size, store.eot_id) == (TokenizerId("gpt2", None), 50257, 50256)
+    assert store.manifest is None
     assert store.split("train").read(40, 3).tolist() == [40, 41, 42] and store.split("val").n_tokens == 10
     (tmp_path / "val.bin").write_bytes(b"abc")
     with pytest.raises(UserError, match="val.bin has 3 bytes, an odd number"):
@@ -147,10 +145,10 @@ def test_llm_c_shards_open(tmp_path):
         token_store.open_store(str(tmp_path))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its memory from Linux's /proc")
-def test_ten_billion_tokens_open_at_once_and_in_little_memory(tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="measures memory in Linux's /proc")
+def test_ten_billion_tokens_open_in_constant_time_and_memory(tmp_path):
     with open(tmp_path / "train.bin", "wb") as file:
-        file.truncate(2 * 10**10)  # sparse: takes no disk
+        file.truncate(2 * 10**10)  # sparse: uses no disk space
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1])
     started = time.perf_counter()
@@ -162,7 +160,7 @@ def test_ten_billion_tokens_open_at_once_and_in_little_memory(tmp_path):
     assert split.n_tokens == 10**10 and grown < 50e6
 
 
-def test_an_unfinished_shard_leaves_nothing_under_its_name(tmp_path):
+def test_an_aborted_shard_leaves_no_file(tmp_path):
     writer = shard_writer.ShardWriter(str(tmp_path), "train_00000.bin", "train", np.uint16)
     writer.append(np.array([1, 2]), 1, 5)
     assert not (tmp_path / "train_00000.bin").exists()

@@ -27,8 +27,7 @@ def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
     """Writes the token store that `config.data` describes to `config.data.dir`, or the missing rest of it.
 
     Args:
-      config: only `config.data` is used; all of it is validated.
-      worker: `i/n`: this machine does share i of n, counted from 0; `merge` joins the shares. `0/1` does everything.
+      worker: `i/n`: this machine does share i of n, counted from 0; `prepare.merge` joins them. `0/1` does everything.
 
     Returns:
       The manifest, or with several shares the progress record of this one.
@@ -51,15 +50,6 @@ def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
         raise UserError(
             f"{error.filename or folder}: {error.strerror or error}; the token store cannot be written"
         ) from None
-
-
-def merge(config: ConfigDict) -> dict:
-    """Merges the finished shares in `config.data.dir` into one token store and returns its manifest.
-
-    Raises:
-      UserError: a share is missing, unfinished, or was made with another config, input or tokenizer.
-    """
-    return prepare.merge(config.data)
 
 
 def describe(folder: str) -> str:
@@ -133,7 +123,7 @@ def _command(flags: absl_flags.FlagValues, config: ConfigDict) -> int:
         tokens = sum(shard["tokens"] for shard in shards)
         print(f"{folder}: {len(shards)} shards, {tokens:,} tokens: all match the manifest")
     elif flags.merge:
-        merge(config)
+        prepare.merge(config.data)
     elif not flags.show:
         preprocess(config, flags.worker)
         if flags.worker != "0/1":

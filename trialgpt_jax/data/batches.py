@@ -19,6 +19,7 @@ WHOLE = ((0,), 1)  # `blocks` of a process that feeds all rows of a batch
 _NAMES = {"train": "training", "val": "validation"}
 _ROUNDS = 10  # of the Feistel network; with 6, neighbours in a tiny corpus are measurably not independent
 _PATTERN = 1024  # rows over which a mixture's weights hold exactly, to one row
+_PREFETCH = 4  # batches that the thread keeps ready
 _CHUNK = 16  # batches whose windows are computed together: numpy takes as long for 16 batches as for 2
 
 
@@ -31,24 +32,17 @@ def train_batches(
     shuffle: bool = True,
     start_step: int = 0,
     blocks: tuple[Sequence[int], int] = WHOLE,
-    prefetch: int = 4,
 ) -> Iterator[np.ndarray]:
-    """This process's rows of the global batches start_step, start_step+1, ..., endless, prefetched by a thread.
+    """This process's L rows of the global batches start_step, start_step+1, ..., endless: int32 [L, T+1].
 
     Args:
       block_size: T, the model's context length in tokens.
       batch_size: B, rows of the global batch, over all processes.
       seed: of the order; every epoch has its own permutation.
       shuffle: False keeps the windows in the order of the corpus.
-      blocks: this process's rows of every global batch: numbers of blocks, and the number of equal blocks in a batch.
-        ((2, 3), 8) means rows B/4 ... B/2-1.
-      prefetch: number of batches kept ready.
+      blocks: this process's blocks of every global batch, and the number of blocks; ((2, 3), 8) is rows B/4 ... B/2-1.
 
-    Returns:
-      An iterator of int32 arrays [L, T+1], L the number of rows in `blocks`.
-
-    Raises:
-      UserError: the split has no window, or the blocks do not divide the batch.
+    Raises UserError if the split has no window, or the blocks do not divide the batch.
     """
     import grain  # late: it imports jax, which the rest of this module does not need
 
@@ -70,7 +64,7 @@ def train_batches(
     # An element is a whole batch: per-window elements take 3-4 times as long, grain's default reader threads even more.
     endless = grain.MapDataset.range(start_step, 1 << 40).map(batch)
     batches = endless.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return _closing(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)))
+    return _closing(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCH)))
 
 
 def eval_batches(
@@ -83,21 +77,17 @@ def eval_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """This process's rows of the batches that cover windows 0, 1, 2, ... of a split once, in order.
 
-    Args:
-      block_size, batch_size, blocks: as of `train_batches`.
-      n_batches: number of global batches; 0 = the whole split.
+    Args and errors: as of `train_batches`; n_batches: number of global batches, 0 = the whole split.
 
     Yields:
       tokens, int32 [L, T+1], and valid, bool [L]: False on the rows that pad the last batch.
-
-    Raises:
-      UserError: as `train_batches`.
     """
     local = _local_rows(batch_size, blocks)
     windows = _count_windows(split, block_size)
     ends = np.cumsum([member.n_windows(block_size) for member, _ in split.members])
     starts = np.concatenate([[0], ends])
-    for k in range(n_eval_batches(split, block_size=block_size, batch_size=batch_size, n_batches=n_batches)):
+    whole = -(-windows // batch_size)
+    for k in range(min(whole, n_batches or whole)):
         rows = k * batch_size + local
         valid = rows < windows
         inside = np.where(valid, rows, 0)
@@ -105,20 +95,10 @@ def eval_batches(
         yield _gather(split, members, inside - starts[members], block_size), valid
 
 
-def n_eval_batches(split: Split | Mixture, *, block_size: int, batch_size: int, n_batches: int = 0) -> int:
-    """The number of global batches that `eval_batches` yields."""
-    whole = -(-_count_windows(split, block_size) // batch_size)
-    return min(whole, n_batches) if n_batches else whole
-
-
 def training_order(
     rows: np.ndarray, split: Split | Mixture, block_size: int, seed: int, shuffle: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The windows at positions `rows`, int64 [n], of the endless training order.
-
-    Returns:
-      The number of the mixture's member (0 for a `Split`) and its window, both int64 [n].
-    """
+    """Positions `rows` of the endless training order -> member of the mixture (0 for a `Split`), window; int64 [n]."""
     members, places = pick_members(rows, [weight for _, weight in split.members], seed)
     windows = np.empty_like(rows)
     for number, (member, _) in enumerate(split.members):
@@ -131,14 +111,9 @@ def training_order(
 
 
 def pick_members(rows: np.ndarray, weights: list[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The member of a mixture that each row draws its window from, and the number of earlier rows of that member.
+    """The member of a mixture that each row draws from, and the number of earlier rows of that member, int64 [n].
 
-    Args:
-      rows: int64 [n].
-      weights: the members' shares; sum 1.
-
-    Returns:
-      int64 [n], int64 [n].
+    `rows` is int64 [n] too; the weights sum to 1.
     """
     if len(weights) == 1:
         return np.zeros_like(rows), rows
@@ -169,11 +144,7 @@ def permute(places: np.ndarray, epochs: np.ndarray, n: int, seed: int) -> np.nda
     Results of n and above are fed through the network until they are below n ("cycle walking", Black and Rogaway 2002),
     which makes it a permutation of 0 ... n-1.
 
-    Args:
-      places, epochs: int64 [m], 0 <= places < n.
-
-    Returns:
-      int64 [m].
+    Args and result: int64 [m], 0 <= places < n.
     """
     a = np.uint64(max(1, int(np.sqrt(n))))
     b = np.uint64(-(-n // int(a)))

@@ -24,14 +24,9 @@ Entry = tuple[str, int, str]  # the fields of an `InputFile`
 
 
 def list_files(source: str, options: Mapping) -> list[InputFile]:
-    """The files of a corpus, in the order of its documents.
+    """The files of the corpus `data.source` with `data.source_options`, in the order of its documents.
 
-    Args:
-      source: a key of `SOURCES`, or `hf:` and the name of a dataset.
-      options: `data.source_options` of the config.
-
-    Raises:
-      UserError: unknown source, no files, or an unreachable hub.
+    Raises UserError for an unknown source, no files, or an unreachable hub.
     """
     key = _ANY_DATASET if source.startswith("hf:") and source.count("/") == 1 else source
     listed = [InputFile(*entry) for entry in choose(SOURCES, key, "data.source")(source, options)]
@@ -59,11 +54,7 @@ def group_files(files: list[InputFile], shard_tokens: int) -> list[list[InputFil
 
 @contextlib.contextmanager
 def fetched(file: InputFile, folder: str) -> Iterator[str]:
-    """Yields the local path of `file`; a remote file is downloaded to `folder` and removed at exit.
-
-    Raises:
-      UserError: it cannot be downloaded.
-    """
+    """Yields the local path of `file`; a remote one is downloaded to `folder` (or UserError) and removed at exit."""
     if not is_remote(file.path):
         yield file.path
         return
@@ -91,7 +82,8 @@ def _local_files(pattern: str) -> list[Entry]:
     if os.path.isdir(pattern):
         root = pattern
         paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-        paths = [path for path in paths if path.endswith(ENDINGS) and not _is_hidden(os.path.relpath(path, root))]
+        paths = [path for path in paths if path.endswith(ENDINGS)]
+        paths = [path for path in paths if f"{os.sep}." not in os.sep + os.path.relpath(path, root)]  # not hidden
     else:
         root = os.path.dirname(pattern.split("*")[0].split("?")[0].split("[")[0]) or "."
         paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
@@ -102,10 +94,6 @@ def _local_files(pattern: str) -> list[Entry]:
         )
     names = {os.path.relpath(path, root).replace(os.sep, "/"): path for path in paths}
     return [(name, os.path.getsize(path), os.path.abspath(path)) for name, path in sorted(names.items())]
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split(os.sep))
 
 
 def _dataset(source: str, options: Mapping, repo: str = "", config: str = "", revision: str = "") -> list[Entry]:

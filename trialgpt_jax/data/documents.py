@@ -71,11 +71,7 @@ class Document(NamedTuple):
 
 
 def read_documents(file: InputFile, path: str, options: Mapping, start: int = 0) -> Iterator[Document]:
-    """The records of one file from number `start` on, unusable ones included.
-
-    Args:
-      path: the local copy of the file.
-      options: `data.source_options`: `text_field`, `subset`.
+    """The records of a file from number `start` on, unusable ones included; `path` is its local copy.
 
     Raises:
       UserError: the file cannot be opened, or has no column `text_field`.
@@ -95,11 +91,7 @@ def read_documents(file: InputFile, path: str, options: Mapping, start: int = 0)
 
 
 def count_rows(file: InputFile) -> int:
-    """The number of rows of a parquet file, from its footer.
-
-    Raises:
-      UserError: the file is not parquet.
-    """
+    """The number of rows of a parquet file, from its footer; UserError if the file is not parquet."""
     if not file.name.endswith(".parquet"):
         raise UserError(f"data.split=nanogpt numbers rows, so it needs .parquet files, not {file.name}; use hash")
     if is_remote(file.path):

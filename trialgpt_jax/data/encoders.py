@@ -14,23 +14,15 @@ Encode = Callable[[list[str]], list[np.ndarray]]  # texts -> their ids, uint32 [
 
 
 def batch_encoder(tokenizer: Tokenizer, encoder: str) -> Encode:
-    """A function texts -> their ids, uint32 arrays without end-of-text, that releases the GIL.
+    """The encoder `tiktoken`, or `gigatoken`, several times as fast. It releases the GIL, so threads can share it.
 
-    Args:
-      encoder: a key of `ENCODERS`: `tiktoken`, or `gigatoken`, which is several times as fast. See `check_encoder`.
-
-    Raises:
-      UserError: unknown encoder, or gigatoken is not installed.
+    Raises UserError if it is unknown or not installed.
     """
     return choose(ENCODERS, encoder, "data.encoder")(tokenizer)
 
 
 def check_encoder(tokenizer: Tokenizer, encoder: str, texts: Iterable[str]) -> None:
-    """Compares an encoder with tiktoken on a sample of the corpus.
-
-    Raises:
-      UserError: unknown encoder, one that is not installed, or different ids.
-    """
+    """Compares an encoder with tiktoken on a sample of the corpus; UserError if the ids differ."""
     encode = batch_encoder(tokenizer, encoder)
     if encoder == "tiktoken":
         return

@@ -16,12 +16,9 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 
 def merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
-    """The two parts of every token that is not a single byte, in the order of ids.
+    """The two parts of every token that is not a single byte, in the order of ids: what all earlier merges make of it.
 
-    The parts of a token are the result of applying all earlier merges to its bytes.
-
-    Raises:
-      UserError: a token is not a merge of two earlier tokens.
+    Raises UserError if a token is not a merge of two earlier tokens.
     """
     ranks = {tokenizer.token_bytes(i): i for i in range(tokenizer.eot_id)}
     found = []
@@ -39,13 +36,7 @@ def merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
 
 
 def write(tokenizer: Tokenizer, folder: str, block_size: int) -> None:
-    """Writes the files that `GPT2TokenizerFast.from_pretrained(folder)` loads, into an existing folder.
-
-    Args:
-      tokenizer: `gpt2` or a trained `bpe:N`.
-      folder: the folder.
-      block_size: the model's context length, tokens.
-    """
+    """Writes the files that `GPT2TokenizerFast.from_pretrained` loads; `block_size`: the model's context in tokens."""
     characters = byte_characters()
 
     def text(token: bytes) -> str:
@@ -89,10 +80,7 @@ def write(tokenizer: Tokenizer, folder: str, block_size: int) -> None:
 
 
 def read(folder: str) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder, named `gpt2` if it is GPT-2's, otherwise `bpe:N`.
-
-    Returns:
-      None if the folder holds no tokenizer.
+    """The tokenizer of a Hugging Face folder, named `gpt2` if it is GPT-2's, otherwise `bpe:N`. None if it has none.
 
     Raises:
       UserError: the files are damaged, or it is not a byte-level BPE whose ids are the bytes, the merges in order and

@@ -26,14 +26,10 @@ _T = TypeVar("_T")
 def list_dataset(repo: str, config: str, split: str, revision: str) -> list[tuple[str, int, str]]:
     """The data files of a dataset on the Hugging Face hub, in the order in which `datasets` reads them.
 
-    Args:
-      config, revision: empty for the default configuration and the main branch.
-
     Returns:
       Name, bytes and URL (`hf://datasets/owner/name@commit/path`) of every file.
 
-    Raises:
-      UserError: no such dataset, configuration or split, or the hub cannot be reached.
+    Raises UserError if there is no such dataset, configuration or split, or the hub cannot be reached.
     """
     import datasets
     import huggingface_hub
@@ -66,11 +62,7 @@ def list_dataset(repo: str, config: str, split: str, revision: str) -> list[tupl
 
 
 def list_addresses(repo: str, path: str, folder: str) -> list[tuple[str, int, str]]:
-    """The files listed in a text file of a hub dataset, one URL per line: name, bytes (0 if unknown), URL.
-
-    Raises:
-      UserError: as `list_dataset`.
-    """
+    """The files listed in a text file of a hub dataset, one URL per line: name, bytes (0 if unknown), URL."""
     with open(download(f"hf://datasets/{repo}@main/{path}", folder), encoding="utf-8") as file:
         addresses = [line.strip() for line in file if line.strip()]
 
@@ -87,8 +79,7 @@ def list_addresses(repo: str, path: str, folder: str) -> list[tuple[str, int, st
 def download(address: str, folder: str) -> str:
     """Downloads one file into `folder` and returns its path. A dropped connection resumes at the byte where it broke.
 
-    Raises:
-      UserError: the file does not exist, or the network failed `ATTEMPTS` times in a row.
+    Raises UserError as `with_retries` does.
     """
     os.makedirs(folder, exist_ok=True)
     if match := _ADDRESS.fullmatch(address):
@@ -133,8 +124,7 @@ def count_rows(address: str) -> int:
 def with_retries(action: Callable[[], _T], what: str) -> _T:
     """Calls `action` until it succeeds, with exponential backoff after network errors.
 
-    Raises:
-      UserError: a permanent error, or `ATTEMPTS` failures. A full or unwritable disk raises its OSError.
+    Raises UserError after a permanent error or `ATTEMPTS` failures; the OSError of a full or unwritable disk passes.
     """
     from huggingface_hub.errors import HTTPError  # the base class of the hub client's errors
 

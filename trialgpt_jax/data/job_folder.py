@@ -40,11 +40,7 @@ def progress_paths(folder: str) -> list[str]:
 
 
 def finished(data: ConfigDict) -> dict | None:
-    """The manifest, if `data.dir` holds one that was made with these settings; removes what only the job needed.
-
-    Raises:
-      UserError: it was made with another config, or is damaged.
-    """
+    """The manifest in `data.dir`, if any; UserError if damaged or of another config. Removes the job's leftovers."""
     if not os.path.exists(os.path.join(data.dir, token_store.MANIFEST)):
         return None
     manifest = token_store.open_store(data.dir).manifest
@@ -56,8 +52,7 @@ def finished(data: ConfigDict) -> dict | None:
 def load_progress(data: ConfigDict, index: int, count: int) -> dict:
     """The progress of share `index` of `count`; a new record if there is none yet.
 
-    Raises:
-      UserError: the folder belongs to another job, or the input or the number of shares has changed since it was begun.
+    Raises UserError if the folder is of another job, or the input or the number of shares has changed since the start.
     """
     folder, path = data.dir, progress_path(data.dir, index, count)
     if os.path.exists(path):
@@ -77,11 +72,7 @@ def load_progress(data: ConfigDict, index: int, count: int) -> dict:
 
 
 def read_progress(data: ConfigDict, path: str) -> dict:
-    """Loads a progress file in `data.dir`.
-
-    Raises:
-      UserError: it is damaged or was written with another config.
-    """
+    """Loads a progress file in `data.dir`. Raises UserError if it is damaged or was written with another config."""
     try:
         progress = files.read_json(path)
     except ValueError as error:

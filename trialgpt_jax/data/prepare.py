@@ -5,8 +5,9 @@ Neither function takes the lock of the folder; `trialgpt_jax.preprocess` does.
 
 import collections
 import math
+import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,13 +24,11 @@ from trialgpt_jax.storage.files import sync_folder, write_json
 
 TRAINING_CHARACTERS = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents, up to this much text
 SAMPLE_CHARACTERS = 2 << 20  # a fast encoder is compared with tiktoken on this much of them
+_ORDER = operator.itemgetter("group", "part")  # of units in the store
 
 
 def prepare(data: ConfigDict, index: int, count: int) -> dict:
-    """Does what is missing of share `index` of `count`, saving the progress after every unit.
-
-    Args:
-      data: `config.data`.
+    """Does what is missing of share `index` of `count` of the job `config.data`, saving the progress after every unit.
 
     Returns:
       The manifest if it is complete or this is the only share, otherwise the progress record.
@@ -50,7 +49,8 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
         write_json(path, progress)
     listed = [InputFile(*entry) for entry in progress["files"]]
     val_rows = _nanogpt_rows(listed, progress["rows"], data) if data.split == "nanogpt" else {}
-    job = Job(data, val_rows, only_text=data.split == "hash" and len(listed) == 1 and listed[0].is_text)
+    only_text = data.split == "hash" and len(listed) == 1 and listed[0].is_text
+    job = Job(data.to_dict(), val_rows, only_text)
     groups = corpora.group_files(listed, data.shard_tokens)
     tokenizer = _tokenizer(job, groups)
     progress["tokenizer"] = {name: getattr(tokenizer, name) for name in ("hash", "vocab_size", "eot_id", "dtype")}
@@ -68,36 +68,30 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
 
     def finish(record: dict) -> None:
         progress["units"].append(record)
-        progress["units"].sort(key=_place)
+        progress["units"].sort(key=_ORDER)
         write_json(path, progress)
 
-    with workers.ProgressBar(sum(file.size for task in tasks for file in task.files)) as bar:
-        workers.run(job, tasks, finish, bar.update)
+    with workers.progress_bar(sum(file.size for task in tasks for file in task.files)) as report:
+        workers.run(job, tasks, finish, report)
     return merge(data) if count == 1 else progress
 
 
 def merge(data: ConfigDict) -> dict:
-    """Merges the finished shares in `data.dir` into a token store; may be interrupted and repeated.
+    """Merges the finished shares in `data.dir` and returns the manifest; may be interrupted and repeated.
 
-    Returns:
-      The manifest.
-
-    Raises:
-      UserError: a share is missing, unfinished, or was made with another config, input or tokenizer.
+    Raises UserError if a share is missing, unfinished, or was made with another config, input or tokenizer.
     """
     if manifest := job_folder.finished(data):
         return manifest
     shares = _finished_shares(data)
     listed, tokenizer = shares[0]["files"], shares[0]["tokenizer"]
-    records = sorted((unit for share in shares for unit in share["units"]), key=_place)
+    records = sorted((unit for share in shares for unit in share["units"]), key=_ORDER)
     skipped = collections.Counter()
     for unit in records:
         skipped.update(unit["skipped"])
     manifest = {
         "format_version": token_store.FORMAT_VERSION,
-        "vocab_size": tokenizer["vocab_size"],
-        "eot_id": tokenizer["eot_id"],
-        "dtype": tokenizer["dtype"],
+        **{name: tokenizer[name] for name in ("vocab_size", "eot_id", "dtype")},
         **job_folder.job_settings(data),
         "tokenizer": {"name": data.tokenizer, "hash": tokenizer["hash"]},
         "input": {
@@ -106,7 +100,7 @@ def merge(data: ConfigDict) -> dict:
             "sha256": job_folder.digest([(name, size) for name, size, _ in listed]),
         },
         "skipped": dict(sorted(skipped.items())),
-        "sources": _sum_sources(unit["sources"] for unit in records),
+        "sources": _sum_sources(records),
         "shards": _rename_shards(data.dir, records),
     }
     write_json(os.path.join(data.dir, token_store.MANIFEST), manifest)
@@ -127,7 +121,7 @@ def _nanogpt_rows(listed: list[InputFile], rows: list[int], data: ConfigDict) ->
 
 def _tokenizer(job: Job, groups: list[list[InputFile]]) -> Tokenizer:
     """The tokenizer; a `bpe:N` that is not in the folder yet is trained on the beginning of the corpus and saved."""
-    name, folder = job.data.tokenizer, job.data.dir
+    name, folder = job.data["tokenizer"], job.data["dir"]
     if name == "gpt2" or os.path.exists(os.path.join(folder, tokenizer_lib.RANKS_FILE)):
         return tokenizer_lib.load(name, folder)
     say(f"training the tokenizer {name}")
@@ -145,11 +139,6 @@ def _training_texts(job: Job, groups: list[list[InputFile]], characters: int) ->
                 characters -= len(document.text)
                 if characters <= 0:
                     return
-
-
-def _place(unit: dict) -> tuple[int, int]:
-    """The order of units in the store."""
-    return unit["group"], unit["part"]
 
 
 def _finished_shares(data: ConfigDict) -> list[dict]:
@@ -193,11 +182,11 @@ def _rename_shards(folder: str, records: list[dict]) -> list[dict]:
     return shards
 
 
-def _sum_sources(sources: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
+def _sum_sources(records: list[dict]) -> dict[str, list[int]]:
     """Documents, tokens and UTF-8 bytes by source: the largest `units.MAX_SOURCES`, and the rest as `units.OTHERS`."""
     total: dict[str, list[int]] = {}
-    for part in sources:
-        for name, counts in part.items():
+    for unit in records:
+        for name, counts in unit["sources"].items():
             units.add_counts(total, name, counts)
     largest = sorted(total.keys() - {units.OTHERS}, key=lambda name: (-total[name][2], name))
     for name in largest[units.MAX_SOURCES :]:

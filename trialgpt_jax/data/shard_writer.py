@@ -1,6 +1,5 @@
 """Writes a shard of a token store: it appears under its name only when it is complete and durable."""
 
-import contextlib
 import hashlib
 import os
 
@@ -20,12 +19,7 @@ class ShardWriter:
         self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by finish or abort
 
     def append(self, ids: np.ndarray, documents: int, n_bytes: int) -> None:
-        """Appends whole documents.
-
-        Args:
-          ids: [n], with the end-of-text id of every document.
-          documents, n_bytes: number of documents and their size in UTF-8.
-        """
+        """Appends whole documents: their ids with every end-of-text, [n], their number and their size in UTF-8."""
         data = np.ascontiguousarray(ids, self._dtype)
         self._digest.update(data.data)
         view = memoryview(data).cast("B")
@@ -48,5 +42,4 @@ class ShardWriter:
     def abort(self) -> None:
         """Closes and removes the unfinished file."""
         self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self._part)
+        files.remove(self._part)

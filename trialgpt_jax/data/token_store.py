@@ -40,9 +40,8 @@ class Split:
     Attributes:
       name: `train` or `val`.
       n_tokens: number of ids.
-      n_bytes: UTF-8 bytes of its documents; None if unknown (no manifest).
-      max_id: the largest id; None if unknown (no manifest).
-      vocab_size: number of ids of the tokenizer; `batches` checks every id against it if max_id is unknown.
+      n_bytes, max_id: UTF-8 bytes of its documents, and the largest id; None without a manifest.
+      vocab_size: number of ids of the tokenizer; `batches` checks every id against it if max_id is None.
       members: [(this split, 1.0)], the interface of `Mixture`.
     """
 
@@ -59,34 +58,25 @@ class Split:
         return max(0, (self.n_tokens - 1) // block_size)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids start ... start+count-1, int32 [count]; may span shards.
-
-        Raises:
-          IndexError: the range leaves the split.
-        """
+        """Ids start ... start+count-1, int32 [count]; may span shards. Raises IndexError outside the split."""
         out = np.empty(count, np.int32)
         self.read_into(start, out)
         return out
 
     def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fills int32 `out` with the ids from `start` on. Raises IndexError as `read` does."""
+        """Fills int32 `out` with the ids from `start` on. Raises IndexError outside the split."""
         if start < 0 or start + len(out) > self.n_tokens:
             raise IndexError(f"{self.name}: tokens {start} ... {start + len(out) - 1} of {self.n_tokens}")
         shard, done = bisect.bisect_right(self._ends, start), 0
         while done < len(out):
-            data = self._maps[shard]
-            if data is None:
-                data = self._map(shard)
+            if (data := self._maps[shard]) is None:
+                path, dtype, offset, tokens = self._shards[shard]
+                # Slicing a plain array is much cheaper than slicing a memmap
+                data = self._maps[shard] = np.memmap(path, dtype, "r", offset, (tokens,)).view(np.ndarray)
             begin = start + done - (self._ends[shard] - len(data))
             piece = data[begin : begin + len(out) - done]
             out[done : done + len(piece)] = piece
             done, shard = done + len(piece), shard + 1
-
-    def _map(self, index: int) -> np.ndarray:
-        path, dtype, offset, tokens = self._shards[index]
-        mapped = np.memmap(path, dtype, "r", offset, (tokens,))
-        self._maps[index] = mapped.view(np.ndarray)  # slicing a plain array is much cheaper than slicing a memmap
-        return self._maps[index]
 
 
 class Mixture:
@@ -114,11 +104,9 @@ class TokenStore:
     """An open token store.
 
     Attributes:
-      folder: its folder; of a mixture, that of the first member.
+      folder, manifest: of a mixture, those of the first member; no manifest with nanoGPT's and llm.c's files.
       tokenizer_id: the tokenizer that made the ids; its hash is None without a manifest.
-      vocab_size: number of ids, end-of-text included.
-      eot_id: the id of end-of-text.
-      manifest: the contents of the manifest, or of the first member's; None for nanoGPT's and llm.c's files.
+      vocab_size, eot_id: number of ids, end-of-text included, and the id of end-of-text.
       splits: `train` and `val`; one without shards has no tokens.
     """
 
@@ -141,15 +129,13 @@ class TokenStore:
         return self.tokenizer_id.name
 
     def split(self, name: str) -> Split | Mixture:
-        """The split `train` or `val`."""
         return self.splits[name]
 
 
 def open_store(folder: str) -> TokenStore:
     """Opens a token store without reading its tokens, so time and memory do not depend on its size.
 
-    Args:
-      folder: the folder of a store, or a mixture: `a:0.7,b:0.3` draws 70% of the training windows from the store `a`.
+    The mixture `a:0.7,b:0.3` draws 70% of the training windows from the store `a`.
 
     Raises:
       UserError: the store does not exist, is unfinished or empty; a manifest that is damaged or names files outside the
@@ -167,13 +153,9 @@ def open_store(folder: str) -> TokenStore:
 
 
 def verify(folder: str) -> list[dict]:
-    """Reads every byte of a store and compares it with its manifest: checksum, documents, largest id, end-of-text.
+    """Compares every byte of a store with its manifest, and returns the manifest's shard records.
 
-    Returns:
-      The manifest's shard records.
-
-    Raises:
-      UserError: as `open_store`; no manifest; the first shard that differs, and how.
+    Raises UserError as `open_store`, without a manifest, or for the first shard that differs; the message says how.
     """
     store = open_store(folder)
     if store.folder != folder:
@@ -204,7 +186,6 @@ def verify(folder: str) -> list[dict]:
 
 
 def _read_manifest(path: str) -> dict:
-    """Loads a manifest and checks types, file names and counts."""
     try:
         manifest = files.read_json(path)
         if manifest["format_version"] != FORMAT_VERSION:
@@ -234,14 +215,12 @@ def _open_manifest(folder: str, manifest: dict) -> TokenStore:
     splits = {}
     for name in SPLITS:
         records = [record for record in manifest["shards"] if record["split"] == name]
-        shards = [_Shard(os.path.join(folder, record["file"]), dtype, 0, record["tokens"]) for record in records]
-        for shard, record in zip(shards, records, strict=True):
-            _check_size(shard)
-            if record["max_id"] >= vocab_size:
-                raise UserError(
-                    f"{shard.path}: largest id {record['max_id']}, but the vocabulary has {vocab_size} ids; "
-                    f"{_RUN} again"
-                )
+        shards = []
+        for record in records:
+            path, largest = os.path.join(folder, record["file"]), record["max_id"]
+            shards.append(_shard(path, dtype, 0, record["tokens"]))
+            if largest >= vocab_size:
+                raise UserError(f"{path}: largest id {largest}, but the vocabulary has {vocab_size} ids; {_RUN} again")
         largest = max((record["max_id"] for record in records), default=None)
         splits[name] = Split(name, shards, sum(record["bytes"] for record in records), largest, vocab_size)
     tokenizer_id = TokenizerId(manifest["tokenizer"]["name"], manifest["tokenizer"]["hash"])
@@ -302,17 +281,17 @@ def _llmc_shard(path: str) -> _Shard:
     words = np.fromfile(path, "<i4", 3)
     if len(words) < 3 or words[0] != _LLMC_MAGIC or words[1] != 1:
         raise UserError(f"{path} is neither in a manifest nor an llm.c shard (magic {_LLMC_MAGIC}, version 1)")
-    shard = _Shard(path, np.dtype("<u2"), _LLMC_HEADER, int(words[2]))
-    _check_size(shard)
-    return shard
+    return _shard(path, np.dtype("<u2"), _LLMC_HEADER, int(words[2]))
 
 
-def _check_size(shard: _Shard) -> None:
-    if not os.path.isfile(shard.path):
-        raise UserError(f"{shard.path} is missing, though the store names it; remove the folder and {_RUN} again")
-    size, expected = os.path.getsize(shard.path), shard.offset + shard.tokens * shard.dtype.itemsize
+def _shard(path: str, dtype: np.dtype, offset: int, tokens: int) -> _Shard:
+    """The shard, if the file has the right size."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing, though the store names it; remove the folder and {_RUN} again")
+    size, expected = os.path.getsize(path), offset + tokens * dtype.itemsize
     if size != expected:
         raise UserError(
-            f"{shard.path} has {size} bytes, but its {shard.tokens} tokens take {expected}: it is truncated or "
-            f"damaged; remove the folder and {_RUN} again"
+            f"{path} has {size} bytes, but its {tokens} tokens take {expected}: it is truncated or damaged; remove the "
+            f"folder and {_RUN} again"
         )
+    return _Shard(path, dtype, offset, tokens)

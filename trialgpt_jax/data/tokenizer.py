@@ -60,11 +60,10 @@ class Tokenizer:
 
     Attributes:
       name: `gpt2` or `bpe:N`.
-      vocab_size: number of ids, end-of-text included (gpt2: 50,257).
-      eot_id: the id of end-of-text, the last one.
+      vocab_size, eot_id: number of ids, end-of-text included (gpt2: 50,257); the id of end-of-text, the last one.
       hash: sha256 (hex) of the pattern, the special token and the bytes of every token: equal hashes encode equally.
       id: name and hash.
-      dtype: the dtype of its ids in a token store, `uint16` or `uint32`.
+      dtype: of its ids in a token store, `uint16` or `uint32`.
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int]):
@@ -101,11 +100,7 @@ class Tokenizer:
             return np.concatenate([self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one id.
-
-        Raises:
-          UserError: the id is negative or beyond the vocabulary, such as a padding row of a model's embedding table.
-        """
+        """The bytes of one id; UserError outside the vocabulary, e.g. for a padding row of a model's embeddings."""
         if not 0 <= token_id < self.vocab_size:
             raise UserError(f"token id {token_id} has no text: the tokenizer {self.name} has ids 0 ... {self.eot_id}")
         return END_OF_TEXT.encode() if token_id == self.eot_id else self._bytes[token_id]
@@ -141,20 +136,13 @@ class StreamingDecoder:
 
 
 def load(name: str, folder: str | None = None) -> Tokenizer:
-    """A tokenizer by name.
+    """The tokenizer `gpt2`, or the `bpe:N` in `folder`, a token store or workdir with `tokenizer.tiktoken`.
 
-    Args:
-      name: `gpt2`, or `bpe:N` for one that was trained and saved to `folder`.
-      folder: a token store or workdir that holds `tokenizer.tiktoken`; not needed for `gpt2`.
-
-    Raises:
-      UserError: unknown name, missing or damaged ranks file, or GPT-2's merges are not found.
+    Raises UserError for an unknown name, a missing or damaged ranks file, or if GPT-2's merges are not found.
     """
     if name == "gpt2":
         return _gpt2()
-    size = _bpe_size(name)
-    path = os.path.join(folder or "", RANKS_FILE)
-    ranks = {}
+    size, path, ranks = _bpe_size(name), os.path.join(folder or "", RANKS_FILE), {}
     try:
         with files.open_file(path) as file:
             for number, line in enumerate(file, 1):
@@ -172,19 +160,15 @@ def load(name: str, folder: str | None = None) -> Tokenizer:
 
 
 def from_store(folder: str) -> Tokenizer:
-    """The tokenizer of a finished token store, checked against the manifest; `gpt2` if there is no manifest.
+    """The tokenizer of an open token store, checked against the manifest; `gpt2` if there is no manifest.
 
-    Raises:
-      UserError: as `load`, or the ids in the store were made with another tokenizer.
+    Raises UserError as `load`, or if the ids in the store were made with another tokenizer.
     """
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         return load("gpt2")  # nanoGPT's and llm.c's files hold GPT-2 ids and record no tokenizer
-    try:
-        saved = files.read_json(path)["tokenizer"]
-        stored = TokenizerId(saved["name"], saved["hash"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error!r}; run preprocess again") from None
+    saved = files.read_json(path)["tokenizer"]
+    stored = TokenizerId(saved["name"], saved["hash"])
     tokenizer = load(stored.name, folder)
     if not tokenizer.id.matches(stored):
         raise UserError(
@@ -197,10 +181,8 @@ def from_store(folder: str) -> Tokenizer:
 def train(name: str, texts: Iterable[str]) -> Tokenizer:
     """Trains the byte-level BPE `bpe:N` on documents: 256 bytes, N-257 merges and end-of-text.
 
-    The result depends on the texts only, not on the number of rustbpe's threads.
-
-    Raises:
-      UserError: unknown name, or the texts do not yield that many merges.
+    The result depends on the texts only, not on the number of rustbpe's threads. Raises UserError if the texts do not
+    yield that many merges.
     """
     import rustbpe  # late: only preprocess needs it
 
@@ -224,7 +206,6 @@ def byte_characters() -> dict[int, str]:
 
 
 def _bpe_size(name: str) -> int:
-    """The N of `bpe:N`."""
     if not re.fullmatch(r"bpe:\d+", name):
         raise UserError(f"data.tokenizer={name} is unknown; known are `gpt2` and `bpe:N`, a BPE of N ids")
     return int(name.removeprefix("bpe:"))
@@ -232,9 +213,8 @@ def _bpe_size(name: str) -> int:
 
 @functools.cache
 def _gpt2() -> Tokenizer:
-    characters = byte_characters()
-    byte_of = {char: b for b, char in characters.items()}
-    ranks = {bytes([b]): i for i, b in enumerate(characters)}
+    byte_of = {char: b for b, char in byte_characters().items()}
+    ranks = {bytes([b]): i for i, b in enumerate(byte_of.values())}
     for line in _gpt2_merges().decode("utf-8").split("\n")[1:]:  # the first line is the file's version
         if line:
             ranks[bytes(byte_of[char] for char in line.replace(" ", ""))] = len(ranks)

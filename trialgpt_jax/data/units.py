@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data import corpora
@@ -27,6 +26,7 @@ from trialgpt_jax.data.token_store import SPLITS
 from trialgpt_jax.data.tokenizer import Tokenizer
 from trialgpt_jax.schema import choose
 
+Report = Callable[[int, int, int, int], None]  # gets new documents, tokens, UTF-8 bytes, input bytes
 _CHUNK_CHARS, _CHUNK_DOCUMENTS = 1 << 20, 1024  # one task of an encoding thread
 OTHERS, MAX_SOURCES = "(others)", 100  # a corpus whose `source` is a URL would have one entry per document
 
@@ -36,12 +36,12 @@ class Job:
     """How a corpus becomes a token store; every worker process gets a copy.
 
     Attributes:
-      data: `config.data`.
+      data: `config.data` as a dict, because reading a ConfigDict takes microseconds.
       val_rows: for `split=nanogpt`: file name -> the rows that are validation documents.
       only_text: the corpus is one text file, whose end becomes the validation document.
     """
 
-    data: ConfigDict
+    data: dict
     val_rows: dict[str, frozenset[int]]
     only_text: bool
 
@@ -65,14 +65,14 @@ class Encoded(NamedTuple):
 
 def split_of(job: Job, file: InputFile, document: Document) -> str:
     """The split of a document, `train` or `val`."""
-    return document.split or choose(_SPLITTERS, job.data.split, "data.split")(job, file, document)
+    return document.split or choose(_SPLITTERS, job.data["split"], "data.split")(job, file, document)
 
 
 def _split_by_hash(job: Job, file: InputFile, document: Document) -> str:
     """By a hash of seed and text: independent of the order of documents and of their files."""
-    key = job.data.split_seed.to_bytes(8, "little")
+    key = job.data["split_seed"].to_bytes(8, "little")
     digest = hashlib.blake2b(document.text.encode(), digest_size=8, key=key).digest()
-    return "val" if int.from_bytes(digest, "little") < job.data.val_fraction * 2.0**64 else "train"
+    return "val" if int.from_bytes(digest, "little") < job.data["val_fraction"] * 2.0**64 else "train"
 
 
 def _split_by_row(job: Job, file: InputFile, document: Document) -> str:
@@ -83,21 +83,17 @@ _SPLITTERS = {"hash": _split_by_hash, "nanogpt": _split_by_row}
 
 
 def read_group(job: Job, files: Sequence[InputFile], start: Sequence[int] = (0, 0)) -> Iterator[Document]:
-    """The documents of a group, unusable ones included.
+    """The documents of a group from `start` on (number of a file, of a record in it), unusable ones included.
 
-    Args:
-      start: where to begin: number of a file in the group, and of a record in it.
-
-    Raises:
-      UserError: an unusable document, unless `on_error` is `skip`; a file that cannot be read or downloaded.
+    Raises UserError for an unusable document, unless `on_error` is `skip`, or a file that cannot be read or fetched.
     """
-    options = job.data.source_options.to_dict()
+    options = job.data["source_options"]
     for index in range(start[0], len(files)):
         first = start[1] if index == start[0] else 0
-        with corpora.fetched(files[index], os.path.join(job.data.dir, "downloads")) as path:
+        with corpora.fetched(files[index], os.path.join(job.data["dir"], "downloads")) as path:
             if job.only_text:
                 whole = read_documents(files[index], path, options)
-                documents = (d for d in _head_and_tail(whole, job.data.val_fraction) if d.number >= first)
+                documents = (d for d in _head_and_tail(whole, job.data["val_fraction"]) if d.number >= first)
             else:
                 documents = read_documents(files[index], path, options, first)
             for document in documents:
@@ -107,23 +103,13 @@ def read_group(job: Job, files: Sequence[InputFile], start: Sequence[int] = (0, 
 
 
 def encode_group(
-    job: Job,
-    tokenizer: Tokenizer,
-    encode: Encode,
-    threads: int,
-    task: Task,
-    report: Callable[[int, int, int, int], None],
+    job: Job, tokenizer: Tokenizer, encode: Encode, threads: int, task: Task, report: Report
 ) -> Iterator[dict]:
     """Encodes the rest of a group and yields the record of every unit once it is durable on disk.
 
-    Args:
-      encode: called from several threads.
-      report: called with the documents, tokens, UTF-8 bytes and input bytes since its last call.
-
-    Raises:
-      UserError: as `read_group`, or a disk that is full or fails; the units yielded so far stay valid.
+    Raises UserError as `read_group`, or for a disk that is full or fails; the units yielded so far stay valid.
     """
-    folder, shard_tokens = job.data.dir, job.data.shard_tokens
+    folder, shard_tokens = job.data["dir"], job.data["shard_tokens"]
     starts = list(itertools.accumulate((file.size for file in task.files), initial=0))  # input bytes before each file
     reported = 0
     unit = _Unit(folder, task.group, task.part, tokenizer.dtype)
@@ -185,11 +171,7 @@ class _Unit:
         self._unwritten = []
 
     def finish(self, following: list[int] | None) -> dict:
-        """Makes the shards durable and returns the record.
-
-        Args:
-          following: where the next unit begins, [file, record]; None at the end of the group.
-        """
+        """Makes the shards durable; the record names where the next unit begins, [file, record] or None."""
         self.write()
         shards = [self._writers[split].finish() for split in sorted(self._writers)]
         self._writers = {}
@@ -258,14 +240,12 @@ def _encode_chunk(
 def _head_and_tail(documents: Iterator[Document], fraction: float) -> Iterator[Document]:
     """Cuts a text at the end of a line so that the last `fraction` of it becomes the validation document."""
     for document in documents:
-        if document.text is None or not fraction:
-            yield document
-            continue
-        middle = int(len(document.text) * (1 - fraction))
-        cut = document.text.find("\n", middle) + 1
-        cut = cut if 0 < cut < len(document.text) else middle
-        if 0 < cut < len(document.text):
-            yield document._replace(text=document.text[:cut], split="train")
-            yield document._replace(number=1, text=document.text[cut:], split="val")
+        text = document.text or ""
+        middle = int(len(text) * (1 - fraction))
+        line_end = text.find("\n", middle) + 1
+        cut = line_end if 0 < line_end < len(text) else middle
+        if 0 < cut < len(text):
+            yield document._replace(text=text[:cut], split="train")
+            yield document._replace(number=1, text=text[cut:], split="val")
         else:
             yield document._replace(split="train")

@@ -4,6 +4,7 @@ Each process takes whole groups; with fewer groups than cores it encodes in seve
 because reading, decompressing and hashing run in parallel as well; threads need no start-up and share one tokenizer.
 """
 
+import collections
 import contextlib
 import functools
 import multiprocessing
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -23,24 +24,18 @@ from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.encoders import batch_encoder
-from trialgpt_jax.data.units import Job, Task, encode_group
+from trialgpt_jax.data.units import Job, Report, Task, encode_group
 
-Finish = Callable[[dict], None]
-Report = Callable[[int, int, int, int], None]
+Finish = Callable[[dict], None]  # gets the record of a unit that is durable
 
 
 def run(job: Job, tasks: list[Task], finish: Finish, report: Report) -> None:
     """Processes all tasks with `data.num_workers` parallel encoders; 0 = one per core.
 
-    Args:
-      finish: called in this process with the record of every unit once it is durable.
-      report: called with the documents, tokens, UTF-8 bytes and input bytes since its last call.
-
-    Raises:
-      UserError: as `encode_group`, or a worker process died. Units that were passed to `finish` stay valid.
+    Raises UserError as `encode_group`, or if a worker process died. Units that were passed to `finish` stay valid.
     """
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    cores = job.data.num_workers or (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
+    cores = job.data["num_workers"] or (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
     processes = max(1, min(cores, len(tasks)))
     threads = -(-cores // processes)
     if processes == 1:
@@ -50,8 +45,8 @@ def run(job: Job, tasks: list[Task], finish: Finish, report: Report) -> None:
 
 
 def _run_here(job: Job, threads: int, tasks: Iterable[Task], finish: Finish, report: Report) -> None:
-    tokenizer = tokenizer_lib.load(job.data.tokenizer, job.data.dir)
-    encode = batch_encoder(tokenizer, job.data.encoder)
+    tokenizer = tokenizer_lib.load(job.data["tokenizer"], job.data["dir"])
+    encode = batch_encoder(tokenizer, job.data["encoder"])
     for task in tasks:
         for record in encode_group(job, tokenizer, encode, threads, task, report):
             finish(record)
@@ -72,15 +67,14 @@ def _run_processes(job: Job, threads: int, tasks: list[Task], processes: int, fi
             children[pipe] = context.Process(target=_child, args=(job, threads, child_end), daemon=True)
             children[pipe].start()
             child_end.close()  # only the child holds its end now, so the pipe closes when the child exits
-        running = set(children)
-        while running:
-            for pipe in connection.wait(running):
+        while children:
+            for pipe in connection.wait(children):
                 try:
                     kind, *rest = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    running.remove(pipe)
-                    children[pipe].join()
-                    if status := children[pipe].exitcode:
+                    child = children.pop(pipe)
+                    child.join()
+                    if status := child.exitcode:
                         raise UserError(
                             f"a worker process ended with status {status} (-9: killed, e.g. out of memory); lower "
                             "data.num_workers; finished work is kept, and the same command continues"
@@ -123,28 +117,23 @@ def _child(job: Job, threads: int, pipe: Connection) -> None:
             send("error", str(error))
 
 
-class ProgressBar(contextlib.AbstractContextManager):
-    """A bar on stderr: input read, documents, tokens, MB of text per second, time left; logs the totals at exit."""
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Report]:
+    """A bar on stderr of `total` bytes of input (0: unknown), documents, tokens, speed, time left; logs the totals."""
+    started, totals = time.perf_counter(), collections.Counter()
 
-    def __init__(self, total: int):
-        """`total`: bytes of input, as stored; 0 if unknown."""
-        interval = 0.2 if sys.stderr.isatty() else 10  # seconds
-        self._bar = tqdm(total=total or None, unit="B", unit_scale=True, mininterval=interval, file=sys.stderr)
-        self._documents = self._tokens = self._bytes = 0
-        self._started = time.perf_counter()
+    def summary() -> str:
+        rate = totals["bytes"] / (time.perf_counter() - started) / 1e6
+        return f"{totals['documents']:,} documents, {totals['tokens']:,} tokens, {rate:.1f} MB/s of text"
 
-    def update(self, documents: int, tokens: int, n_bytes: int, read: int) -> None:
-        """Adds documents, tokens, UTF-8 bytes and input bytes."""
-        self._documents += documents
-        self._tokens += tokens
-        self._bytes += n_bytes
-        self._bar.set_postfix_str(self._counts(), refresh=False)
-        self._bar.update(read)
+    def report(documents: int, tokens: int, n_bytes: int, read: int) -> None:
+        totals.update(documents=documents, tokens=tokens, bytes=n_bytes)
+        bar.set_postfix_str(summary(), refresh=False)
+        bar.update(read)
 
-    def _counts(self) -> str:
-        rate = self._bytes / (time.perf_counter() - self._started) / 1e6
-        return f"{self._documents:,} documents, {self._tokens:,} tokens, {rate:.1f} MB/s of text"
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-        say(f"{self._counts()}, {time.perf_counter() - self._started:.1f} s")
+    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
+    try:
+        with tqdm(total=total or None, unit="B", unit_scale=True, mininterval=interval, file=sys.stderr) as bar:
+            yield report
+    finally:
+        say(f"{summary()}, {time.perf_counter() - started:.1f} s")
