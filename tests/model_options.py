@@ -1,4 +1,4 @@
-"""Every combination of the model's options, for hypothesis, and a second implementation of the model, in plain numpy."""
+"""Hypothesis strategies for the model's options, and an independent implementation of the model in plain numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,15 @@ import numpy as np
 from flax import linen as nn
 from hypothesis import strategies as st
 
-from trialgpt_jax.model.gpt import GPT, GPTConfig
-from trialgpt_jax.model.layers import EPS
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.gpt import GPT
+
+EPS = 1e-5  # GPT-2's; not imported, so that a changed constant in the model fails the tests
 
 
 @st.composite
 def configs(draw, **fixed):
-    """A float64 GPTConfig of a tiny model; `fixed` fields are not drawn."""
+    """Draws a float64 GPTConfig of a tiny model; `fixed` fields are not drawn."""
     n_head = draw(st.sampled_from([1, 2, 4]))
     options = {
         "vocab_size": draw(st.sampled_from([7, 128, 131])),
@@ -40,7 +42,7 @@ def configs(draw, **fixed):
 
 
 def random_params(config, seed=0, scale=0.3):
-    """Parameters away from their initial values: N(0, scale), norms' scales around one, the padding included."""
+    """Random parameters N(0, scale), with norm scales around 1. Biases and padding rows are random too, not zero."""
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
         shapes = jax.eval_shape(lambda: nn.unbox(GPT(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))))
@@ -52,7 +54,7 @@ def random_params(config, seed=0, scale=0.3):
 
 
 def reference_logits(params, c: GPTConfig, tokens_BxT) -> np.ndarray:
-    """Logits [B, T, vocab_size] by loops over sequences, heads and positions, in float64."""
+    """float64 logits [B, T, vocab_size], with loops over sequences, heads and positions."""
 
     def dense(x, p):
         return x @ p["kernel"] + p.get("bias", 0.0)

@@ -1,4 +1,4 @@
-"""The real train step compiles for TPUs that are not attached, with the fused kernel and the collectives it should have."""
+"""The train step compiled for chips that are not attached: its kernels, collectives and memory; scripts/hlo.py."""
 
 import json
 import re
@@ -12,17 +12,19 @@ from conftest import ROOT, command, refused
 
 from trialgpt_jax.config import default_config
 
-SMALL = ["--config.model.n_layer=2", "--config.model.n_embd=256", "--config.model.n_head=4", "--config.model.block_size=256",
-         "--config.model.vocab_size=2000", "--config.train.accumulate_steps=2", "--config.train.batch_size=16"]  # fmt: skip
+SMALL = [
+    "--config.model.n_layer=2",
+    "--config.model.n_embd=256",
+    "--config.model.n_head=4",
+    "--config.model.block_size=256",
+    "--config.model.vocab_size=2000",
+    "--config.train.accumulate_steps=2",
+    "--config.train.batch_size=16",
+]
 
 
 def aot_compile(*arguments):
-    argv = [
-        sys.executable,
-        str(ROOT / "scripts" / "aot_compile.py"),
-        f"--config={ROOT}/configs/gpt2_124m.py",
-        *arguments,
-    ]
+    argv = [sys.executable, f"{ROOT}/scripts/aot_compile.py", f"--config={ROOT}/configs/gpt2.py:124m", *arguments]
     _, env = command("train")
     return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
 
@@ -37,20 +39,20 @@ def test_the_step_compiles_for_v5e(mesh, tmp_path):
     assert report["fits"] and report["chips"] == 4 and report["attention"] == "splash"
     assert report["custom_calls"]["tpu_custom_call"] >= 2
     assert "all-to-all" not in report["collectives"]
-    # float32 parameters and two moments, split over the axes that split them
+    # float32 parameters and two moments, split over fsdp x tensor
     whole = 12 * report["parameters"]
     assert whole / (mesh[1] * mesh[2]) <= report["argument_bytes"] < 1.1 * whole / (mesh[1] * mesh[2]) + 2**16
     assert "tpu_custom_call" in (tmp_path / "step.txt").read_text()
 
 
-def test_the_step_for_an_h200_has_no_pass_for_a_bias_gelu_or_the_residual(tmp_path):
+def test_the_step_for_an_h200_fuses_bias_gelu_and_residual_into_the_matmuls(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="the GPU compiler comes with the extra `cuda`")
     size = ["--config.model.n_layer=2", "--config.train.batch_size=32", "--config.train.accumulate_steps=1"]
     result = aot_compile(*size, "--target=h200", "--json", f"--hlo={tmp_path}/step.txt")
     assert result.returncode == 0, result.stderr[-2000:]
     report, text = json.loads(result.stdout), (tmp_path / "step.txt").read_text()
     assert report["custom_calls"]["__cudnn$fmhaSoftmax"] == report["custom_calls"]["__cudnn$fmhaSoftmaxBackward"] == 2
-    # in each of two layers: queries, keys, values and two projections; of these two with the residual; then the other one
+    # per layer: queries, keys, values and both output projections, the projections with the residual; then c_fc
     assert text.count('"epilogue":"BIAS"') == 2 * 5 and text.count('"epilogue":"BIAS_GELU_AUX"') == 2
     assert len(re.findall(r'"beta":1[,.].*"epilogue":"BIAS"', text)) == 2 * 2
     assert not re.search(r"copy\(.*bf16", text)
@@ -58,53 +60,61 @@ def test_the_step_for_an_h200_has_no_pass_for_a_bias_gelu_or_the_residual(tmp_pa
 
 def test_fsdp_gathers_every_kernel_twice_and_reduce_scatters_its_gradient_once():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
-    width = ["--config.model.n_embd=1024", "--config.model.n_head=8", "--config.model.block_size=512", "--config.model.bias=False",
-             "--config.model.tie_embeddings=False", "--config.train.batch_size=64", "--config.train.remat=block"]  # fmt: skip
-    result = aot_compile(*SMALL, *width, "--target=v5e:4x4", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--json")
+    larger = [
+        "--config.model.n_embd=1024",
+        "--config.model.n_head=8",
+        "--config.model.block_size=512",
+        "--config.model.bias=False",
+        "--config.model.tie_embeddings=False",
+        "--config.train.batch_size=64",
+        "--config.train.remat=block",
+    ]
+    result = aot_compile(*SMALL, *larger, "--target=v5e:4x4", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--json")
     report = json.loads(result.stdout)
     found = report["collectives"]
-    # of each of two microbatches: parameters in bfloat16 twice and their gradients once, 7/8 of which come from other chips;
-    # then an all-reduce of a chip's eighth of the gradients between two chips
+    # For each of two microbatches: bfloat16 parameters twice and their gradients once, 7/8 of which come from other
+    # chips; then an all-reduce of a chip's eighth of the gradients between two chips.
     theory = 2 * 2 * report["parameters"] * (3 * 7 / 8 + 2 * (1 / 2) / 8)
     assert 0.95 < sum(kind["bytes"] for kind in found.values()) / theory < 1.05, found
-    # six kernels in each of two layers and the head, twice a step; an all-reduce would carry twice the bytes
+    # six kernels in each of two layers and the head, twice per step; an all-reduce would move twice the bytes
     assert found["reduce-scatter"]["count"] == 2 * (2 * 6 + 1)
-    # all-reduced are the eighth between two chips and, as the TPU compiler makes it, the gradient of the embedding's 2,048 rows
+    # all-reduces: the eighth between two chips, and the gradient of the embedding's 2,048 rows, for which the TPU
+    # compiler chooses an all-reduce
     assert found["all-reduce"]["bytes"] < 1.2 * 2 * 2 * (report["parameters"] / 8 + 2 * 7 / 8 * 2048 * 1024)
     assert "all-to-all" not in found
 
 
 def test_a_step_that_does_not_fit_says_so_and_an_unknown_target_is_refused():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
-    result = aot_compile("--target=v5e:2x2", "--config.train.batch_size=4096", "--config.train.accumulate_steps=1",
-                         "--config.model.n_layer=2")  # fmt: skip
+    too_large = ["--config.model.n_layer=2", "--config.train.batch_size=4096", "--config.train.accumulate_steps=1"]
+    result = aot_compile("--target=v5e:2x2", *too_large)
     assert result.returncode == 1 and "DOES NOT FIT" in result.stdout, result.stdout + result.stderr[-500:]
     refused(aot_compile("--target=v5e:3x5x7"), "--target=v5e:3x5x7")
     refused(aot_compile(), "--target")
 
 
-def test_the_decode_loop_compiles_and_moves_no_weight_twice_a_token():
+def test_the_decode_loop_compiles_and_reads_each_weight_at_most_once_per_token():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
     decode = json.loads(aot_compile(*SMALL, "--target=v5e:1x1", "--decode=2", "--json").stdout)
     assert decode["program"] == "decode" and decode["tokens_per_step"] == 2 * 16
-    # a model this small stays in the chip's fast memory, so this is a bound from above
+    # an upper bound: a model this small stays in the chip's fast memory
     assert decode["fits"] and 0 < decode["bytes_moved"] / 16 < 2 * 2 * decode["parameters"]
 
 
-@pytest.mark.parametrize(("room", "found"), [(0, 1), (1, 1), (7, 7), (29, 28), (100, 96)])
-def test_find_batch_ends_within_an_eighth_of_the_largest_microbatch_that_fits(monkeypatch, room, found):
+@pytest.mark.parametrize(("largest", "found"), [(0, 1), (1, 1), (7, 7), (29, 28), (100, 96)])
+def test_find_batch_ends_within_an_eighth_of_the_largest_microbatch_that_fits(monkeypatch, largest, found):
     sys.path.insert(0, str(ROOT / "scripts"))
     import aot_compile as tool
 
     def compile_for(config, target):
-        return {"fits": config.train.batch_size <= 4 * room, "batch": config.train.batch_size}, ""
+        return {"fits": config.train.batch_size <= 4 * largest, "batch": config.train.batch_size}, ""
 
-    monkeypatch.setattr(tool, "target_devices", lambda target: ([None] * 4, "tpu"))
+    monkeypatch.setattr(tool, "target_devices", lambda target: [None] * 4)
     monkeypatch.setattr(tool, "compile_for", compile_for)
     config = default_config()
     config.mesh.fsdp, config.mesh.data = -1, 1
     report, _ = tool.find_batch(config, "v5e:2x2")
-    assert report == {"fits": room > 0, "batch": 4 * found}
+    assert report == {"fits": largest > 0, "batch": 4 * found}
 
 
 HLO = """HloModule jit_step
@@ -148,26 +158,26 @@ ENTRY %main (x: f32[64,8]) -> f32[64,8] {
 """
 
 
-def test_bytes_and_collectives_count_a_loop_as_often_as_it_runs():
+def test_bytes_and_collectives_of_a_loop_body_are_multiplied_by_its_trip_count():
     sys.path.insert(0, str(ROOT / "scripts"))
     import hlo
 
     whole, part = 4 * 64 * 8, 4 * 16 * 8
-    once = {"count": 7, "bytes": 7 * whole * 3 / 4}  # of four chips, each has a quarter already
+    once = {"count": 7, "bytes": 7 * whole * 3 / 4}  # each of four chips already holds a quarter
     assert hlo.collectives(HLO) == {"reduce-scatter": once, "all-gather": once}
     assert hlo.traffic(HLO) == {"fusion": 7 * (whole + part), "all-gather": 7 * (whole + part)}
 
-    def compiled(times):  # of a stacked array, each turn of the loop reads its own slice
+    def compiled(times):  # iteration i reads slice i of the stacked array
         scan = jax.jit(lambda x, ws: jax.lax.scan(lambda x, w: (jnp.sin(x) + w, None), x, ws)[0])
         x = jax.ShapeDtypeStruct((4096,), jnp.float32)
         return scan.lower(x, jax.ShapeDtypeStruct((times, 4096), jnp.float32)).compile().as_text()
 
     moved = {times: sum(hlo.traffic(compiled(times)).values()) for times in (70, 140)}
-    per_turn = (moved[140] - moved[70]) / 70
-    assert 3 * 4 * 4096 <= per_turn < 6 * 4 * 4096, "x and a slice read, x written"
+    per_iteration = (moved[140] - moved[70]) / 70
+    assert 3 * 4 * 4096 <= per_iteration < 6 * 4 * 4096, "x and a slice read, x written"
 
 
-def test_a_slice_into_fast_memory_reads_itself_and_scratch_space_counts_not_at_all():
+def test_a_slice_into_fast_memory_counts_its_own_bytes_and_workspace_counts_none():
     sys.path.insert(0, str(ROOT / "scripts"))
     import hlo
 

@@ -1,4 +1,4 @@
-"""Attention against numpy in float64; the fused kernels' presence in programs compiled for chips that are not attached."""
+"""Attention against numpy in float64; which kernel a platform gets; Splash in a program compiled for TPU."""
 
 import functools
 
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from trialgpt_jax import UserError
-from trialgpt_jax.model.attention import cached_attention, causal_attention
+from trialgpt_jax.model.attention import cached_attention, causal_attention, reference_attention
 from trialgpt_jax.parallel.accelerators import attention_kernel
 
 
-def reference(q, k, v):
+def by_loops(q, k, v):
+    """The formula in numpy, one query at a time, with keys and values repeated for grouped queries."""
     B, T, H, D = q.shape
     k, v = (np.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
     out = np.zeros_like(q)
@@ -31,10 +32,10 @@ def inputs(heads, kv_heads, dtype=np.float64):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_causal_and_cached_attention_in_float64(heads, kv_heads):
+def test_causal_and_cached_attention_match_numpy_in_float64(heads, kv_heads):
     with jax.enable_x64(True):
         q, k, v = inputs(heads, kv_heads)
-        want = reference(q, k, v)
+        want = by_loops(q, k, v)
         np.testing.assert_allclose(causal_attention(q, k, v, "xla"), want, rtol=1e-12)
         cache = (jnp.full((kv_heads * 2, 10, 8), 9.0),) * 2  # slots that are not written yet
         one_by_one = []
@@ -44,38 +45,49 @@ def test_causal_and_cached_attention_in_float64(heads, kv_heads):
         np.testing.assert_allclose(np.concatenate(one_by_one, axis=1), want, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("length", "kv_heads"), [(128, 4), (300, 2), (1100, 1)])  # one block of queries, three, eight
-def test_blocks_of_queries_give_the_plain_attention_and_its_gradients_in_float64(length, kv_heads):
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_reference_attention_matches_numpy_in_float64(heads, kv_heads):
+    with jax.enable_x64(True):
+        q, k, v = inputs(heads, kv_heads)
+        out = reference_attention(q, k, v)
+        assert out.dtype == np.float64
+        np.testing.assert_allclose(out, by_loops(q, k, v), rtol=1e-12)
+
+
+def test_reference_attention_keeps_bfloat16_and_computes_the_softmax_in_float32():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(4, 2))
+    out = reference_attention(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    want = by_loops(*(np.asarray(x, np.float64) for x in (q, k, v)))
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize(("length", "kv_heads"), [(128, 4), (300, 2), (1100, 1)])  # 2, 5 and 8 blocks of queries
+def test_blocked_attention_and_its_gradients_match_the_reference_in_float64(length, kv_heads):
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         q, k, v, d_out = (jnp.asarray(rng.normal(size=(2, length, n, 8))) for n in (4, kv_heads, kv_heads, 4))
-
-        def plain(q, k, v):
-            k, v = (jnp.repeat(x, 4 // kv_heads, axis=2) for x in (k, v))
-            scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
-            seen = np.tril(np.ones((length, length), bool))
-            return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
 
         @functools.partial(jax.jit, static_argnums=0)
         def with_gradients(attention, q, k, v, d_out):
             out, pull = jax.vjp(attention, q, k, v)
             return out, pull(d_out)
 
-        want, want_gradients = with_gradients(plain, q, k, v, d_out)
+        want, want_gradients = with_gradients(reference_attention, q, k, v, d_out)
         got, gradients = with_gradients(lambda *x: causal_attention(*x, "xla"), q, k, v, d_out)
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
         for mine, theirs in zip(gradients, want_gradients, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_the_gradient_under_dropout_is_that_of_the_weights_that_were_kept():
+def test_gradient_under_dropout_uses_the_weights_kept_in_the_forward_pass():
     with jax.enable_x64(True):
         rng = np.random.default_rng(2)
-        q, k, v, *along = (jnp.asarray(rng.normal(size=(1, 200, 2, 4))) for _ in range(6))
+        q, k, v, *directions = (jnp.asarray(rng.normal(size=(1, 200, 2, 4))) for _ in range(6))
 
         @jax.jit
         def f(step):
-            moved = (x + step * d for x, d in zip((q, k, v), along, strict=True))
+            moved = (x + step * d for x, d in zip((q, k, v), directions, strict=True))
             return jnp.sum(jnp.sin(causal_attention(*moved, "xla", 0.4, jax.random.key(3))))
 
         numeric = (f(1e-5) - f(-1e-5)) / 2e-5
@@ -87,11 +99,11 @@ def test_dropout_drops_the_rate_and_keeps_the_mean():
     v = np.ones_like(k)
     attend = jax.jit(lambda i: causal_attention(q, k, v, "xla", 0.25, jax.random.key(i)))
     outs = np.stack([attend(i) for i in range(400)])
-    assert outs.std() > 0.05  # something is dropped
+    assert outs.std() > 0.05  # dropout has an effect
     np.testing.assert_allclose(outs.mean(0), 1.0, atol=0.12)
 
 
-SETTING = {"dtype": jnp.dtype("bfloat16"), "head_dim": 64, "block_size": 1024, "dropout": 0.0}
+SETTING = {"dtype": "bfloat16", "head_dim": 64, "block_size": 1024, "dropout": 0.0}
 
 
 def test_auto_is_the_fused_kernel_of_the_platform():
@@ -101,7 +113,7 @@ def test_auto_is_the_fused_kernel_of_the_platform():
 @pytest.mark.parametrize(
     ("requested", "platform", "change", "words"),
     [
-        ("auto", "gpu", {"dtype": jnp.dtype("float32")}, ("cudnn", "bfloat16", "train.attention=xla")),
+        ("auto", "gpu", {"dtype": "float32"}, ("cudnn", "bfloat16", "train.attention=xla")),
         ("auto", "gpu", {"head_dim": 20}, ("cudnn", "head width", "model.head_dim")),
         ("auto", "tpu", {"block_size": 100}, ("splash", "block_size", "128")),
         ("auto", "tpu", {"dropout": 0.1}, ("splash", "model.dropout")),

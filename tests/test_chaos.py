@@ -1,4 +1,4 @@
-"""Two minutes of kills, stops and damaged checkpoints: each run still ends with the bits of one that nothing happened to."""
+"""Two minutes of kills, stops and damaged checkpoints: every run still ends with the bits of an undisturbed one."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def last_step(workdir):
 
 
 def damage(path, rng):
-    """One of what disks and copies do to a file; says which."""
+    """Damages a file the way disks and copies do; returns how."""
     size = path.stat().st_size
     what = rng.choice(["flip", "zero", "truncate", "delete"]) if size else "delete"
     if what == "delete":
@@ -63,28 +63,28 @@ def damage(path, rng):
         else:
             block = slice(begin, begin + rng.randrange(1, 4096))
             data[block] = bytes(len(data[block]))
-        if bytes(data) == path.read_bytes():  # there were zeros already
+        if bytes(data) == path.read_bytes():  # the block was zero before
             data[begin] ^= 1
         path.write_bytes(data)
     return what
 
 
 def damage_some(workdir, rng, leave):
-    """Damages random files of random whole checkpoints, so that `leave` whole ones are left; says what it did."""
+    """Damages random files of random whole checkpoints, but leaves `leave` of them whole; returns what it did."""
     checkpoints = Checkpoints(str(workdir), say=print)
     whole = [step for step in checkpoints.steps() if checkpoints.problem(step) is None]
     n_victims = rng.randint(0, max(0, len(whole) - leave)) if leave else len(whole)
     done = []
     for step in rng.sample(whole, n_victims):
         files = sorted(path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file())
-        # `commit_success.txt` and the like are empty or not looked at; all that is listed is
+        # empty files such as `commit_success.txt` cannot be damaged, only deleted
         path = rng.choice([path for path in files if path.stat().st_size])
         done.append(f"{damage(path, rng)} {path.relative_to(workdir)}")
     return done
 
 
 def disturbed(workdir, argv, env, rng, until, events):
-    """Starts, disturbs and damages the run again and again until it is done; after `until` it is left in peace."""
+    """Starts, interrupts and damages the run repeatedly until it is done; after the time `until` only starts it."""
     while True:
         process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         how = rng.choice(["at a step", "in a save", "at a time"])
@@ -105,8 +105,8 @@ def disturbed(workdir, argv, env, rng, until, events):
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             process.send_signal(number)
             events.append(f"{number.name} {how}, after step {last_step(workdir)}")
-        said = process.communicate(timeout=300)[0]
-        assert process.returncode in (0, 75, -signal.SIGKILL, -signal.SIGTERM), said
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode in (0, 75, -signal.SIGKILL, -signal.SIGTERM), output
         if process.returncode == 0:
             return
         events.extend(damage_some(workdir, rng, leave=1))
@@ -122,7 +122,7 @@ def test_two_minutes_of_chaos_change_nothing(run_of, tmp_path):
     while time.monotonic() < until:
         seed, rounds = seed + 1, rounds + 1
         workdir, events = tmp_path / str(seed), []
-        print(f"seed {seed}")  # pytest shows it where the test fails
+        print(f"seed {seed}")  # pytest shows it if the test fails
         disturbed(workdir, *run_of(workdir), random.Random(seed), until, events)
         print(f"{len(events)} events: {'; '.join(events)}")
         assert metrics(workdir) == expected_metrics, (seed, events)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, checked byte by byte, and never lost by the keeping of others."""
+"""Checkpoints: restored bit for bit, checked byte by byte, and never removed by mistake."""
 
 import errno
 import json
@@ -34,13 +34,13 @@ def assert_equal(a, b):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Checkpoints of steps 1, 2 and 3, and what was said."""
-    said = []
-    checkpoints = Checkpoints(str(tmp_path), keep_last=3, say=said.append)
+    """Checkpoints of steps 1, 2 and 3, their folder, and the lines logged."""
+    logged = []
+    checkpoints = Checkpoints(str(tmp_path), keep_last=3, say=logged.append)
     for step in (1, 2, 3):
         checkpoints.save(step, state(step))
     checkpoints.wait()
-    return checkpoints, tmp_path / "checkpoints", said
+    return checkpoints, tmp_path / "checkpoints", logged
 
 
 def biggest_file(folder):
@@ -76,20 +76,20 @@ def truncate(path):
     ("damage", "words"), [(flip, "checksum"), (zero, "checksum"), (truncate, "bytes"), (os.remove, "missing")]
 )
 def test_damage_is_found_named_and_the_checkpoint_before_is_used(saved, damage, words):
-    checkpoints, folder, said = saved
+    checkpoints, folder, logged = saved
     path = biggest_file(folder / "3")
     damage(path)
     assert checkpoints.newest_whole() == 2
-    assert len(said) == 1 and path in said[0] and words in said[0] and "checkpoint 3" in said[0]
+    assert len(logged) == 1 and path in logged[0] and words in logged[0] and "checkpoint 3" in logged[0]
     with pytest.raises(UserError, match="checkpoint 3 is damaged"):
         checkpoints.check(3)
     checkpoints.check(2)
 
 
 def test_a_missing_list_of_checksums_is_damage_too(saved):
-    checkpoints, folder, said = saved
+    checkpoints, folder, logged = saved
     os.remove(folder / "3" / "checksums.json")
-    assert checkpoints.newest_whole() == 2 and "checksums.json" in said[0]
+    assert checkpoints.newest_whole() == 2 and "checksums.json" in logged[0]
 
 
 def test_none_whole_stops_rather_than_starting_over(saved):
@@ -105,15 +105,15 @@ def test_no_checkpoints_is_step_zero(tmp_path):
 
 
 def test_an_interrupted_save_is_discarded_with_a_word(saved, tmp_path):
-    checkpoints, folder, said = saved
-    os.remove(folder / "3" / "checksums.json")  # as far as a killed save gets
+    checkpoints, folder, logged = saved
+    os.remove(folder / "3" / "checksums.json")  # the state that a killed save leaves
     (tmp_path / "saving").write_text("3")
     (folder / "4.orbax-checkpoint-tmp").mkdir()
-    (folder / "1.removed").touch()  # as far as a killed removal gets
+    (folder / "1.removed").touch()  # the state that a killed removal leaves
     os.remove(biggest_file(folder / "1"))
-    assert checkpoints.steps() == [2]  # even before: neither is damage
+    assert checkpoints.steps() == [2]  # neither counts as damaged, even before they are discarded
     checkpoints.discard_interrupted()
-    assert os.listdir(folder) == ["2"] and "step 3 was interrupted" in said[0]
+    assert os.listdir(folder) == ["2"] and "step 3 was interrupted" in logged[0]
     assert not (tmp_path / "saving").exists()
     assert checkpoints.newest_whole() == 2
 
@@ -126,7 +126,7 @@ def test_another_model_is_refused_by_the_name_of_the_array(saved):
         checkpoints.restore(3, other)
     other = layout(state())
     other["params"]["b"] = jax.ShapeDtypeStruct((7,), jnp.bfloat16, sharding=other["params"]["b"].sharding)
-    with pytest.raises(UserError, match="params/b.*float32.*bfloat16"):  # orbax would cast without a word
+    with pytest.raises(UserError, match="params/b.*float32.*bfloat16"):  # orbax would cast without an error
         checkpoints.restore(3, other)
     with pytest.raises(UserError, match="no checkpoint of step 9; it has 1, 2, 3"):
         checkpoints.check(9)
@@ -141,7 +141,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert json.loads((tmp_path / "checkpoints" / "2" / "checksums.json").read_text())["val_loss"] == 1.0
 
 
-def test_periodic_ones_are_kept_for_ever_and_a_damaged_one_is_not_taken_for_one_of_the_newest(tmp_path):
+def test_periodic_checkpoints_are_kept_and_a_damaged_one_does_not_count_as_one_of_the_newest(tmp_path):
     checkpoints = Checkpoints(str(tmp_path), keep_last=1, keep_period=3)
     for step in range(1, 8):
         checkpoints.save(step, state(step))
@@ -154,11 +154,11 @@ def test_periodic_ones_are_kept_for_ever_and_a_damaged_one_is_not_taken_for_one_
 
 
 def test_after_a_damaged_one_the_same_step_is_saved_again(saved):
-    checkpoints, folder, said = saved
+    checkpoints, folder, logged = saved
     flip(biggest_file(folder / "3"))
     step = checkpoints.newest_whole()
     checkpoints.set_aside_after(step)
-    assert step == 2 and sorted(os.listdir(folder)) == ["1", "2", "3.damaged"] and "3.damaged" in said[1]
+    assert step == 2 and sorted(os.listdir(folder)) == ["1", "2", "3.damaged"] and "3.damaged" in logged[1]
     again = Checkpoints(str(folder.parent), keep_last=3)
     again.save(3, state(3))
     again.wait()
@@ -172,40 +172,41 @@ def test_a_step_that_orbax_does_not_save_is_an_error(saved):
 
 
 @pytest.mark.parametrize("where", ["orbax", "checksums", "mkdir"])
-def test_a_save_that_fails_is_told_once_and_leaves_the_others_and_nothing_else(where, saved, monkeypatch):
-    """What a full disk does is injected where orbax writes its arrays, where checksums are written, where a folder is made."""
+def test_a_failed_save_raises_once_and_leaves_the_other_checkpoints_unchanged(where, saved, monkeypatch):
+    """A full disk is simulated where orbax writes arrays, where checksums are written, where a folder is created."""
     checkpoints, folder, _ = saved
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     error = OSError(errno.ENOSPC, "No space left on device")
-    if where == "orbax":  # in TensorStore's words, see test_faults for the real ones
+    if where == "orbax":  # TensorStore's message; test_faults fills a real disk
         error = ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 6 [os_error_code='28']")
         target = "orbax.checkpoint.CheckpointManager.wait_until_finished"
     else:
-        target = f"trialgpt_jax.files.{'write_json' if where == 'checksums' else 'make_folder'}"
+        target = f"trialgpt_jax.storage.files.{'write_json' if where == 'checksums' else 'make_folder'}"
 
     def full(*_):
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(target, full)
-        with pytest.raises(SaveError) as told:
+        with pytest.raises(SaveError) as failure:
             checkpoints.save(4, state(4))
             while not checkpoints.idle():
                 checkpoints.poll()
             checkpoints.poll()
-    assert "step 4" in str(told.value) and str(folder) in str(told.value) and "last good one is 3" in str(told.value)
-    assert "the disk is full: the checkpoint takes 16.4 kB, and " in str(told.value) and "\n" not in str(told.value)
-    checkpoints.wait()  # told once
+    message = str(failure.value)
+    assert "step 4" in message and str(folder) in message and "last good one is 3" in message
+    assert "the disk is full: the checkpoint takes 16.4 kB, and " in message and "\n" not in message
+    checkpoints.wait()  # the error is raised once
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert os.listdir(folder.parent) == ["checkpoints"] and sorted(os.listdir(folder)) == ["1", "2", "3"]
-    checkpoints.save(4, state(4))  # and with room again, the next is saved
+    checkpoints.save(4, state(4))  # with free space again, the next save works
     checkpoints.wait()
     assert checkpoints.newest_whole() == 4
 
 
-def test_a_mistake_in_the_program_is_no_full_disk(tmp_path, monkeypatch):
+def test_an_error_in_the_program_is_not_reported_as_a_full_disk(tmp_path, monkeypatch):
     checkpoints = Checkpoints(str(tmp_path))
-    monkeypatch.setattr("trialgpt_jax.files.sha256", lambda path: 1 / 0)
+    monkeypatch.setattr("trialgpt_jax.storage.files.sha256", lambda path: 1 / 0)
     checkpoints.save(1, state())
     with pytest.raises(ZeroDivisionError):
         checkpoints.wait()
@@ -213,8 +214,8 @@ def test_a_mistake_in_the_program_is_no_full_disk(tmp_path, monkeypatch):
 
 def test_space_is_asked_for_before_the_first_save(saved, monkeypatch):
     checkpoints, _, _ = saved
-    monkeypatch.setattr("trialgpt_jax.files.free_bytes", lambda path: 10_000_000)
-    checkpoints.check_space(10_000_000)  # keep_last=3: all but the one being written are there
+    monkeypatch.setattr("trialgpt_jax.storage.files.free_bytes", lambda path: 10_000_000)
+    checkpoints.check_space(10_000_000)  # keep_last=3: only the one being written needs space
     with pytest.raises(
         UserError, match=r"takes 10.0 MB, and .* \+ 1 = 4 of them need 10.0 MB more, but 10.0 MB are free"
     ):

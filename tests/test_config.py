@@ -1,29 +1,32 @@
-"""The config refuses what is wrong, in one line that names the field and what would be right."""
+"""A wrong config is refused in one line that names the field and what would be right."""
 
 import glob
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, refused, run
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, cli
 from trialgpt_jax.config import (
+    Config,
     check_resumable,
     default_config,
     fields,
-    gpt_config,
     load_snapshot,
-    mesh_sizes,
-    parse_command_line,
-    save_snapshot,
     validate,
 )
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.parallel.axes import mesh_sizes
+from trialgpt_jax.schema import check, specs
+from trialgpt_jax.training.workdir import save_snapshot
 
 OPTIONS = {"workdir": (None, "folder"), "count": (3, "a number")}
 
 
 def parse(*arguments):
-    return parse_command_line(["program", *arguments], "doc", OPTIONS)
+    return cli.parse(["program", *arguments], "doc", OPTIONS)
 
 
 def refusal(function, *arguments):
@@ -41,17 +44,103 @@ def test_defaults_are_gpt2_and_valid():
     assert m.bias and m.tie_embeddings and (m.position, m.norm, m.activation) == ("learned", "layernorm", "gelu")
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(str(ROOT / "configs" / "*.py"))))
+def test_every_field_has_a_meaning_and_a_valid_default():
+    assert set(specs(Config)) == set(fields(default_config()))
+    for name, (default, spec) in specs(Config).items():
+        assert spec.doc, name
+        check(name, default, spec)
+
+
+def test_choices_are_the_keys_of_the_registries():
+    """A name added to a registry and not to the config, or the reverse, could not be selected or would fail late."""
+    from trialgpt_jax.model.attention import ATTENTION
+    from trialgpt_jax.model.layers import ACTIVATIONS, NORMS, POSITIONS, REMAT
+    from trialgpt_jax.training.optimizer import OPTIMIZERS, SCHEDULES
+
+    for name, registry in (
+        ("model.activation", ACTIVATIONS),
+        ("model.norm", NORMS),
+        ("model.position", POSITIONS),
+        ("optim.name", OPTIMIZERS),
+        ("optim.schedule", SCHEDULES),
+        ("train.remat", REMAT),
+        ("train.attention", {"auto": None, **ATTENTION}),
+    ):
+        assert set(specs(Config)[name][1].choices) == set(registry), name
+
+
+def test_config_and_cli_import_no_jax():
+    """`preprocess` and the refusal of a wrong config start without JAX, which takes about a second to import."""
+    code = (
+        "import sys, trialgpt_jax.cli, trialgpt_jax.config, trialgpt_jax.model.config; sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+SIZES = {"gpt2.py": ("124m", "350m", "774m", "1558m"), "gpt.py": ("7b", "13b")}
+SHIPPED = [
+    f"{path}:{size}" if size else path
+    for path in sorted(glob.glob(str(ROOT / "configs" / "*.py")))
+    for size in SIZES.get(path.rsplit("/", 1)[-1], [""])
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED)
 def test_shipped_configs_load_and_are_valid(path):
     _, config = parse(f"--config={path}")
     validate(config)
 
 
+@pytest.mark.parametrize(
+    ("file", "shape", "learning_rate", "millions"),
+    [
+        ("gpt2.py", (12, 12, 768), 6e-4, 124),
+        ("gpt2.py:124m", (12, 12, 768), 6e-4, 124),
+        ("gpt2.py:350m", (24, 16, 1024), 3e-4, 355),
+        ("gpt2.py:774m", (36, 20, 1280), 2.5e-4, 774),
+        ("gpt2.py:1558m", (48, 25, 1600), 2e-4, 1558),
+        ("gpt.py:7b", (32, 32, 4096), 1.2e-4, 6_854),
+        ("gpt.py:13b", (40, 40, 5120), 1e-4, 13_098),
+    ],
+)
+def test_a_size_after_the_colon_selects_the_model(file, shape, learning_rate, millions):
+    _, config = parse(f"--config={ROOT}/configs/{file}", "--config.seed=3")
+    m = config.model
+    assert (m.n_layer, m.n_head, m.n_embd) == shape
+    assert config.optim.learning_rate == learning_rate and config.seed == 3
+    assert config.mesh.fsdp == (1 if shape[2] == 768 else -1)
+    tables = m.vocab_size * (1 if m.tie_embeddings else 2) + (m.block_size if m.position == "learned" else 0)
+    norms_and_biases = (13 if m.bias else 2) * m.n_embd  # per layer: 2 or 4 of norms, 9 of the linear layers
+    parameters = tables * m.n_embd + m.n_layer * (12 * m.n_embd**2 + norms_and_biases) + (1 + m.bias) * m.n_embd
+    assert round(parameters / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("gpt2.py:125m", ("gpt2.py:125m", "124m, 350m, 774m, 1558m")),
+        ("gpt2.py:", ("124m, 350m, 774m, 1558m",)),
+        ("gpt.py:1b", ("gpt.py:1b", "7b, 13b")),
+        ("gpt.py", ("gpt.py", "no size", "7b, 13b", "gpt.py:7b")),
+        ("quickstart.py:big", ("quickstart.py:big",)),
+        ("gpt3.py:1b", ("gpt3.py:1b", "configs/")),
+    ],
+)
+def test_an_unknown_or_missing_size_is_refused(file, words):
+    message = refusal(parse, f"--config={ROOT}/configs/{file}")
+    for word in words:
+        assert word in message
+
+
 def test_command_line_overrides_have_the_fields_types(default_file):
     flags, c = parse(
-        f"--config={default_file}", "--config.train.steps=7", "--config.optim.learning_rate=1",
-        "--config.data.shuffle=False", "--config.data.dir=some/where", "--count=5",
-    )  # fmt: skip
+        f"--config={default_file}",
+        "--config.train.steps=7",
+        "--config.optim.learning_rate=1",
+        "--config.data.shuffle=False",
+        "--config.data.dir=some/where",
+        "--count=5",
+    )
     assert (c.train.steps, c.optim.learning_rate, c.data.shuffle, c.data.dir) == (7, 1.0, False, "some/where")
     assert flags.count == 5 and flags.workdir is None
 
@@ -78,17 +167,25 @@ def test_wrong_arguments_are_refused_by_name(default_file, argument, words):
         assert word in message
 
 
+CONFIG_FILE = """from trialgpt_jax.config import default_config
+
+def get_config():
+    c = default_config()
+    {}
+    return c
+"""
+
+
 def test_config_files_that_are_wrong_are_refused(tmp_path):
     assert "configs/" in refusal(parse)
     assert "missing.py" in refusal(parse, "--config=missing.py")
     path = tmp_path / "typo.py"
-    path.write_text("from trialgpt_jax.config import default_config\ndef get_config():\n"
-                    "    c = default_config()\n    c.model.n_layers = 3\n    return c\n")  # fmt: skip
+    path.write_text(CONFIG_FILE.format("c.model.n_layers = 3"))
     message = refusal(parse, f"--config={path}")
-    assert "typo.py:4" in message and "n_layers" in message and "n_layer" in message
-    path.write_text("from trialgpt_jax.config import default_config\ndef get_config():\n"
-                    "    c = default_config()\n    c.model.n_layer = 'three'\n    return c\n")  # fmt: skip
-    assert "n_layer" in refusal(parse, f"--config={path}")
+    assert "typo.py:5" in message and "n_layers" in message and "n_layer" in message
+    path.write_text(CONFIG_FILE.format("c.model.n_layer = 'three'"))
+    message = refusal(parse, f"--config={path}")
+    assert "typo.py:5" in message and "n_layer" in message and "three" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize(
@@ -107,6 +204,9 @@ def test_config_files_that_are_wrong_are_refused(tmp_path):
         ("train.remat", "blocks", ("train.remat", "block")),
         ("train.dtype", "float16", ("train.dtype", "bfloat16")),
         ("data.tokenizer", "bpe", ("data.tokenizer", "bpe:N")),
+        ("data.tokenizer", "bpe:256", ("data.tokenizer", "N > 256")),
+        ("data.tokenizer", "bpe:" + "9" * 5000, ("data.tokenizer",)),
+        ("train.steps", 2**31, ("train.steps", "at most 2147483647")),
         ("data.val_fraction", -0.1, ("data.val_fraction",)),
     ],
 )
@@ -117,6 +217,14 @@ def test_wrong_values_are_refused_by_name(field, value, words):
     message = refusal(validate, c)
     for word in words:
         assert word in message
+
+
+def test_a_gpt_config_checks_itself():
+    assert "model.n_embd=768 is not divisible by model.n_head=7" in refusal(lambda: GPTConfig(n_head=7))
+    assert "model.norm" in refusal(lambda: GPTConfig(norm="batchnorm"))
+    assert "model.position=rope" in refusal(lambda: GPTConfig(position="rope", head_dim=3))
+    gpt = GPTConfig(n_kv_head=4, activation="swiglu")
+    assert (gpt.head_dim, gpt.n_kv_head, gpt.padded_vocab_size, gpt.mlp_width) == (64, 4, 50304, 2048)
 
 
 def test_mesh_must_fit_the_devices_the_model_and_the_batch():
@@ -154,6 +262,8 @@ def test_snapshot_round_trip_and_damage(tmp_path):
         (json.dumps(saved | {"extra": 1}), "extra"),
         (json.dumps(saved | {"seed": "one"}), "seed"),
         (json.dumps(saved | {"model": 3}), "model"),
+        (json.dumps(saved | {"seed": {}}), "seed"),
+        (json.dumps(saved | {"optim": {"eps": 10**400}}), "optim.eps"),
     ):
         path.write_text(damage)
         message = refusal(load_snapshot, str(tmp_path))
@@ -178,6 +288,16 @@ def test_resume_takes_harmless_changes_and_refuses_others_by_name():
     message = refusal(check_resumable, new, old)
     assert "optim.learning_rate" in message and "--allow_config_change=optim.learning_rate" in message
     assert len(check_resumable(new, old, ("optim.learning_rate",))) == 3
+    old.seed = -1
+    assert "seed" in refusal(check_resumable, new, old, ("optim.learning_rate",))
+
+
+def test_a_converted_workdir_takes_any_change_that_keeps_the_model():
+    old, new = default_config(), default_config()
+    new.optim.learning_rate, new.data.dir, new.model.dropout = 1.0, "elsewhere", 0.1
+    assert check_resumable(new, old, converted=True) == []
+    new.model.n_layer = 3
+    assert "model.n_layer" in refusal(check_resumable, new, old, (), True)
 
 
 def test_commands_exit_2_with_one_line(tmp_path, default_file):
@@ -190,12 +310,14 @@ def test_commands_exit_2_with_one_line(tmp_path, default_file):
 
 
 def test_layers_are_compiled_in_one_piece_where_that_is_quicker():
+    from trialgpt_jax.training.program import gpt_config
+
     config = default_config()
     assert gpt_config(config, "gpu").scan_unroll == gpt_config(config, "cpu").scan_unroll == config.model.n_layer == 12
     assert gpt_config(config, "tpu").scan_unroll == 1
     config.train.scan_unroll = 2
     assert gpt_config(config, "cpu").scan_unroll == 2
-    config.train.scan_unroll, config.train.remat = 0, "block"  # asks for memory, which a loop saves
+    config.train.scan_unroll, config.train.remat = 0, "block"  # remat asks for less memory, and a loop needs less
     assert gpt_config(config, "cpu").scan_unroll == 1
     config.train.remat, config.model.n_layer = "none", 24
     assert gpt_config(config, "cpu").scan_unroll == 1

@@ -1,4 +1,4 @@
-"""The convert door: a trained model goes to transformers and comes back, converted ones are used, checkpoints verified."""
+"""The convert command: export to transformers, import, use of a converted workdir, verification of checkpoints."""
 
 import json
 import shutil
@@ -13,16 +13,18 @@ from trialgpt_jax.config import load_snapshot
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import open_store
-from trialgpt_jax.evaluate import evaluate, load_params
+from trialgpt_jax.evaluate import evaluate
 from trialgpt_jax.infer import infer
-from trialgpt_jax.model.generate import Sampling
-from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.model.sampling import Sampling
+from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.train import train
+from trialgpt_jax.training.program import Program
+from trialgpt_jax.training.start import load_params
 
 
 @pytest.fixture(scope="module")
 def world(store, tmp_path_factory):
-    """A trained workdir, its export, and the workdir made from that; paths."""
+    """A folder with a trained workdir `run`, its export `hf`, and the workdir `back` imported from the export."""
     root = tmp_path_factory.mktemp("convert")
     config = small_config(store)
     config.train.steps = 10
@@ -34,8 +36,8 @@ def world(store, tmp_path_factory):
 
 
 def params_of(workdir, step=-1):
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    return load_params(load_snapshot(str(workdir)), str(workdir), step, mesh)[1]
+    program = Program(load_snapshot(str(workdir)), mesh=single_device())
+    return load_params(str(workdir), program.params_layout, step)[0]
 
 
 def assert_equal(ours, expected):
@@ -61,7 +63,7 @@ def test_transformers_evaluates_the_export_to_the_same_loss(world, store):
     assert abs(total / count - ours["loss"]) < 1e-5
 
 
-def test_transformers_generates_what_infer_does(world):
+def test_transformers_generates_the_same_tokens_as_infer(world):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = load_snapshot(str(world / "run"))
@@ -78,11 +80,11 @@ def test_import_gives_identical_parameters_and_tokenizer(world):
     assert_equal(params_of(world / "back", 0), params_of(world / "run"))
     config = load_snapshot(str(world / "back"))
     assert (config.data.tokenizer, config.model.vocab_size, config.model.block_size) == ("bpe:512", 512, 32)
-    assert json.loads((world / "back/tokenizer.json").read_text()) == json.loads(
-        (world / "run/tokenizer.json").read_text()
-    )
-    ours, theirs = (tokenizer_lib.load("bpe:512", str(world / name)) for name in ("back", "run"))
-    assert ours.hash == theirs.hash
+    names = "back", "run"
+    identities = [json.loads((world / name / "tokenizer.json").read_text()) for name in names]
+    assert identities[0] == identities[1]
+    tokenizers = [tokenizer_lib.load("bpe:512", str(world / name)) for name in names]
+    assert tokenizers[0].hash == tokenizers[1].hash
 
 
 def test_infer_and_evaluate_use_the_converted_workdir(world):
@@ -156,9 +158,14 @@ def test_the_command_line(world, store, tmp_path):
     result = run("convert", f"--workdir={world / 'run'}", f"--to_hf={tmp_path / 'hf'}", "--step=5")
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
-        "config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "vocab.json",
-    ]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
     finetune = [f"--config={ROOT / 'configs/finetune.py'}", f"--config.data.dir={store}"]
     result = run("convert", f"--from_hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'run'}", *finetune)
     assert result.returncode == 0, result.stderr
@@ -176,7 +183,7 @@ def test_mistakes_on_the_command_line(world):
         convert.main(["convert", "--from_hf=x"])
 
 
-def test_train_begins_from_a_converted_workdir_with_any_hyperparameters(world, store, tmp_path, capsys):
+def test_train_starts_from_a_converted_workdir_with_any_hyperparameters(world, store, tmp_path, capsys):
     config = load_snapshot(str(world / "run"))
     convert.from_hf(config, str(world / "hf"), str(tmp_path / "run"))
     config.optim.update({"schedule": "constant", "learning_rate": 1e-3, "warmup_steps": 0})
@@ -188,13 +195,13 @@ def test_train_begins_from_a_converted_workdir_with_any_hyperparameters(world, s
     with pytest.raises(UserError, match="`model.n_layer` is 3, but this workdir's run was started with 2"):
         train(wrong, str(tmp_path / "run"))
     assert train(config, str(tmp_path / "run")) == 0
-    said = capsys.readouterr()
-    assert "starting from the weights of checkpoint 0" in said.out + said.err
+    captured = capsys.readouterr()
+    assert "starting from the weights of checkpoint 0" in captured.out + captured.err
     lines = metrics(tmp_path / "run")
     before = evaluate(config, str(world / "run"), batches=config.eval.batches)["loss"]
     assert lines[0]["step"] == 0 and abs(lines[0]["val_loss"] - before) < 1e-6
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    # from here it is a run like any other: it resumes, and its config is fixed
+    # now it is an ordinary run: it resumes, and its config is fixed
     config.optim.learning_rate = 2e-3
     with pytest.raises(UserError, match="optim.learning_rate"):
         train(config, str(tmp_path / "run"))

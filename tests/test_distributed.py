@@ -1,4 +1,4 @@
-"""Several real processes on this machine: the same batches and values as one process, and one end for all of them."""
+"""Several real processes on this machine: the same batches and values as one process, and they end together."""
 
 import fcntl
 import json
@@ -16,12 +16,12 @@ from test_train import assert_same_bits, final_state
 from trialgpt_jax import UserError
 from trialgpt_jax.parallel import processes
 
-# Trains as the command line does. Notes which rows each device was given, and sends itself a signal before a step, when no
-# save is under way.
+# Trains as the command line does. Records the rows that each device was given, and sends itself a signal before a step,
+# when no save is in progress.
 _TRAIN = """
 import os, sys, time
 import numpy as np
-from trialgpt_jax import config, train
+from trialgpt_jax import cli, train
 record = sys.argv.pop(1)
 number, at, first_step = (int(sys.argv.pop(1)) for _ in range(3))
 saving = next(a for a in sys.argv if a.startswith("--workdir=")).removeprefix("--workdir=") + "/saving"
@@ -35,13 +35,13 @@ def put_batch(rows, sharding):
         sent = True
         os.kill(os.getpid(), number)
     if sent:
-        time.sleep(0.2)  # the notice takes a moment: JAX looks once a second
+        time.sleep(0.2)  # JAX polls for the notice once a second
     array = real(rows, sharding)
     seen[step] = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
     return array
 train.put_batch = put_batch
 try:
-    config.run(train.main)
+    cli.run(train.main)
 finally:
     np.savez(record, **{f"{step}/{start}": rows for step, held in seen.items() for start, rows in held.items()})
 """
@@ -54,15 +54,15 @@ def free_port():
 
 
 def job(n, module, *arguments, devices=4, script=None, stopped=None):
-    """Runs n processes over so many devices in all, and returns their CompletedProcesses.
+    """Runs n processes with `devices` devices in total, and returns their CompletedProcesses.
 
     `script(i)` gives the first arguments of process i, in place of `-m trialgpt_jax.module`. Process number `stopped`,
-    which stops itself for good, is killed when the others have ended.
+    which sends itself SIGSTOP, is killed when the others have ended.
     """
     port, started, outputs = free_port(), [], {}
     for i in range(n):
         argv, env = command(module, *arguments, devices=devices // n)
-        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compilation takes most of the time
         argv[1:3] = script(i) if script else argv[1:3]
         argv += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={n}", f"--process_id={i}"] * (n > 1)
         started.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -79,7 +79,7 @@ def job(n, module, *arguments, devices=4, script=None, stopped=None):
 
 @pytest.fixture(scope="module")
 def config(store):
-    """Four devices, over which data and parameters are split."""
+    """Four devices: batch and parameters sharded two ways each."""
     c = small_config(store)
     c.model.dropout = 0.1
     c.train.update({"steps": 24, "batch_size": 8})
@@ -92,7 +92,7 @@ def config(store):
 
 @pytest.fixture(scope="module")
 def train(config, tmp_path_factory):
-    """train(workdir, n, ...) trains in n processes and returns their results and the global batches by step."""
+    """train(workdir, n, ...) trains in n processes; returns their results and the global batches by step."""
     folder = tmp_path_factory.mktemp("records")
     file = folder / "default.py"
     file.write_text("from trialgpt_jax.config import default_config as get_config\n")
@@ -106,8 +106,9 @@ def train(config, tmp_path_factory):
 
         for i in range(n):
             (folder / f"{i}.npz").unlink(missing_ok=True)
-        results = job(n, "train", f"--config={file}", *overrides(config), f"--workdir={workdir}", *flags,
-                      script=script, stopped=who if number == signal.SIGSTOP else None)  # fmt: skip
+        arguments = [f"--config={file}", *overrides(config), f"--workdir={workdir}", *flags]
+        stopped = who if number == signal.SIGSTOP else None
+        results = job(n, "train", *arguments, script=script, stopped=stopped)
         batches = {}
         for i in range(n):
             if (folder / f"{i}.npz").exists():
@@ -121,7 +122,7 @@ def train(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(train, tmp_path_factory):
-    """A run of one process that nothing interrupted: workdir and batches."""
+    """An undisturbed run of one process: workdir and batches."""
     workdir = tmp_path_factory.mktemp("one")
     (result,), batches = train(workdir, 1)
     assert result.returncode == 0, result.stderr
@@ -130,7 +131,7 @@ def one(train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(train, tmp_path_factory):
-    """The same in two processes."""
+    """The same with two processes: workdir, batches and results."""
     workdir = tmp_path_factory.mktemp("two")
     results, batches = train(workdir, 2)
     assert [r.returncode for r in results] == [0, 0], results
@@ -158,7 +159,7 @@ def leaves(tree):
     return jax.tree.leaves(tree)
 
 
-def test_two_processes_train_on_the_same_batches_to_the_same_values_and_the_first_alone_speaks(one, two):
+def test_two_processes_train_on_the_same_batches_to_the_same_values_and_only_the_first_logs(one, two):
     workdir, batches, results = two
     assert sorted(batches) == list(range(1, 25))
     assert_same_batches(batches, one[1])
@@ -169,7 +170,7 @@ def test_two_processes_train_on_the_same_batches_to_the_same_values_and_the_firs
     assert (first.stdout, second.stdout) == ("", "")
 
 
-def test_evaluation_and_generation_in_two_processes_answer_as_one_does(one):
+def test_evaluation_and_generation_in_two_processes_equal_those_of_one(one):
     for module, arguments in (
         ("evaluate", ["--json", "--batches=3"]),
         ("infer", ["--json", "--prompt=The people", "--max_new_tokens=12", "--num_samples=3"]),
@@ -188,11 +189,11 @@ def test_evaluation_and_generation_in_two_processes_answer_as_one_does(one):
 
 
 def test_sigterm_to_one_stops_all_at_one_step_and_other_numbers_of_processes_continue(train, one, tmp_path):
-    """One process, then two, then four, the last but one of which is told to stop each time."""
+    """One process, then two, then four; each time the last but one gets the signal."""
     reached = 0
     for n, at in ((1, 3), (2, 3), (4, 0)):
-        results, batches = train(tmp_path / "run", n, send=(max(0, n - 2), signal.SIGTERM if at else 0, reached + at),
-                                 first_step=reached)  # fmt: skip
+        send = (max(0, n - 2), signal.SIGTERM if at else 0, reached + at)
+        results, batches = train(tmp_path / "run", n, send=send, first_step=reached)
         assert [r.returncode for r in results] == [75 if at else 0] * n, [r.stderr for r in results]
         assert_same_batches(batches, one[1])
         if reached:
@@ -210,14 +211,14 @@ def test_sigterm_to_one_stops_all_at_one_step_and_other_numbers_of_processes_con
 def test_a_killed_process_ends_the_others_at_once_and_the_job_starts_again_without_a_damaged_checkpoint(
     train, two, tmp_path
 ):
-    """One device a process: where there are more, another one of them may wait for what the broken connection owes it."""
+    """One device per process: with more, a device may wait in a collective that never finishes."""
     results, _ = train(tmp_path / "run", 4, send=(3, signal.SIGKILL, 16))
     assert [r.returncode for r in results] == [1, 1, 1, -signal.SIGKILL], [r.stderr for r in results]
     *left, killed = results
-    for r in left:  # by the broken connection: the silence would have been noticed after 100 s only
+    for r in left:  # by the broken connection; the missing heartbeat would be detected after 100 s
         assert "has lost another process of this job, which has died" in r.stderr and "stopped sending" not in r.stderr
         assert "the same command on every host continues" in r.stderr
-    assert "ended without finishing" in killed.stderr  # said by the shell that it left behind
+    assert "ended without finishing" in killed.stderr  # printed by its child process
     checkpoints = tmp_path / "run" / "checkpoints"
     assert max(int(name) for name in os.listdir(checkpoints)) == 12
     (tmp_path / "run" / "lock").stat()
@@ -242,13 +243,13 @@ def test_a_lost_coordinator_or_a_silent_host_ends_the_others_within_the_timeout(
     left = results[1 - who]
     assert left.returncode in (1, -signal.SIGABRT), left.stderr
     assert "died" in left.stderr and "the same command on every host continues" in left.stderr, left.stderr
-    with open(tmp_path / "run" / "lock", "a") as lock:  # which died with its holder
+    with open(tmp_path / "run" / "lock", "a") as lock:  # released when its holder died
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize("why", ["a time limit", "Ctrl-C"])
 def test_a_time_limit_and_ctrl_c_stop_all_processes_too(train, config, tmp_path, monkeypatch, why):
-    """And all save by the clock of the first, which is always late here: two steps after the save before."""
+    """All save by the clock of process 0: here always two steps after the step at which the last save was seen."""
     config = config.copy_and_resolve_references()
     config.train.steps, config.eval.every_steps = 100_000, 0
     config.checkpoint.update({"every_steps": 0, "every_minutes": 1e-9, "keep_last": 1_000})
@@ -260,13 +261,13 @@ def test_a_time_limit_and_ctrl_c_stop_all_processes_too(train, config, tmp_path,
     *by_the_clock, saved = sorted(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints"))
     assert f"stopped after step {saved}, which is saved" in results[0].stderr and saved in batches
     assert by_the_clock == list(range(3, saved, 3))
-    # what a step needs, and what the barrier before a save and orbax do; nothing asks a device when to save
+    # only the step, and what orbax and the barrier before a save compile: agreeing on a step uses no device
     for r in results:
         compiled = re.findall(r"Finished XLA compilation of jit\((.*?)\)", r.stderr)
         assert compiled[:2] == ["train_step", "init_state"] and set(compiled[2:]) <= {"_identity_fn", "slice"}, compiled
 
 
-def test_a_mistake_that_only_one_process_meets_ends_all_with_its_message(config, tmp_path, default_file):
+def test_an_error_in_one_process_ends_all_with_its_message(config, tmp_path, default_file):
     own = [a for a in overrides(config) if not a.startswith("--config.data.dir=")]
 
     def script(i):
@@ -276,7 +277,7 @@ def test_a_mistake_that_only_one_process_meets_ends_all_with_its_message(config,
     first, second = job(2, "train", *own, f"--workdir={tmp_path}/run", script=script)
     refused(second, "nowhere", "preprocess")
     refused(first, "process 1 of 2", "nowhere", "preprocess")
-    with open(tmp_path / "run" / "lock", "a+") as lock:  # process 0 alone finds that the workdir is in use
+    with open(tmp_path / "run" / "lock", "a+") as lock:  # only process 0 finds that the workdir is in use
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write("host elsewhere, pid 7\n")
@@ -286,7 +287,7 @@ def test_a_mistake_that_only_one_process_meets_ends_all_with_its_message(config,
     refused(second, "process 0 of 2", "in use by host elsewhere, pid 7")
 
 
-def test_flags_that_do_not_go_together_are_refused(default_file, tmp_path):
+def test_flags_that_contradict_each_other_are_refused(default_file, tmp_path):
     for flags, words in (
         (["--num_processes=2"], "give all three"),
         (["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "they count from 0"),
@@ -297,15 +298,27 @@ def test_flags_that_do_not_go_together_are_refused(default_file, tmp_path):
 
 def test_a_process_that_finds_no_others_says_so(default_file, tmp_path):
     port = free_port()
-    result = run("train", f"--config={default_file}", f"--workdir={tmp_path}", f"--coordinator_address=127.0.0.1:{port}",
-                 "--num_processes=2", "--process_id=1", "--start_timeout_seconds=1")  # fmt: skip
+    flags = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", "--process_id=1"]
+    flags += ["--start_timeout_seconds=1"]
+    result = run("train", f"--config={default_file}", f"--workdir={tmp_path}", *flags)
     assert result.returncode != 0 and "could not be reached" in result.stderr, result.stderr
 
 
-_SLURM = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "16",
-          "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}  # fmt: skip
-_OMPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "4",
-         "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}  # fmt: skip
+_SLURM = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+_OMPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -316,7 +329,7 @@ _OMPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_CO
         (_SLURM | {"SLURM_NTASKS": "1"}, 1),
         ({"SLURM_JOB_ID": "12", "SLURM_NTASKS": "16"}, 1),  # in the batch script itself, outside srun
         (_OMPI, 4),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 1),  # any pod, such as a notebook's
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 1),  # any pod, such as that of a notebook
     ],
 )
 def test_clusters_are_detected(env, count, monkeypatch):
@@ -345,7 +358,7 @@ def test_a_cloud_tpu_pod_is_detected(monkeypatch):
 @pytest.mark.parametrize(
     "env", [{"OMPI_COMM_WORLD_SIZE": "4"}, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, {"JOB_COMPLETION_INDEX": "0"}]
 )
-def test_processes_that_jax_cannot_find_are_refused_rather_than_trained_apart(env, monkeypatch):
+def test_processes_that_jax_cannot_find_are_refused_rather_than_trained_separately(env, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="does not find the others.*--coordinator_address"):
@@ -355,7 +368,7 @@ def test_processes_that_jax_cannot_find_are_refused_rather_than_trained_apart(en
 @pytest.mark.parametrize(
     ("env", "own"),
     [
-        (_SLURM, False),  # eight processes on a node with eight GPUs: JAX gives each its own
+        (_SLURM, False),  # eight processes on a node with eight GPUs: JAX gives each one GPU
         (_SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
         (_SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, False),
         (_SLURM | {"CUDA_VISIBLE_DEVICES": "5"}, True),  # bound by Slurm
@@ -387,7 +400,7 @@ else:
     read = lambda: int(open("/proc/self/io").read().split()[1])
     before, leaf = read(), jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
     params = checkpoints.restore(1, {"params": {"a": leaf, "b": leaf}})["params"]
-    with open(f"{sys.argv[1]}/share.{jax.process_index()}", "w") as file:  # Gloo's threads write to stdout, and may tear lines
+    with open(f"{sys.argv[1]}/share.{jax.process_index()}", "w") as file:  # Gloo writes to stdout, too
         json.dump((read() - before) / (2 * whole.nbytes), file)
     for array, expected in ((params["a"], whole), (params["b"], -whole)):
         for shard in array.addressable_shards:
@@ -396,12 +409,12 @@ else:
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_each_process_reads_its_own_part_of_a_checkpoint_and_not_the_whole(devices, tmp_path):
-    """Whatever mesh wrote it: 64 MB from one device, where an array lies in one piece, and from four."""
+def test_each_process_reads_only_its_own_part_of_a_checkpoint(devices, tmp_path):
+    """64 MB saved on one device, where each array is one shard, and on four."""
     script = ["-c", _RESTORE, str(tmp_path)]
     (saved,) = job(1, "", devices=devices, script=lambda i: script)
     assert saved.returncode == 0, saved.stderr
     for i, result in enumerate(job(2, "", devices=4, script=lambda i: script)):
         assert result.returncode == 0, result.stderr
         share = json.loads((tmp_path / f"share.{i}").read_text())
-        assert 0.3 < share < 0.55, "half of the (slightly compressed) arrays belongs to each of the two"
+        assert 0.3 < share < 0.55, "each of the two processes needs half of the (slightly compressed) arrays"

@@ -1,4 +1,4 @@
-"""Faults of the machine that one process meets while training: a full disk, bad batches, and what is asked for in time."""
+"""Full disks, checkpoints by the clock and dry runs, in one process."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from test_train import assert_same_bits, final_state
 
 @pytest.fixture(scope="module")
 def reference(store, tmp_path_factory):
-    """A run that nothing went wrong in."""
+    """The workdir of an undisturbed run."""
     folder = tmp_path_factory.mktemp("reference")
     (folder / "default.py").write_text("from trialgpt_jax.config import default_config as get_config\n")
     result = train(small_config(store), folder / "run", str(folder / "default.py"))
@@ -48,28 +48,28 @@ def small_disk(tmp_path):
 
 
 def fill(folder):
-    """A file that takes all there is."""
+    """Fills the file system."""
     with open(folder / "hog", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # a traceback on the user's screen
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # printed as a traceback
 def test_a_full_disk_stops_the_run_with_one_line_and_when_there_is_room_it_goes_on(
     reference, config, small_disk, default_file
 ):
     workdir = small_disk / "run"
-    config.checkpoint.update({"every_steps": 1, "keep_period": 1})  # keeps all, until the disk is full
+    config.checkpoint.update({"every_steps": 1, "keep_period": 1})  # keeps all checkpoints until the disk is full
     result = train(config, workdir, default_file)
     refused(
         result, str(workdir / "checkpoints"), "the disk is full: the checkpoint takes", "too few", "last good one is"
     )
     last = int(folders(workdir)[-1])
     assert f"the last good one is {last}" in result.stderr and f"the checkpoint of step {last + 1}" in result.stderr
-    assert f"step {last + 4:2}/20" not in result.stderr, "told late"
+    assert f"step {last + 4:2}/20" not in result.stderr, "reported late"
     assert folders(workdir) == [str(step) for step in range(1, last + 1)]  # no temporary folders
-    assert sorted(os.listdir(workdir)) == ["checkpoints", "config.json", "lock", "metrics.jsonl", "tokenizer.json",
-                                           "tokenizer.tiktoken"]  # fmt: skip
+    others = ["config.json", "lock", "metrics.jsonl", "tokenizer.json", "tokenizer.tiktoken"]
+    assert sorted(os.listdir(workdir)) == ["checkpoints", *others]
     assert call("convert", f"--workdir={workdir}", "--verify").returncode == 0
 
     refused(train(config, workdir, default_file), "checkpoint.keep_last + checkpoint.keep_best + 1", "are free")
@@ -96,9 +96,9 @@ def test_training_goes_on_over_a_full_disk_where_the_config_says_so(reference, c
 
     result = train(config, workdir, default_file, on_line=disturb)
     assert result.returncode == 0, result.stderr
-    told = [line for line in result.stderr.splitlines() if "could not be saved" in line or "No space" in line]
-    assert len(told) == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "step 10" in told[0] or "metrics.jsonl" in told[0]
+    reports = [line for line in result.stderr.splitlines() if "could not be saved" in line or "No space" in line]
+    assert len(reports) == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "step 10" in reports[0] or "metrics.jsonl" in reports[0]
     assert set(folders(workdir)) <= {"5", "15", "20"} and folders(workdir)[-1] == "20"
     assert metrics(workdir) == metrics(reference)
     assert_same_bits(final_state(workdir), final_state(reference))
@@ -116,9 +116,10 @@ def test_a_run_never_ends_unsaved_in_silence(config, small_disk, default_file):
     assert "done: step 20" not in result.stderr
 
 
-def test_a_disk_too_small_for_what_is_to_be_kept_is_refused_before_anything_is_compiled(config, tmp_path, monkeypatch,
-                                                                                       default_file):  # fmt: skip
-    monkeypatch.setattr("trialgpt_jax.files.free_bytes", lambda path: 1_000_000)
+def test_a_disk_too_small_for_what_is_to_be_kept_is_refused_before_anything_is_compiled(
+    config, tmp_path, monkeypatch, default_file
+):
+    monkeypatch.setattr("trialgpt_jax.storage.files.free_bytes", lambda path: 1_000_000)
     result = train(config, tmp_path / "run", default_file)
     refused(result, str(tmp_path / "run" / "checkpoints"), "1 = 4 of them need", "MB", "1.0 MB are free", "keep fewer")
     assert "compiled" not in result.stderr

@@ -1,4 +1,4 @@
-"""Cached decoding is the whole forward pass; greedy text, samples and their limits are what they should be."""
+"""Cached decoding matches the uncached forward pass; greedy decoding, sampling, top-k and top-p match numpy."""
 
 import dataclasses
 import functools
@@ -14,10 +14,13 @@ from model_options import configs, random_params, reference_logits
 
 from trialgpt_jax import UserError
 from trialgpt_jax.model import generate as generate_lib
-from trialgpt_jax.model.generate import Sampling, compile_decode, generate, split_layers
-from trialgpt_jax.model.gpt import GPT, GPTConfig, logits
-from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.training.train_step import params_layout
+from trialgpt_jax.model import sampling as sampling_lib
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.generate import compile_decode, generate, split_layers
+from trialgpt_jax.model.gpt import GPT, logits
+from trialgpt_jax.model.sampling import Sampling
+from trialgpt_jax.parallel.sharding import single_device
+from trialgpt_jax.training.program import params_layout
 
 CONFIG = GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
@@ -28,26 +31,27 @@ def params():
 
 
 def produce(params, config=CONFIG, prompt=(3, 1, 4), **options):
-    """All new tokens, [num_samples, n]."""
+    """All new tokens, int32 [num_samples, n]."""
     pieces = list(generate(params, config, np.array(prompt), **({"max_new_tokens": 10} | options)))
     return np.concatenate(pieces, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def whole(params, config, tokens_BxT):
+def uncached(params, config, tokens_BxT):
+    """Logits of the whole sequence from parameters in the layout for training."""
     return logits(params, config, GPT(config).apply({"params": params}, tokens_BxT))
 
 
 @settings(max_examples=10)
 @given(configs(), st.integers(0, 1000), st.data())
-def test_every_combination_is_the_numpy_model_and_cached_logits_are_the_uncached_ones(config, seed, data):
-    """At all positions: a prefill of any length with padding behind it, then one token at a time."""
+def test_every_combination_matches_the_numpy_model_and_cached_logits_match_uncached_ones(config, seed, data):
+    """At all positions: a prefill of random length, padded on the right, then one token at a time."""
     T = config.block_size
     prefill = data.draw(st.integers(1, T - 1), label="prefill")
     params = random_params(config, seed)
     ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, T))
     with jax.enable_x64(True):
-        expected = np.asarray(whole(params, config, ids))
+        expected = np.asarray(uncached(params, config, ids))
         layers = split_layers(params, config)
         padded = np.where(np.arange(T) < prefill, ids, config.vocab_size - 1).astype(np.int32)
         first, caches = generate_lib._prefill(layers, config, padded, prefill, 1, T)
@@ -55,7 +59,7 @@ def test_every_combination_is_the_numpy_model_and_cached_logits_are_the_uncached
 
         @jax.jit
         def one(caches, token_1x1, position):
-            hidden, caches = generate_lib._apply(layers, config, token_1x1, position[None], caches)
+            hidden, caches = generate_lib._forward(layers, config, token_1x1, position[None], caches)
             return logits(layers, config, hidden)[:, 0], caches
 
         for t in range(prefill, T):
@@ -68,30 +72,30 @@ def test_every_combination_is_the_numpy_model_and_cached_logits_are_the_uncached
 @pytest.mark.parametrize(
     ("position", "chunk", "length"), [("learned", 16, 1), ("learned", 5, 15), ("rope", 5, 3), ("rope", 16, 16)]
 )
-def test_greedy_is_the_argmax_of_the_whole_forward_also_where_the_window_slides(position, chunk, length):
+def test_greedy_is_the_argmax_of_the_uncached_forward_also_when_the_window_slides(position, chunk, length):
     config = dataclasses.replace(CONFIG, position=position, tie_embeddings=False)
     raw = random_params(config, scale=0.6)
     prompt = np.random.default_rng(2).integers(0, 61, length)
     expected = list(prompt)
-    for _ in range(24):  # past block_size the window slides by one token, as in nanoGPT
+    for _ in range(24):  # beyond block_size the window slides by one token, as in nanoGPT
         window = np.array(expected[-16:])
-        padded = np.pad(window, (0, 16 - len(window)))[None]  # one shape, one program; later tokens are not seen
-        expected.append(int(np.argmax(whole(raw, config, padded)[0, len(window) - 1])))
-    ours = produce(split_layers(raw, config), config, prompt, max_new_tokens=24, sampling=Sampling(0.0), chunk=chunk,
-                   num_samples=2)  # fmt: skip
+        padded = np.pad(window, (0, 16 - len(window)))[None]  # one shape, so one program; the padding is masked
+        expected.append(int(np.argmax(uncached(raw, config, padded)[0, len(window) - 1])))
+    options = {"max_new_tokens": 24, "sampling": Sampling(0.0), "chunk": chunk, "num_samples": 2}
+    ours = produce(split_layers(raw, config), config, prompt, **options)
     assert len(set(expected[length:])) >= 3, "not a trivial loop"
     assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours, [expected[length:]] * 2)
 
 
-def test_pieces_are_at_most_a_chunk_and_make_max_new_tokens(params):
+def test_pieces_have_at_most_chunk_tokens_and_add_up_to_max_new_tokens(params):
     for count in (1, 7, 30):
         pieces = list(generate(params, CONFIG, np.array([1]), max_new_tokens=count, num_samples=3, chunk=4))
         assert all(piece.shape[0] == 3 and 1 <= piece.shape[1] <= 4 for piece in pieces)
         assert sum(piece.shape[1] for piece in pieces) == count
 
 
-def test_a_sample_follows_from_seed_and_number_alone(params):
+def test_a_sample_depends_only_on_the_seed_and_its_number(params):
     many = produce(params, num_samples=4, seed=11, max_new_tokens=20)
     np.testing.assert_array_equal(produce(params, num_samples=1, seed=11, max_new_tokens=20), many[:1])
     np.testing.assert_array_equal(produce(params, num_samples=3, seed=11, max_new_tokens=8, chunk=5), many[:3, :8])
@@ -109,11 +113,14 @@ def test_the_stop_id_ends_a_sample_and_fills_its_row(params):
         np.testing.assert_array_equal(row[: end + 1], other[: min(end + 1, len(row))])
         assert (row[end:] == stop).all()
     alone = produce(params, max_new_tokens=30, stop_id=stop)
-    assert alone.shape[1] < 30, "when all samples have ended, no more is computed than the chunk"
+    assert alone.shape[1] < 30, "generation must stop with the chunk in which all samples end"
+
+
+_limit = jax.jit(sampling_lib._limit)
 
 
 def kept_by_numpy(row, temperature, top_k, top_p):
-    """Ids that may be drawn, and their probabilities: temperature, then top-k, then top-p."""
+    """Id -> probability of the ids that may be drawn: temperature, then top-k, then top-p."""
     scaled = row.astype(np.float64) / temperature
     order = np.argsort(-scaled)
     if top_k:
@@ -126,19 +133,20 @@ def kept_by_numpy(row, temperature, top_k, top_p):
 
 @settings(max_examples=60)
 @given(
-    st.integers(0, 10**6), st.integers(2, 40), st.floats(0.2, 3.0), st.integers(0, 45), st.floats(0.01, 0.999) | st.just(1.0)
-)  # fmt: skip
-def test_limits_are_those_of_a_numpy_reference(seed, n_ids, temperature, top_k, top_p):
+    st.integers(0, 10**6),
+    st.integers(2, 40),
+    st.floats(0.2, 3.0),
+    st.integers(0, 45),
+    st.floats(0.01, 0.999) | st.just(1.0),
+)
+def test_top_k_and_top_p_match_numpy(seed, n_ids, temperature, top_k, top_p):
     row = np.random.default_rng(seed).normal(0, 2, n_ids).astype(np.float32)
     expected = kept_by_numpy(row, np.float32(temperature), top_k, np.float32(top_p))
-    padded = np.full((1, 40), -np.inf, np.float32)  # one shape for all; what is impossible stays so
+    padded = np.full((1, 40), -np.inf, np.float32)  # one shape, so one program; -inf is never kept
     padded[0, :n_ids] = row
     limited = np.asarray(_limit(padded / np.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)))[0]
     assert set(np.flatnonzero(limited > -np.inf).tolist()) == set(expected)
     np.testing.assert_allclose(limited[list(expected)], row[list(expected)] / np.float32(temperature), rtol=1e-6)
-
-
-_limit = jax.jit(generate_lib._limit)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +154,7 @@ _limit = jax.jit(generate_lib._limit)
 )
 def test_samples_have_the_probabilities_of_the_model(params, sampling):
     n = 4000
-    row = np.asarray(whole(random_params(CONFIG), CONFIG, np.array([[3, 1, 4]])))[0, -1]
+    row = np.asarray(uncached(random_params(CONFIG), CONFIG, np.array([[3, 1, 4]])))[0, -1]
     expected = kept_by_numpy(row, *sampling)
     drawn = produce(params, num_samples=n, max_new_tokens=1, sampling=sampling, seed=3)[:, 0]
     counts = np.bincount(drawn, minlength=61)
@@ -161,34 +169,35 @@ def test_samples_have_the_probabilities_of_the_model(params, sampling):
 def test_padding_ids_are_never_drawn():
     config = dataclasses.replace(CONFIG, vocab_size=3)
     raw = random_params(config)
-    raw["wte"]["embedding"][3:] = 50.0  # 125 rows that would win if they took part
-    drawn = produce(split_layers(raw, config), config, prompt=[0], num_samples=200, max_new_tokens=8,
-                    sampling=Sampling(5.0))  # fmt: skip
+    raw["wte"]["embedding"][3:] = 50.0  # 125 padding rows whose logits would be the largest
+    options = {"prompt": [0], "num_samples": 200, "max_new_tokens": 8, "sampling": Sampling(5.0)}
+    drawn = produce(split_layers(raw, config), config, **options)
     assert set(drawn.ravel().tolist()) == {0, 1, 2}
 
 
 def test_bfloat16_decoding_casts_the_matrices_and_keeps_the_norms(params):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     layers = split_layers(random_params(config), config)
-    assert layers["blocks"][1]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16 == layers["wte"]["embedding"].dtype
-    assert layers["ln_f"]["scale"].dtype == jnp.float32 and len(layers["blocks"]) == 2
+    assert layers["blocks_1"]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16 == layers["wte"]["embedding"].dtype
+    assert layers["ln_f"]["scale"].dtype == jnp.float32
+    assert {name for name in layers if name.startswith("blocks")} == {"blocks_0", "blocks_1"}
     assert produce(layers, config, max_new_tokens=8).shape == (1, 8)
 
 
 @pytest.mark.parametrize("samples", [1, 8])
 def test_a_token_reads_each_weight_once_and_copies_neither_weights_nor_cache(samples):
-    """In the compiled program only the update in place makes an array of their shapes, and a kernel has one reader."""
+    """In the compiled program only in-place updates produce arrays of their shapes, and each kernel has one reader."""
     config = GPTConfig(vocab_size=700, block_size=64, n_layer=3, n_head=3, n_embd=96)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    layout = params_layout(config, mesh)
-    text = compile_decode(config, mesh, layout, num_samples=samples, prompt_length=5, max_new_tokens=40).as_text()
+    mesh = single_device()
+    layout, lengths = params_layout(config, mesh), {"prompt_length": 5, "max_new_tokens": 40}
+    text = compile_decode(config, mesh, layout, num_samples=samples, **lengths).as_text()
     kernels = ("96,96", "384,96", "96,384")  # [out, in]
-    whole = "|".join((*kernels, "768,96", f"{3 * samples},64,32"))  # with the head and the cache
-    made = re.findall(rf"%(\S+) = f32\[(?:{whole})\]\S* ([\w-]+)\(", text)
+    shapes = "|".join((*kernels, "768,96", f"{3 * samples},64,32"))  # kernels, head, cache
+    made = re.findall(rf"%(\S+) = f32\[(?:{shapes})\]\S* ([\w-]+)\(", text)
     in_place = ("parameter", "get-tuple-element", "bitcast", "dynamic-update-slice")
     assert [name for name, kind in made if kind not in in_place and "dynamic-update-slice" not in name] == []
     (body,) = (part for part in re.split(r"\n(?=%|ENTRY)", text) if " dot(" in part and "ROOT %tuple" in part)
-    lines = [line for line in body.splitlines() if " tuple(" not in line]  # handed on to the next token: not a reader
+    lines = [line for line in body.splitlines() if " tuple(" not in line]  # without the carry to the next token
     readers = [
         sum(re.search(rf"%{re.escape(name)}[,)]", line) is not None for line in lines)
         for name, shape in re.findall(r"%(\S+) = f32\[([\d,]+)\]\S* get-tuple-element\(", body)

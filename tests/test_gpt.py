@@ -1,22 +1,28 @@
-"""The model against transformers' GPT-2 and Qwen3 and torch's gradients, and a property of each option.
+"""The model against transformers' GPT-2 and Qwen3 and torch's gradients, and one property per option.
 
-Every combination of options is held against a second implementation, in numpy, in test_generate.py.
+test_generate.py compares combinations of the options with an independent implementation in numpy.
 """
 
 import dataclasses
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import linen as nn
 from model_options import random_params
 
 from trialgpt_jax.model import hf
-from trialgpt_jax.model.gpt import GPT, Dense, GPTConfig, head, logits, rope
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.gpt import GPT, head, logits
+from trialgpt_jax.model.layers import Dense, rope
 from trialgpt_jax.training.train_step import mean_loss
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
@@ -25,7 +31,7 @@ SHAPES = [(2, 2, 32, 101, 16, 16), (1, 4, 24, 128, 12, 5), (3, 1, 16, 257, 9, 9)
 
 
 def gpt2(shape, seed=0, **changes):
-    """transformers' GPT-2 in float64, every weight and bias perturbed by N(0, 0.1), and our config of it."""
+    """transformers' GPT-2 in float64 with every weight and bias perturbed by N(0, 0.1), and our config for it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     L, H, C, V, T, _ = shape
@@ -58,7 +64,7 @@ def tokens(config, shape, seed=1):
 
 
 @pytest.mark.parametrize(("shape", "tied"), [*((shape, True) for shape in SHAPES), (SHAPES[0], False)])
-def test_logits_are_those_of_transformers_gpt2_in_float64(shape, tied):
+def test_logits_match_transformers_gpt2_in_float64(shape, tied):
     model, config = gpt2(shape, tie_embeddings=tied)
     torch = pytest.importorskip("torch")
     ids = tokens(config, (3, shape[-1]))
@@ -71,7 +77,7 @@ def test_logits_are_those_of_transformers_gpt2_in_float64(shape, tied):
     assert np.abs(ours - expected).max() < 1e-10
 
 
-def test_logits_are_those_of_transformers_gpt2_in_float32():
+def test_logits_match_transformers_gpt2_in_float32():
     torch = pytest.importorskip("torch")
     model, config = gpt2(SHAPES[0])
     config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
@@ -84,7 +90,7 @@ def test_logits_are_those_of_transformers_gpt2_in_float32():
 
 
 @pytest.mark.parametrize(("shape", "tied"), [(SHAPES[0], True), (SHAPES[1], False), (SHAPES[2], True)])
-def test_gradients_of_every_parameter_are_torchs(shape, tied):
+def test_gradients_of_every_parameter_match_torch(shape, tied):
     torch = pytest.importorskip("torch")
     model, config = gpt2(shape, tie_embeddings=tied)
     ids = tokens(config, (3, shape[-1] + 1))
@@ -100,44 +106,61 @@ def test_gradients_of_every_parameter_are_torchs(shape, tied):
     for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected)):
         name = jax.tree_util.keystr(path)
         difference = np.abs(np.asarray(ours) - want).max()
-        if "c_k" in name and "bias" in name:  # softmax does not see it: zero, but for rounding
+        if "c_k" in name and "bias" in name:  # the softmax cancels it, so it is zero up to rounding
             assert np.abs(want).max() < 1e-14 and np.abs(np.asarray(ours)).max() < 1e-14
         else:
             assert np.abs(want).max() > 1e-6, f"{name}: no gradient"
             assert difference < 1e-8 * np.abs(want).max(), f"{name}: {difference}"
 
 
-def test_the_modern_options_together_are_transformers_qwen3():
-    """rope, rmsnorm, swiglu, grouped queries, qk_norm, head_dim. float32, which is how theirs computes its norms."""
+def test_modern_options_together_match_transformers_qwen3():
+    """rope, rmsnorm, swiglu, grouped queries, qk_norm, head_dim; in float32, because Qwen3 computes its norms in it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = GPTConfig(vocab_size=101, block_size=24, n_layer=2, n_head=4, n_kv_head=2, head_dim=10, n_embd=24,
-                       bias=False, tie_embeddings=False, position="rope", norm="rmsnorm", activation="swiglu",
-                       qk_norm=True)  # fmt: skip
+    sizes = {"vocab_size": 101, "block_size": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 24}
+    options = {"head_dim": 10, "position": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}
+    config = GPTConfig(**sizes, **options, bias=False, tie_embeddings=False)
     params = random_params(config)
     theirs = transformers.Qwen3Config(
-        vocab_size=101, hidden_size=24, intermediate_size=params["blocks"]["mlp"]["c_fc"]["kernel"].shape[-1],
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10, max_position_embeddings=24,
-        rms_norm_eps=1e-5, tie_word_embeddings=False, attn_implementation="eager", bos_token_id=0, eos_token_id=0,
+        vocab_size=101,
+        hidden_size=24,
+        intermediate_size=params["blocks"]["mlp"]["c_fc"]["kernel"].shape[-1],
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=24,
+        rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )  # fmt: skip
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = transformers.Qwen3ForCausalLM(theirs).eval()
-    state = {"model.embed_tokens.weight": params["wte"]["embedding"], "model.norm.weight": params["ln_f"]["scale"]}
-    state["lm_head.weight"] = head(params, config)
-    names = {"self_attn.q_proj": "attn/c_q", "self_attn.k_proj": "attn/c_k", "self_attn.v_proj": "attn/c_v",
-             "self_attn.o_proj": "attn/c_proj", "mlp.up_proj": "mlp/c_fc", "mlp.gate_proj": "mlp/c_gate",
-             "mlp.down_proj": "mlp/c_proj"}  # fmt: skip
+    state = {  # without the padding rows of the vocabulary
+        "model.embed_tokens.weight": params["wte"]["embedding"][:101],
+        "lm_head.weight": head(params, config)[:101],
+        "model.norm.weight": params["ln_f"]["scale"],
+    }
+    names = {
+        "self_attn.q_proj": ("attn", "c_q"),
+        "self_attn.k_proj": ("attn", "c_k"),
+        "self_attn.v_proj": ("attn", "c_v"),
+        "self_attn.o_proj": ("attn", "c_proj"),
+        "mlp.up_proj": ("mlp", "c_fc"),
+        "mlp.gate_proj": ("mlp", "c_gate"),
+        "mlp.down_proj": ("mlp", "c_proj"),
+    }
     for i in range(2):
         layer, blocks = f"model.layers.{i}", params["blocks"]
-        for name, path in names.items():
-            wing, module = path.split("/")
-            state[f"{layer}.{name}.weight"] = blocks[wing][module]["kernel"][i].T
+        for name, (part, module) in names.items():
+            state[f"{layer}.{name}.weight"] = blocks[part][module]["kernel"][i].T
         for name, norm in (("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")):
             state[f"{layer}.{name}.weight"] = blocks[norm]["scale"][i]
         for name in ("q_norm", "k_norm"):
             state[f"{layer}.self_attn.{name}.weight"] = np.ones(10, np.float32)
-    state = {name: torch.from_numpy(np.ascontiguousarray(v[:101] if v.shape[0] == 128 and "mlp" not in name else v))
-             for name, v in state.items()}  # fmt: skip
+    state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()}
     model.load_state_dict(state, strict=True)
     ids = tokens(config, (2, 24))
     with torch.no_grad():
@@ -146,7 +169,7 @@ def test_the_modern_options_together_are_transformers_qwen3():
     assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_rope_makes_scores_depend_on_the_distance_alone():
+def test_rope_makes_scores_depend_only_on_the_distance():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         q, k = (jnp.asarray(np.tile(rng.normal(size=(1, 1, 2, 8)), (1, 6, 1, 1))) for _ in range(2))
@@ -158,7 +181,7 @@ def test_rope_makes_scores_depend_on_the_distance_alone():
         assert np.allclose(jnp.linalg.norm(rope(q, positions), axis=-1), jnp.linalg.norm(q, axis=-1), atol=1e-12)
 
 
-def test_padded_rows_cannot_be_seen_and_stay_zero():
+def test_padding_rows_have_no_effect_and_stay_zero():
     config = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=16, **FLOAT64)
     ids = tokens(config, (2, 9))
     with jax.enable_x64(True):
@@ -178,7 +201,7 @@ def initial_params(config):
     return nn.unbox(jax.jit(GPT(config).init)(jax.random.key(5), jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
-def test_initial_standard_deviations_are_gpt2s():
+def test_initial_standard_deviations_match_gpt2():
     config = GPTConfig(vocab_size=512, block_size=256, n_layer=5, n_head=4, n_embd=128, tie_embeddings=False)
     projections = 0.02 / math.sqrt(2 * 5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(initial_params(config)):
@@ -189,24 +212,24 @@ def test_initial_standard_deviations_are_gpt2s():
             assert (value == 1).all(), name
         else:
             expected = projections if "c_proj" in name else 0.02
-            # per layer where there are layers; the standard error of a standard deviation is std / sqrt(2n)
+            # stacked kernels layer by layer; the standard error of a standard deviation is std / sqrt(2n)
             for part in value if "blocks" in name else [value]:
                 assert abs(part.std() / expected - 1) < 5 / math.sqrt(2 * part.size), name
                 assert abs(part.mean()) < 5 * expected / math.sqrt(part.size), name
 
 
-def test_zero_init_proj_starts_as_a_uniform_guess_and_learns():
-    config = GPTConfig(vocab_size=101, block_size=8, n_layer=2, n_head=2, n_embd=16, tie_embeddings=False,
-                       zero_init_proj=True)  # fmt: skip
+def test_zero_init_proj_starts_with_uniform_logits_and_learns():
+    sizes = {"vocab_size": 101, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    config = GPTConfig(**sizes, tie_embeddings=False, zero_init_proj=True)
     params = initial_params(config)
-    assert not any(np.any(params["blocks"][wing]["c_proj"]["kernel"]) for wing in ("attn", "mlp"))
+    assert not any(np.any(params["blocks"][part]["c_proj"]["kernel"]) for part in ("attn", "mlp"))
     ids = jnp.asarray(tokens(config, (2, 9)))
     loss, gradients = loss_and_gradients(params, config, ids)
     assert abs(float(loss) - math.log(101)) < 1e-5
     assert np.any(gradients["lm_head"]["embedding"])
 
 
-def test_logit_softcap_bounds_logits_in_the_loss_and_in_the_logits():
+def test_logit_softcap_bounds_the_logits_and_those_of_the_loss():
     config = GPTConfig(vocab_size=101, block_size=8, n_layer=1, n_head=2, n_embd=16, logit_softcap=2.0, **FLOAT64)
     with jax.enable_x64(True):
         params = random_params(config, scale=3.0)
@@ -217,8 +240,8 @@ def test_logit_softcap_bounds_logits_in_the_loss_and_in_the_logits():
         assert abs(float(mean_loss(params, config, jnp.asarray(ids))) - expected.mean()) < 1e-12
 
 
-def kept_for_backward(config: GPTConfig, capsys) -> list[tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of what a layer keeps between the passes, for a batch of 2 x 16, parameters apart."""
+def stored_for_backward(config: GPTConfig, capsys) -> list[tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of the activations that a layer stores for the backward pass, for a batch of 2 x 16."""
     params = random_params(config)
     capsys.readouterr()
     jax.ad_checkpoint.print_saved_residuals(lambda p: mean_loss(p, config, jnp.zeros((2, 17), jnp.int32)), params)
@@ -227,14 +250,15 @@ def kept_for_backward(config: GPTConfig, capsys) -> list[tuple[str, tuple[int, .
     return sorted((dtype, shape[1:]) for dtype, shape in shapes if shape[0] == 3 and shape[1] in (2, 2 * 16))
 
 
-def test_backward_keeps_matmul_outputs_once_in_the_dtype_of_the_matmuls(capsys):
+def test_backward_stores_matmul_outputs_once_in_the_dtype_of_the_matmuls(capsys):
     config = GPTConfig(vocab_size=101, block_size=16, n_layer=3, n_head=2, n_embd=8, dtype=jnp.bfloat16)
-    # input and q; k, v, residual after attention and the MLP's hidden layer as rows. No norm, no GELU, no float32
-    lean = [("bf16", (2, 16, 8))] * 2 + [("bf16", (32, 8))] * 3 + [("bf16", (32, 32))]
-    # of attention the output and a number for each row of a head, but not the weights
+    # [B, T, C]: input and q. Rows [B * T, ...]: k, v, the residual after attention, the MLP's hidden layer.
+    # Nothing of norms and GELU, nothing in float32.
+    matmuls = [("bf16", (2, 16, 8))] * 2 + [("bf16", (32, 8))] * 3 + [("bf16", (32, 32))]
+    # attention: the output and the log of the normaliser per query, but not the weights
     attention = [("bf16", (2, 2, 1, 16, 4)), ("f32", (2, 2, 1, 1, 16))]
-    assert kept_for_backward(config, capsys) == sorted(lean + attention)
-    assert kept_for_backward(dataclasses.replace(config, remat="block"), capsys) == [("bf16", (2, 16, 8))]
+    assert stored_for_backward(config, capsys) == sorted(matmuls + attention)
+    assert stored_for_backward(dataclasses.replace(config, remat="block"), capsys) == [("bf16", (2, 16, 8))]
 
 
 @pytest.mark.parametrize(("remat", "unroll"), [("none", 3), ("dots", 2), ("block", 3)])
@@ -249,14 +273,14 @@ def test_remat_and_unrolling_change_no_gradient(remat, unroll):
             assert np.abs(np.asarray(mine - want)).max() < 1e-13
 
 
-def test_dropout_follows_its_key_alone_and_is_off_in_evaluation():
+def test_dropout_depends_only_on_its_key_and_is_off_in_evaluation():
     config = GPTConfig(vocab_size=101, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
     params, ids = random_params(config), jnp.asarray(tokens(config, (2, 8)))
 
     @jax.jit
     def run(seed=None):
         rngs = None if seed is None else {"dropout": jax.random.key(seed)}
-        return GPT(config).apply({"params": params}, ids, seed is None, rngs=rngs)
+        return GPT(config).apply({"params": params}, ids, deterministic=seed is None, rngs=rngs)
 
     plain = np.asarray(GPT(dataclasses.replace(config, dropout=0.0)).apply({"params": params}, ids))
     assert np.allclose(run(), plain, atol=1e-6)
@@ -275,12 +299,18 @@ def test_a_later_token_changes_no_earlier_logit():
             assert np.array_equal(other[:, :t], out[:, :t]) and not np.allclose(other[:, t:], out[:, t:])
 
 
-def test_no_gradient_is_turned_around_in_memory_for_a_kernel_gradient_on_cpu():
-    """XLA on CPU copies a [B, T, F] gradient transposed where it is given the kernel's gradient over two axes at once."""
-    config = GPTConfig(n_embd=256, bias=True)
+def test_backward_of_dense_copies_and_transposes_nothing_on_cpu():
+    """XLA on CPU transposes the output's gradient in memory if the kernel's gradient contracts two axes, B and T."""
+    config = GPTConfig(n_head=4, n_embd=256, bias=True)
     dense = Dense(config, 1024, ("embed", "mlp"), 0.02)
     x, d = jnp.zeros((2, 128, 256)), jnp.zeros((2, 128, 1024))
     params = nn.unbox(dense.init(jax.random.key(0), x))
     backward = jax.jit(lambda params, x, d: jax.vjp(dense.apply, params, x)[1](d))
     program = backward.lower(params, x, d).compile().as_text()
     assert program.count(" dot(") == 2 and not re.search(r" (copy|transpose)\(", program)
+
+
+def test_config_of_the_model_imports_without_jax():
+    program = "import sys, trialgpt_jax.model.config; sys.exit('jax' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=env, check=False).returncode == 0

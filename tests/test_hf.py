@@ -1,4 +1,4 @@
-"""Files that transformers' GPT-2 wrote are read, and what we write it loads: weights, configuration, tokenizer."""
+"""Exchange of weights, configuration and tokenizer with transformers' GPT-2, both ways, and what is refused."""
 
 import dataclasses
 import json
@@ -15,13 +15,15 @@ from safetensors.numpy import load_file, save_file
 from trialgpt_jax import UserError
 from trialgpt_jax.data import hf_tokenizer, tokenizer
 from trialgpt_jax.model import hf
-from trialgpt_jax.model.gpt import GPTConfig
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.schema import field, specs
 
 CONFIG = GPTConfig(vocab_size=101, block_size=16, n_layer=3, n_head=2, n_embd=16)
+WPE, LN_F = "transformer.wpe.weight", "transformer.ln_f.bias"
 
 
 def exported(folder, config=CONFIG, **theirs):
-    """A folder with random weights of `config`, fields of its config.json replaced by `theirs`."""
+    """Exports random parameters into `folder` and returns them; `theirs` replaces fields of its config.json."""
     params = random_params(config)
     for table in {"wte", "lm_head"} & params.keys():
         params[table]["embedding"][config.vocab_size :] = 0
@@ -51,7 +53,7 @@ def edited(folder, edit):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_loads_every_tensor_and_saves_what_we_read_back(tmp_path, tied):
+def test_transformers_loads_every_tensor_and_we_read_back_what_it_saves(tmp_path, tied):
     transformers = pytest.importorskip("transformers")
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = exported(tmp_path / "ours", config)
@@ -61,7 +63,7 @@ def test_transformers_loads_every_tensor_and_saves_what_we_read_back(tmp_path, t
     model.save_pretrained(tmp_path / "theirs")
     assert_equal(imported(tmp_path / "theirs", config), params)
     fields = hf.read_config(str(tmp_path / "theirs"))
-    assert dataclasses.replace(GPTConfig(**fields)) == config
+    assert GPTConfig(**fields) == config
 
 
 def test_sharded_files_and_names_without_prefix_are_read(tmp_path):
@@ -72,7 +74,7 @@ def test_sharded_files_and_names_without_prefix_are_read(tmp_path):
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
     assert not (tmp_path / "sharded" / "model.safetensors").exists()
     assert_equal(imported(tmp_path / "sharded"), params)
-    # the way OpenAI's own weights lie on the hub: no prefix, the causal masks among the tensors
+    # OpenAI's weights on the hub have this form: no prefix, and the causal masks as tensors
     model.transformer.save_pretrained(tmp_path / "bare")
 
     def add_masks(tensors):
@@ -89,9 +91,8 @@ def test_sharded_files_and_names_without_prefix_are_read(tmp_path):
 def test_other_dtypes_are_read_as_float32(tmp_path, dtype):
     params = exported(tmp_path)
     edited(tmp_path, lambda tensors: tensors.update({k: v.astype(jax.numpy.dtype(dtype)) for k, v in tensors.items()}))
-    expected = jax.tree.map(lambda p: np.asarray(jax.numpy.asarray(p).astype(dtype)).astype(np.float32)
-                            if dtype != "float64" else p, params)  # fmt: skip
-    assert_equal(imported(tmp_path), expected)
+    rounded = jax.tree.map(lambda p: p.astype(jax.numpy.dtype(dtype)).astype(np.float32), params)
+    assert_equal(imported(tmp_path), rounded)
 
 
 def test_a_model_without_biases_is_exported_as_one_with_zeros(tmp_path):
@@ -116,25 +117,75 @@ def test_a_model_without_biases_is_exported_as_one_with_zeros(tmp_path):
 )
 def test_what_gpt2_cannot_express_is_refused_by_name(changes, words):
     with pytest.raises(UserError) as error:
-        hf.to_hf({}, dataclasses.replace(CONFIG, n_kv_head=changes.pop("n_kv_head", 0), **changes))
+        hf.to_hf({}, dataclasses.replace(CONFIG, **changes))
     assert all(word in str(error.value) for word in words), error.value
+
+
+# Every option that the export accepts, with a value that is not the default. All other options must be refused.
+EXPORTED = {
+    "vocab_size": 101,
+    "block_size": 16,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_embd": 16,
+    "bias": False,
+    "dropout": 0.1,
+    "tie_embeddings": False,
+    "zero_init_proj": True,  # acts on initial values only
+}
+
+
+def another(default, spec):
+    """A value other than the default for an option of the model."""
+    if spec.choices:
+        return next(choice for choice in spec.choices if choice != default)
+    if isinstance(default, bool):
+        return not default
+    return default + 0.5 if isinstance(default, float) else default + 1
+
+
+def test_gpt2s_options_are_exported():
+    theirs = hf.hf_config(GPTConfig(**EXPORTED), None)
+    assert (theirs["n_layer"], theirs["attn_pdrop"], theirs["tie_word_embeddings"]) == (3, 0.1, False)
+
+
+@pytest.mark.parametrize("name", [name for name in specs(GPTConfig) if name not in EXPORTED])
+def test_every_other_option_is_refused(name):
+    config = GPTConfig(**{name: another(*specs(GPTConfig)[name])})
+    for export in (lambda: hf.to_hf({}, config), lambda: hf.hf_config(config, None)):
+        with pytest.raises(UserError, match=f"cannot express model.{name}={getattr(config, name)}"):
+            export()
+
+
+def test_an_option_that_the_export_does_not_know_is_refused(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Extended(GPTConfig):
+        post_norm: bool = field(False, "an option of a later version")
+
+    monkeypatch.setattr(hf, "GPTConfig", Extended)
+    hf.check_expressible(Extended())
+    with pytest.raises(UserError, match="cannot express model.post_norm=True"):
+        hf.check_expressible(Extended(post_norm=True))
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda t: t.pop("transformer.h.1.mlp.c_fc.bias"), r"has no tensor `h.1.mlp.c_fc.bias`"),
-        (lambda t: [t.pop(k) for k in list(t) if ".h.2." in k], r"has no tensor `h.2.attn.c_attn.bias` \(and 11 more\)"),
-        (lambda t: t.update({"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]}), "unknown tensor `h.3.ln_1.bias`"),
-        (lambda t: t.update({"score.weight": t["transformer.ln_f.bias"]}), "unknown tensor `score.weight`"),
+        (
+            lambda t: [t.pop(k) for k in list(t) if ".h.2." in k],
+            r"has no tensor `h.2.attn.c_attn.bias` \(and 11 more\)",
+        ),
+        (lambda t: t.update({"transformer.h.3.ln_1.bias": t[LN_F]}), "unknown tensor `h.3.ln_1.bias`"),
+        (lambda t: t.update({"score.weight": t[LN_F]}), "unknown tensor `score.weight`"),
         (
             lambda t: t.update({"transformer.h.0.attn.c_attn.weight": t["transformer.h.0.attn.c_proj.weight"]}),
             r"`transformer.h.0.attn.c_attn.weight` has shape \(16, 16\), but config.json asks for \(16, 48\)",
         ),
-        (lambda t: t.update({"transformer.wpe.weight": t["transformer.wpe.weight"][:8].copy()}), r"\(8, 16\).*\(16, 16\)"),
+        (lambda t: t.update({WPE: t[WPE][:8].copy()}), r"`transformer.wpe.weight` has shape \(8, 16\).*\(16, 16\)"),
         (lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}), "set tie_word_embeddings=false"),
     ],
-)  # fmt: skip
+)
 def test_wrong_tensors_are_named(tmp_path, edit, message):
     exported(tmp_path)
     edited(tmp_path, edit)
@@ -142,7 +193,7 @@ def test_wrong_tensors_are_named(tmp_path, edit, message):
         imported(tmp_path)
 
 
-def test_a_copy_of_the_tied_head_is_taken(tmp_path):
+def test_a_copy_of_the_tied_head_is_accepted(tmp_path):
     params = exported(tmp_path)
     edited(tmp_path, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].copy()}))
     assert_equal(imported(tmp_path), params)
@@ -160,7 +211,7 @@ def test_a_copy_of_the_tied_head_is_taken(tmp_path):
         ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
     ],
 )
-def test_configurations_that_are_not_gpt2s_are_refused(tmp_path, theirs, message):
+def test_configurations_that_are_not_gpt2_are_refused(tmp_path, theirs, message):
     exported(tmp_path, **theirs)
     with pytest.raises(UserError, match=message):
         hf.read_config(str(tmp_path))
@@ -190,13 +241,23 @@ def test_damaged_files_and_pickles_are_refused(tmp_path):
 
 # ---- tokenizers
 
-TEXTS = ["Hello world", "  two  spaces\n\n\ttabs ", "don't we'll I'M 's", "1234 x=5;", "naïve café 日本語 🙂🏽", "\x00\x7f\u200b",
-         "aaaaaaaa bbbbbb", "", " ", "\n"]  # fmt: skip
+TEXTS = [
+    "Hello world",
+    "  two  spaces\n\n\ttabs ",
+    "don't we'll I'M 's",
+    "1234 x=5;",
+    "naïve café 日本語 🙂🏽",
+    "\x00\x7f\u200b",
+    "aaaaaaaa bbbbbb",
+    "",
+    " ",
+    "\n",
+]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "bpe:512"])
 def pair(request, store, tmp_path_factory):
-    """One of our tokenizers, and what transformers loads from its files."""
+    """One of our tokenizers, the tokenizer that transformers loads from its files, and their folder."""
     transformers = pytest.importorskip("transformers")
     ours = tokenizer.load(request.param, str(store))
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -215,7 +276,7 @@ def test_exported_tokenizer_encodes_identically(pair, store):
     @settings(max_examples=300)
     @given(st.text() | st.text(alphabet="ab 'sthe\n1é"))
     @example("a<|endoftext|>b")
-    def same(text):  # transformers' own reading would take a text that spells the end of a document for the token
+    def same(text):  # without split_special_tokens theirs would encode `<|endoftext|>` in a text as the special id
         assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text)
 
     same()
@@ -223,19 +284,19 @@ def test_exported_tokenizer_encodes_identically(pair, store):
 
 
 @pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
-def test_tokenizers_come_back_by_either_set_of_files(pair, tmp_path, files):
+def test_tokenizers_are_read_back_from_either_set_of_files(pair, tmp_path, files):
     ours, _, folder = pair
     for name in files:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     read = hf_tokenizer.read(str(tmp_path))
-    assert (read.name, read.hash) == (ours.name, ours.hash)
+    assert read.id == ours.id
 
 
-def test_tokenizers_saved_by_transformers_come_back(pair, tmp_path):
+def test_tokenizers_saved_by_transformers_are_read_back(pair, tmp_path):
     ours, theirs, _ = pair
     theirs.save_pretrained(tmp_path)
     read = hf_tokenizer.read(str(tmp_path))
-    assert (read.name, read.hash) == (ours.name, ours.hash)
+    assert read.id == ours.id
 
 
 @pytest.mark.parametrize(
@@ -248,7 +309,7 @@ def test_tokenizers_saved_by_transformers_come_back(pair, tmp_path):
         (lambda t: t.pop("model"), "'model' is not what it should hold"),
     ],
 )
-def test_tokenizers_that_ours_cannot_be_are_refused(store, tmp_path, edit, message):
+def test_tokenizers_that_are_not_gpt2s_kind_are_refused(store, tmp_path, edit, message):
     hf_tokenizer.write(tokenizer.load("bpe:512", str(store)), str(tmp_path), 64)
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
     edit(whole)

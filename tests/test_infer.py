@@ -1,15 +1,23 @@
-"""Evaluation and generation as a user runs them: what they print, that a sample is reproduced, and what they refuse."""
+"""The commands evaluate and infer: their output, reproducible samples, and the requests that they refuse."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import call, overrides, refused, run, small_config
 
+from trialgpt_jax.config import load_snapshot
+from trialgpt_jax.data.token_store import open_store
+from trialgpt_jax.model.gpt import GPT, logits
+from trialgpt_jax.parallel.sharding import single_device
+from trialgpt_jax.training.program import Program, gpt_config
+from trialgpt_jax.training.start import load_params
+
 
 @pytest.fixture(scope="module")
 def workdir(store, tmp_path_factory):
-    """A trained run."""
+    """The workdir of a trained run."""
     folder = tmp_path_factory.mktemp("infer")
     (folder / "default.py").write_text("from trialgpt_jax.config import default_config as get_config\n")
     flags = overrides(small_config(store))
@@ -23,22 +31,13 @@ def infer(workdir, *arguments):
 
 
 def test_evaluate_covers_every_window_once_and_agrees_with_numpy(workdir, store):
-    """Loss and bits per byte against the whole forward in float64 on the same windows."""
+    """Loss and bits per byte against a float64 forward pass over the same windows."""
     result = run("evaluate", f"--workdir={workdir}", "--json")
     assert result.returncode == 0, result.stderr
     got = json.loads(result.stdout)
 
-    import jax
-
-    from trialgpt_jax.config import gpt_config, load_snapshot
-    from trialgpt_jax.data.token_store import open_store
-    from trialgpt_jax.evaluate import load_params
-    from trialgpt_jax.model.gpt import GPT, logits
-    from trialgpt_jax.parallel.sharding import make_mesh
-
     config = load_snapshot(str(workdir))
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    _, params, step = load_params(config, str(workdir), -1, mesh)
+    params, step = load_params(str(workdir), Program(config, mesh=single_device()).params_layout)
     assert got["step"] == step == 20
     split = open_store(str(store)).split("val")
     tokens = split.read(0, split.n_tokens)
@@ -49,7 +48,6 @@ def test_evaluate_covers_every_window_once_and_agrees_with_numpy(workdir, store)
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         rows = np.stack([tokens[i * 32 : i * 32 + 33] for i in range(n)])
         out = np.asarray(logits(wide, gpt, GPT(gpt).apply({"params": wide}, rows[:, :-1])))
-    jax.config.update("jax_enable_x64", False)
     log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
     loss = -np.take_along_axis(log_p, rows[:, 1:, None], -1).mean()
     assert got["tokens"] == n * 32
@@ -62,24 +60,24 @@ def test_evaluate_covers_every_window_once_and_agrees_with_numpy(workdir, store)
 
 
 def test_infer_prints_the_prompt_and_its_continuation_and_a_seed_reproduces_it(workdir):
-    asked = ("--prompt=The people", "--max_new_tokens=50", "--seed=3")  # past the 32 tokens of the window
-    text = run("infer", f"--workdir={workdir}", *asked)
+    request = ("--prompt=The people", "--max_new_tokens=50", "--seed=3")  # more than the window's 32 tokens
+    text = run("infer", f"--workdir={workdir}", *request)
     assert text.returncode == 0 and text.stdout.startswith("The people"), text.stderr
-    one = infer(workdir, *asked, "--json")
+    one = infer(workdir, *request, "--json")
     result = json.loads(one.stdout)
     assert text.stdout == "The people" + result["samples"][0]["text"] + "\n"
     assert result["step"] == 20 and len(result["samples"][0]["tokens"]) == 50
-    three = json.loads(infer(workdir, *asked, "--num_samples=3", "--json").stdout)["samples"]
+    three = json.loads(infer(workdir, *request, "--num_samples=3", "--json").stdout)["samples"]
     assert three[0] == result["samples"][0] and three[0] != three[1] != three[2]
 
 
-def test_prompts_come_from_files_and_checkpoints_by_step(workdir, tmp_path):
+def test_prompt_from_a_file_and_checkpoint_by_step(workdir, tmp_path):
     (tmp_path / "prompt.txt").write_text("The people")
     options = ("--max_new_tokens=5", "--temperature=0", "--json")
     a = infer(workdir, f"--prompt=FILE:{tmp_path}/prompt.txt", "--checkpoint_step=20", *options)
     b = infer(workdir, "--prompt=The people", *options)
     assert json.loads(a.stdout) == json.loads(b.stdout)
-    assert infer(workdir, "--max_new_tokens=5").returncode == 0  # without a prompt: a new document
+    assert infer(workdir, "--max_new_tokens=5").returncode == 0  # no prompt: a new document
 
 
 def test_wrong_requests_are_refused(workdir, tmp_path):

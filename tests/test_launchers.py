@@ -1,4 +1,4 @@
-"""The launchers against stand-ins for gcloud, kubectl, srun and scontrol: what they call, in which order, and what they make of it."""
+"""The launchers against fakes of gcloud, kubectl, srun and scontrol: their calls, the order, and the exit status."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SPACES = """--config.data.source_options.path=a b's "c" $(d) \\ & *"""
 
 
 class Fakes:
-    """A folder with the stand-ins first in PATH, a git work tree with the code, and the calls that were made."""
+    """Runs launchers with the fakes first in PATH, in a git work tree with the code; records the calls."""
 
     def __init__(self, folder):
         self.folder, self.root = folder, folder / "work tree"
@@ -38,12 +38,11 @@ class Fakes:
             path = folder / "bin" / name
             path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fakes/fake.py" {name} "$@"\n')
             path.chmod(0o755)
-        self.env = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "VENV"))
-        }
+        removed = ("SLURM_", "CUDA_", "VENV")
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
         self.env |= {"FAKE": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
         self.env |= {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CEILING_DIRECTORIES": str(folder)}
-        self.env.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # what is compiled outlives a worker
+        self.env.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # the compilation cache survives a worker
         self.script()
         (folder / "calls.jsonl").touch()
         skip = shutil.ignore_patterns("__pycache__", "bench")
@@ -61,8 +60,9 @@ class Fakes:
         (self.folder / "scenario.json").write_text(json.dumps({k.replace("_", " "): v for k, v in scenario.items()}))
 
     def start(self, script, *arguments, **env):
-        return subprocess.Popen(["bash", f"scripts/{script}", *arguments], cwd=self.root, env=self.env | env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        command = ["bash", f"scripts/{script}", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.root, env=self.env | env, **pipes)
 
     def __call__(self, script, *arguments, **env):
         process = self.start(script, *arguments, **env)
@@ -74,10 +74,12 @@ class Fakes:
         return [call for call in calls if name in (None, call[0])]
 
     def verbs(self):
-        """What gcloud was asked for, in order; an ssh by what it ran; `describe`, which changes nothing, left out."""
-        verbs = [call[4] if call[4] != "ssh" else call[-1].split("tpu_worker.sh ")[1].split()[0] for call in self.calls("gcloud")
-                 if call[1] == "compute"]  # fmt: skip
-        return [verb for verb in verbs if verb != "describe"]
+        """The verbs of the gcloud calls in order, without `describe`; an ssh counts as the command it ran."""
+        verbs = []
+        for call in self.calls("gcloud"):
+            if call[1] == "compute" and call[4] != "describe":
+                verbs.append(call[-1].split("tpu_worker.sh ")[1].split()[0] if call[4] == "ssh" else call[4])
+        return verbs
 
     def until(self, condition):
         deadline = time.monotonic() + 60
@@ -98,7 +100,7 @@ def test_shellcheck_finds_nothing_in_the_scripts():
     beside = pathlib.Path(sys.executable).with_name("shellcheck")
     shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
     if not shellcheck:
-        pytest.skip("shellcheck comes with the `test` extra, and is not installed")
+        pytest.skip("shellcheck is not installed; it is part of the `test` extra")
     scripts = [str(path) for pattern in ("*.sh", "*.sbatch") for path in SCRIPTS.glob(pattern)]
     assert len(scripts) >= 9
     command = [shellcheck, "--external-sources", "--source-path=SCRIPTDIR", *scripts, str(ROOT / ".ci" / "run")]
@@ -118,42 +120,29 @@ def test_shellcheck_finds_nothing_in_the_scripts():
         ),
     ],
 )
-def test_dry_run_shows_the_commands_as_a_shell_reads_them_and_calls_nothing(fakes, script, arguments):
+def test_dry_run_prints_quoted_commands_and_runs_none(fakes, script, arguments):
     result = fakes(script, *arguments)
     assert result.returncode == 0, result.stderr
     assert fakes.calls() == []
-    words = (
-        [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("#")]
-        if script != "gke.sh"
-        else []
-    )
+    if script == "gke.sh":
+        assert result.stdout.startswith("kubectl apply -f -\n")
+        return
+    words = [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("#")]
     if script == "tpu_vm.sh":
-        assert [line[4] if line[0] == "gcloud" else line[1] for line in words] == [
-            "archive",
-            "create",
-            "scp",
-            "ssh",
-            "ssh",
-            "delete",
-        ]
+        verbs = [line[4] if line[0] == "gcloud" else line[1] for line in words]
+        assert verbs == ["archive", "create", "scp", "ssh", "ssh", "delete"]
         assert {"--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"} < set(words[1])
-        remote = shlex.split(words[4][-1].removeprefix("--command="))  # the worker's shell reads it once more
-        assert remote[-5:] == [
-            "train",
-            "--config=config.py",
-            "--workdir=gs://bucket/my run",
-            "--config.data.dir=data/tokens",
-            SPACES,
-        ]
+        remote = shlex.split(words[4][-1].removeprefix("--command="))  # parsed again by the worker's shell
+        flags = ["--config=config.py", "--workdir=gs://bucket/my run", "--config.data.dir=data/tokens", SPACES]
+        assert remote[-5:] == ["train", *flags]
     elif script == "slurm.sbatch":
         assert words[0][0] == "srun" and words[0][-4:] == ["-m", "trialgpt_jax.train", "--config=config.py", SPACES]
         assert words[1] == ["scontrol", "requeue", "JOB"]
-    elif script == "multi_gpu.sh":
-        for i, (line, gpus) in enumerate(zip(words, ("0,1", "2,3"), strict=True)):
-            assert line == ["env", f"CUDA_VISIBLE_DEVICES={gpus}", "python", "-m", "trialgpt_jax.train", "--config=config.py", SPACES,
-                            "--coordinator_address=127.0.0.1:9", "--num_processes=2", f"--process_id={i}"]  # fmt: skip
     else:
-        assert result.stdout.startswith("kubectl apply -f -\n")
+        train = ["python", "-m", "trialgpt_jax.train", "--config=config.py", SPACES]
+        for i, (line, gpus) in enumerate(zip(words, ("0,1", "2,3"), strict=True)):
+            processes = ["--coordinator_address=127.0.0.1:9", "--num_processes=2", f"--process_id={i}"]
+            assert line == ["env", f"CUDA_VISIBLE_DEVICES={gpus}", *train, *processes]
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm.sbatch", "gke.sh", "multi_gpu.sh"])
@@ -166,31 +155,31 @@ def test_help_is_the_comment_at_the_top(fakes, script):
 # tpu_vm.sh
 
 
-def test_a_preempted_slice_is_made_anew_and_the_run_continues_at_the_saved_step(fakes, store):
-    """The real train, on CPU: killed with its machine at step 25, whose disk is gone; the bucket stays."""
-    config = small_config("data/tokens")  # where the launcher puts it
+def test_a_preempted_slice_is_recreated_and_the_run_resumes_at_the_saved_step(fakes, store):
+    """The real train on CPU, killed with its machine at step 25; the machine's disk is lost, the bucket is kept."""
+    config = small_config("data/tokens")  # where the launcher copies it
     config.train.update({"steps": 100, "batch_size": 32})
     config.checkpoint.every_steps = 10
     shutil.copytree(store, fakes.folder / "bucket" / "tokens")
     workdir = fakes.folder / "bucket" / "my run"
     stockout = "There is no more capacity in the zone"
-    log = "gs://bucket/my run/metrics.jsonl"
-    fakes.script(create=[stockout, 0, stockout], train=[{"preempted at": 25, "log": log}, "run"])
+    preempted = {"preempted at": 25, "log": "gs://bucket/my run/metrics.jsonl"}
+    fakes.script(create=[stockout, 0, stockout], train=[preempted, "run"])
     result = fakes(
         "tpu_vm.sh", *TPU, "--spot", "--data=gs://bucket/tokens", "--delete_when_done", "--", *overrides(config)
     )
     assert result.returncode == 0, result.stderr
-    # the stock-outs are waited for, the dead node is deleted, and the new one gets everything again
+    # stock-outs are retried, the preempted node is deleted, and the new one is set up from the start
     assert fakes.verbs() == ["create", "create", *ONCE, "delete", "create", "create", *ONCE, "delete"]
     first, second = [call for call in fakes.calls("gcloud") if "worker.sh train" in call[-1]]
     assert first == second
     assert len([call for call in fakes.calls("venv-python") if "pip" in call and call[-1] == ".[tpu,gs]"]) == 2
     (step,) = re.findall("^resumed from checkpoint (.*)$", result.stderr, re.MULTILINE)
-    assert step in ("10", "20")  # the save of step 20 may have been under way
-    said = result.stderr[result.stderr.index("resumed from") :]
-    assert f"step  {int(step) + 1}/100" in said and f"step  {step}/100" not in said and "done: step 100" in said
+    assert step in ("10", "20")  # the save of step 20 may have been in progress
+    log = result.stderr[result.stderr.index("resumed from") :]
+    assert f"step  {int(step) + 1}/100" in log and f"step  {step}/100" not in log and "done: step 100" in log
     assert not (fakes.folder / "vm").exists() and not (fakes.folder / "node").exists()
-    # and it is the run that nothing interrupted
+    # the metrics equal those of an uninterrupted run
     config.data.dir = str(store)
     alone = fakes.folder / "alone"
     assert run("train", f"--config={fakes.root}/config.py", *overrides(config), f"--workdir={alone}").returncode == 0
@@ -201,45 +190,45 @@ def test_a_preempted_slice_is_made_anew_and_the_run_continues_at_the_saved_step(
     ("scenario", "options", "status", "verbs"),
     [
         ({}, [], 0, ["create", *ONCE]),
-        ({"train": [75]}, [], 0, ["create", *ONCE, *ONCE]),  # stopped after saving: goes on, on the node that is there
+        ({"train": [75]}, [], 0, ["create", *ONCE, *ONCE]),  # stopped after saving: resumes on the same node
         ({"train": [75, 75, 75]}, ["--max_restarts=2"], 1, ["create", *ONCE * 3]),
         ({"train": [2]}, [], 2, ["create", *ONCE]),
         ({"train": [1, 134]}, [], 0, ["create", *ONCE * 3]),
         ({"train": [1, 255, 1, 1]}, [], 1, ["create", *ONCE * 3]),
-        ({"train": [1, 1, 75, 1, 1]}, [], 0, ["create", *ONCE * 6]),  # three in a row are too many, not three in all
+        ({"train": [1, 1, 75, 1, 1]}, [], 0, ["create", *ONCE * 6]),  # the limit is on consecutive failures
         ({"train": ["preempted"] * 4}, [], 0, ["create", *(ONCE + ["delete", "create"]) * 4, *ONCE]),
         ({"train": ["preempted"] * 2}, ["--max_restarts=1"], 1, ["create", *ONCE, "delete", "create", *ONCE]),
         ({"install": [1]}, [], 0, ["create", "scp", "install", *ONCE]),
         ({"install": [2]}, [], 2, ["create", "scp", "install"]),
         ({"create": ["There is no more capacity"] * 9}, ["--max_creates=3"], 1, ["create"] * 3),
         ({"create": ["ERROR: PERMISSION_DENIED: no"]}, [], 2, ["create"]),
-        ({"describe": ["READY\tv5litepod-16"]}, [], 0, ONCE),  # there already
+        ({"describe": ["READY\tv5litepod-16"]}, [], 0, ONCE),  # exists already
         ({"describe": ["CREATING\tv5litepod-16", "READY\tv5litepod-16"]}, [], 0, ONCE),
         ({"describe": ["TERMINATED\tv5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),
         ({"describe": ["READY\tv5p-8"]}, [], 2, []),
         ({"describe": ["STOPPED\tv5litepod-16"]}, [], 2, []),
     ],
 )
-def test_what_tpu_vm_makes_of_each_ending(fakes, scenario, options, status, verbs):
+def test_tpu_vm_handles_each_exit_status_and_node_state(fakes, scenario, options, status, verbs):
     if "describe" in scenario:
         (fakes.folder / "vm").mkdir()
     fakes.script(**scenario)
     result = fakes("tpu_vm.sh", *TPU, *options)
     assert (result.returncode, fakes.verbs()) == (status, verbs), result.stderr
-    there = (fakes.folder / "node").exists()
-    assert ("node is still there, and paid for" in result.stderr) == (there and "STOPPED" not in str(scenario))
+    exists = (fakes.folder / "node").exists()
+    assert ("node still exists and is billed" in result.stderr) == (exists and "STOPPED" not in str(scenario))
 
 
-def test_sigterm_to_tpu_vm_stops_train_which_saves(fakes):
+def test_sigterm_to_tpu_vm_stops_train_after_saving(fakes):
     fakes.script(train=["until stopped"])
     launcher = fakes.start("tpu_vm.sh", *TPU)
     fakes.until(lambda: "train" in fakes.verbs())
     launcher.send_signal(signal.SIGTERM)
-    _, said = launcher.communicate(timeout=60)
-    assert launcher.returncode == 75 and fakes.verbs() == ["create", *ONCE, "stop"], said
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75 and fakes.verbs() == ["create", *ONCE, "stop"], stderr
 
 
-def test_what_tpu_vm_copies_is_what_git_tracks_with_its_changes(fakes):
+def test_tpu_vm_copies_tracked_files_with_uncommitted_changes(fakes):
     (fakes.root / "config.py").write_text("changed = True\n")
     (fakes.root / "junk").write_text("junk")
     result = fakes("tpu_vm.sh", *TPU)
@@ -248,13 +237,13 @@ def test_what_tpu_vm_copies_is_what_git_tracks_with_its_changes(fakes):
     assert (copy / "config.py").read_text() == "changed = True\n" and not (copy / "junk").exists()
     assert (copy / "trialgpt_jax" / "train.py").exists()
     (fakes.root / "config.py").write_text("changed = 'again'\n")
-    (copy / "old.py").touch()  # of an older version of the code
+    (copy / "old.py").touch()  # from an older version of the code
     fakes("tpu_vm.sh", *TPU)
     assert (copy / "config.py").read_text() == "changed = 'again'\n" and not (copy / "old.py").exists()
     assert (copy / ".venv").exists() and len([call for call in fakes.calls("python3") if "venv" in call]) == 1
 
 
-def test_tpu_vm_refuses_what_would_lose_work(fakes):
+def test_tpu_vm_refuses_flags_that_would_lose_work(fakes):
     def refusal(*words, replace=None, more=()):
         arguments = [a for a in TPU if not replace or not a.startswith(replace.split("=")[0] + "=")]
         refused(fakes("tpu_vm.sh", *arguments, *([replace] if replace else []), *more), *words)
@@ -270,7 +259,7 @@ def test_tpu_vm_refuses_what_would_lose_work(fakes):
     assert fakes.calls() == []
 
 
-def test_a_worker_of_a_slice_knows_its_number_and_ends_the_train_it_finds(fakes):
+def test_a_worker_passes_its_index_and_stops_a_running_train(fakes):
     python = fakes.root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -279,19 +268,14 @@ def test_a_worker_of_a_slice_knows_its_number_and_ends_the_train_it_finds(fakes)
     (fakes.root / "train.pid").write_text(f"{old.pid}\n")
     result = fakes("tpu_worker.sh", "train", "--config=a b", FAKE_WORKERS="n:0:10.0.0.1,n:1:10.0.0.2,n:2:10.0.0.3")
     assert old.wait(timeout=60) == -signal.SIGTERM, result.stderr
-    expected = [
-        "-m",
-        "trialgpt_jax.train",
-        "--config=a b",
-        "--coordinator_address=10.0.0.1:8476",
-        "--num_processes=3",
-        "--process_id=1",
-    ]
-    assert result.stdout.splitlines() == expected, result.stderr
-    # a number that is another program's by now is left alone; one worker needs no flags; newer runtimes give plain names
+    module = ["-m", "trialgpt_jax.train"]
+    processes = ["--coordinator_address=10.0.0.1:8476", "--num_processes=3", "--process_id=1"]
+    assert result.stdout.splitlines() == [*module, "--config=a b", *processes], result.stderr
+    # a pid that now belongs to another program is not signalled; one worker needs no flags; newer runtimes give host
+    # names
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     (fakes.root / "train.pid").write_text(f"{other.pid}\n")
-    assert fakes("tpu_worker.sh", "train", FAKE_WORKERS="host-0").stdout.splitlines() == expected[:2]
+    assert fakes("tpu_worker.sh", "train", FAKE_WORKERS="host-0").stdout.splitlines() == module
     assert other.poll() is None
     other.kill()
     other.wait()
@@ -299,7 +283,7 @@ def test_a_worker_of_a_slice_knows_its_number_and_ends_the_train_it_finds(fakes)
     assert "--coordinator_address=host-0:8476" in result.stdout.splitlines()
     python.write_text("#!/bin/sh\nexit 75\n")
     assert fakes("tpu_worker.sh", "train").returncode == 75
-    python.write_text("#!/bin/sh\nkill -KILL $$\n")  # not 255, with which ssh would report it
+    python.write_text("#!/bin/sh\nkill -KILL $$\n")  # not 255, as ssh reports it
     assert fakes("tpu_worker.sh", "train").returncode == 137
 
 
@@ -307,7 +291,7 @@ def test_a_worker_of_a_slice_knows_its_number_and_ends_the_train_it_finds(fakes)
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (1, False), (137, False), (75, True)])
-def test_slurm_requeues_what_stopped_after_saving_and_nothing_else(fakes, status, requeued):
+def test_slurm_requeues_only_status_75(fakes, status, requeued):
     (fakes.root / ".venv" / "bin").mkdir(parents=True)
     (fakes.root / ".venv" / "bin" / "python").symlink_to(sys.executable)
     fakes.script(srun=[status] * 2)
@@ -323,11 +307,9 @@ def test_slurm_requeues_what_stopped_after_saving_and_nothing_else(fakes, status
     assert len(fakes.calls("scontrol")) == requeued
 
 
-def test_slurm_signals_the_processes_in_time_and_gives_each_gpu_a_task():
-    lines = [
-        line.split()[1] for line in (SCRIPTS / "slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")
-    ]
-    options = dict(line[2:].partition("=")[::2] for line in lines)
+def test_slurm_signals_before_the_time_limit_and_starts_a_task_per_gpu():
+    lines = [line for line in (SCRIPTS / "slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
+    options = dict(line.split()[1][2:].partition("=")[::2] for line in lines)
     assert options["signal"] == "TERM@120" and "requeue" in options and options["open-mode"] == "append"
     assert options["gpus-per-node"] == options["ntasks-per-node"]
 
@@ -336,19 +318,42 @@ def test_slurm_signals_the_processes_in_time_and_gives_each_gpu_a_task():
 
 # The fields of the Kubernetes API (Job of batch/v1, Service of v1) that the manifest may use, with their types.
 NAMED = {"name": str}
-MATCH = {"action": str, "onExitCodes": {"containerName": str, "operator": str, "values": [int]},
-         "onPodConditions": [{"type": str, "status": str}]}  # fmt: skip
-CONTAINER = {"name": str, "image": str, "command": [str], "args": [str], "resources": {"limits": dict},
-             "volumeMounts": [{"name": str, "mountPath": str}]}  # fmt: skip
+CONDITION = {"type": str, "status": str}
+EXIT_CODES = {"containerName": str, "operator": str, "values": [int]}
+RULE = {"action": str, "onExitCodes": EXIT_CODES, "onPodConditions": [CONDITION]}
+MOUNT = {"name": str, "mountPath": str}
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "command": [str],
+    "args": [str],
+    "resources": {"limits": dict},
+    "volumeMounts": [MOUNT],
+}
 VOLUME = {"name": str, "persistentVolumeClaim": {"claimName": str}, "emptyDir": {"medium": str}}
-POD = {"subdomain": str, "restartPolicy": str, "terminationGracePeriodSeconds": int, "nodeSelector": dict,
-       "tolerations": [{"key": str, "operator": str, "effect": str}], "containers": [CONTAINER], "volumes": [VOLUME]}  # fmt: skip
-JOB = {"completionMode": str, "completions": int, "parallelism": int, "backoffLimit": int, "podReplacementPolicy": str,
-       "podFailurePolicy": {"rules": [MATCH]}, "template": {"spec": POD}}  # fmt: skip
+POD = {
+    "subdomain": str,
+    "restartPolicy": str,
+    "terminationGracePeriodSeconds": int,
+    "nodeSelector": dict,
+    "tolerations": [{"key": str, "operator": str, "effect": str}],
+    "containers": [CONTAINER],
+    "volumes": [VOLUME],
+}
+JOB = {
+    "completionMode": str,
+    "completions": int,
+    "parallelism": int,
+    "backoffLimit": int,
+    "podReplacementPolicy": str,
+    "podFailurePolicy": {"rules": [RULE]},
+    "template": {"spec": POD},
+}
 SERVICE = {"clusterIP": str, "publishNotReadyAddresses": bool, "selector": dict}
 
 
 def conforms(value, schema, path=""):
+    """Asserts that `value` has only the fields and types of `schema`."""
     if isinstance(schema, dict):
         assert isinstance(value, dict) and value.keys() <= schema.keys(), (path, value)
         for name in value:
@@ -364,12 +369,21 @@ def conforms(value, schema, path=""):
 @pytest.mark.parametrize(
     ("hardware", "nodes", "limits", "selector"),
     [
-        ("--tpu=tpu-v5-lite-podslice:4x4:4", 4, {"google.com/tpu": 4},
-         {"gke-tpu-accelerator": "tpu-v5-lite-podslice", "gke-tpu-topology": "4x4", "gke-spot": "true"}),
-        ("--gpu=nvidia-h200-141gb:8", 1, {"nvidia.com/gpu": 8}, {"gke-accelerator": "nvidia-h200-141gb", "gke-spot": "true"}),
+        (
+            "--tpu=tpu-v5-lite-podslice:4x4:4",
+            4,
+            {"google.com/tpu": 4},
+            {"gke-tpu-accelerator": "tpu-v5-lite-podslice", "gke-tpu-topology": "4x4", "gke-spot": "true"},
+        ),
+        (
+            "--gpu=nvidia-h200-141gb:8",
+            1,
+            {"nvidia.com/gpu": 8},
+            {"gke-accelerator": "nvidia-h200-141gb", "gke-spot": "true"},
+        ),
     ],
-)  # fmt: skip
-def test_the_manifest_that_kubectl_gets(fakes, hardware, nodes, limits, selector):
+)
+def test_gke_applies_a_valid_manifest(fakes, hardware, nodes, limits, selector):
     arguments = [*GKE, hardware, f"--nodes={nodes}", "--spot", "--namespace=mine"]
     train = ["--config=config.py", "--workdir=gs://bucket/${NAME}", SPACES]
     result = fakes("gke.sh", *arguments, "--", *train)
@@ -382,44 +396,29 @@ def test_the_manifest_that_kubectl_gets(fakes, hardware, nodes, limits, selector
     top = {"apiVersion": str, "kind": str, "metadata": NAMED}
     conforms(service, top | {"spec": SERVICE})
     conforms(job, top | {"spec": JOB})
-    assert (service["apiVersion"], service["kind"], job["apiVersion"], job["kind"]) == (
-        "v1",
-        "Service",
-        "batch/v1",
-        "Job",
-    )
-    assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {
-        "job-name": job["metadata"]["name"]
-    }
+    kinds = [(document["apiVersion"], document["kind"]) for document in (service, job)]
+    assert kinds == [("v1", "Service"), ("batch/v1", "Job")]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == nodes
-    assert (
-        pod["subdomain"] == service["metadata"]["name"] and pod["restartPolicy"] == "Never"
-    )  # as the failure policy needs
-    actions = {
-        rule["onExitCodes"]["values"][0]: rule["action"]
-        for rule in spec["podFailurePolicy"]["rules"]
-        if "onExitCodes" in rule
-    }
-    assert actions == {2: "FailJob", 75: "Ignore"} and spec["podReplacementPolicy"] == "Failed"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert pod["restartPolicy"] == "Never"  # required by the failure policy
+    rules = [rule for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
+    assert {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules} == {2: "FailJob", 75: "Ignore"}
+    assert spec["podReplacementPolicy"] == "Failed"
     assert pod["nodeSelector"] == {f"cloud.google.com/{name}": value for name, value in selector.items()}
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == limits
-    names = {
-        rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule
-    }
-    assert names == {container["name"]}
+    assert {rule["onExitCodes"]["containerName"] for rule in rules} == {container["name"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    several = [
-        "--coordinator_address=node-0.node:8476",
-        f"--num_processes={nodes}",
-        "--process_id=$(JOB_COMPLETION_INDEX)",
-    ]
-    kept = [argument.replace("$(", "$$(") for argument in train]  # Kubernetes reads `$$(` as `$(`
-    assert container["args"] == kept + (several if nodes > 1 else [])
+    processes = ["--coordinator_address=node-0.node:8476", f"--num_processes={nodes}"]
+    processes += ["--process_id=$(JOB_COMPLETION_INDEX)"]
+    escaped = [argument.replace("$(", "$$(") for argument in train]  # Kubernetes reads `$$(` as `$(`
+    assert container["args"] == escaped + (processes if nodes > 1 else [])
 
 
-def test_gke_refuses_names_and_hardware_that_kubernetes_has_not(fakes):
+def test_gke_refuses_invalid_names_and_hardware(fakes):
     refused(fakes("gke.sh", *GKE, "--name=My_Run", "--gpu=a:1", "--", "--config=c"), "--name=My_Run", "lower-case")
     refused(fakes("gke.sh", *GKE, "--gpu=a", "--", "--config=c"), "--gpu=TYPE:GPUS", "--gpu=a")
     refused(fakes("gke.sh", *GKE, "--gpu=a:1", "--tpu=a:2x2:4", "--", "--config=c"), "one of")
@@ -431,33 +430,31 @@ def test_gke_refuses_names_and_hardware_that_kubernetes_has_not(fakes):
 # multi_gpu.sh
 
 
-def test_one_process_gets_all_gpus_and_several_get_a_share_each(fakes):
+def test_gpus_are_divided_among_the_processes(fakes):
     fakes.script()
     assert fakes("multi_gpu.sh", "--gpus=0,1", "--config=a b").returncode == 0
     assert fakes.calls("python") == [["python", "-m", "trialgpt_jax.train", "--config=a b"]]
     assert (fakes.folder / "gpus").read_text() == "0,1"
-    assert (
-        fakes("multi_gpu.sh", "--processes=2", "--port=9", "--config=a b", CUDA_VISIBLE_DEVICES="4,5,6,7").returncode
-        == 0
-    )
+    result = fakes("multi_gpu.sh", "--processes=2", "--port=9", "--config=a b", CUDA_VISIBLE_DEVICES="4,5,6,7")
+    assert result.returncode == 0
     assert sorted(call[-1] for call in fakes.calls("python")[1:]) == ["--process_id=0", "--process_id=1"]
     assert [(fakes.folder / f"gpus{i}").read_text() for i in range(2)] == ["4,5", "6,7"]
     refused(fakes("multi_gpu.sh", "--processes=3", "--gpus=0,1,2,3", "--config=a"), "--processes=3", "4 GPUs")
     refused(fakes("multi_gpu.sh", "--processes=2", "--config=a"), "nvidia-smi", "--gpus")
 
 
-def test_when_one_process_fails_the_others_are_ended_and_its_status_is_kept(fakes):
-    fakes.script(process_0=["deaf"], process_1=[3], process_2=["until stopped"])
+def test_when_one_process_fails_the_others_are_terminated_and_its_status_is_returned(fakes):
+    fakes.script(process_0=["ignore sigterm"], process_1=[3], process_2=["until stopped"])
     result = fakes(
         "multi_gpu.sh", "--processes=3", "--gpus=none", "--port=9", "--grace=1", "--config=a", FAKE_WAIT_FOR="0 2"
     )
-    assert result.returncode == 3 and "status 3; ending the others" in result.stderr, result.stderr
+    assert result.returncode == 3 and "status 3; terminating the others" in result.stderr, result.stderr
 
 
-def test_sigterm_reaches_every_process_and_the_status_is_theirs(fakes):
+def test_sigterm_reaches_every_process_and_their_status_is_returned(fakes):
     fakes.script(process_0=["until stopped"], process_1=["until stopped"])
     launcher = fakes.start("multi_gpu.sh", "--processes=2", "--gpus=none", "--port=9", "--config=a")
     fakes.until(lambda: all((fakes.folder / f"started{i}").exists() for i in range(2)))
     launcher.send_signal(signal.SIGTERM)
-    _, said = launcher.communicate(timeout=60)
-    assert launcher.returncode == 75 and "ending the others" not in said, said
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75 and "terminating the others" not in stderr, stderr

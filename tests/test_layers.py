@@ -1,4 +1,4 @@
-"""Norms and GELU in bfloat16 against float64: what they compute in between loses nothing beyond the rounding of the result."""
+"""Norms and GELU in bfloat16 match float64 to the rounding of the result, and an unknown option is refused."""
 
 import math
 
@@ -7,20 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trialgpt_jax import UserError
+from trialgpt_jax.config import Config
 from trialgpt_jax.model import layers
+from trialgpt_jax.model.attention import ATTENTION
+from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.gpt import GPT
+from trialgpt_jax.schema import specs
 
-ROUNDING = 2**-8  # of bfloat16: half the distance between neighbours, relative
+ROUNDING = 2**-8  # relative rounding error of bfloat16: half the distance between neighbours
 
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
-def test_a_norm_of_bfloat16_is_that_of_float64_and_so_are_its_gradients(offset, centred):
+def test_norm_in_bfloat16_and_its_gradients_match_float64(offset, centred):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 768)) + offset
-    x[:8, 11] = 3000.0  # as GPT-2's residual stream has them
+    x[:8, 11] = 3000.0  # outliers like those of GPT-2's residual stream
     x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, rng.normal(size=x.shape)))
     scale, bias = jnp.asarray(rng.normal(size=768), jnp.float32), jnp.asarray(rng.normal(size=768), jnp.float32)
-    norm = lambda x, scale, bias: layers.norm(x, scale, bias, centred)
+    norm = layers.NORMS["layernorm" if centred else "rmsnorm"]
     y, backward = jax.vjp(norm, x, scale, bias)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (x, scale, bias, dy)]
@@ -47,7 +53,32 @@ def test_gelu_of_bfloat16_is_computed_in_float32():
     np.testing.assert_allclose(np.asarray(layers.gelu(x), np.float64), want, rtol=ROUNDING, atol=1e-6)
 
 
-def test_gelu_keeps_the_form_that_xla_fuses_into_a_matmul_on_cuda_alone():
+def test_gelu_has_the_form_that_xla_fuses_into_a_matmul_only_on_cuda():
     traced = jax.jit(layers.gelu).trace(jax.ShapeDtypeStruct((8, 16), jnp.bfloat16))
     wide = {p: "f32" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "tpu", "cpu")}
     assert wide == {"cuda": False, "tpu": True, "cpu": True}
+
+
+REGISTRIES = {
+    "model.activation": layers.ACTIVATIONS,
+    "model.norm": layers.NORMS,
+    "model.position": layers.POSITIONS,
+    "train.remat": layers.REMAT,
+    "train.attention": ATTENTION,
+}
+
+
+@pytest.mark.parametrize("field", REGISTRIES)
+def test_choices_of_a_config_field_are_the_names_of_its_registry(field):
+    choices = set(specs(Config)[field][1].choices)
+    assert choices - {"auto"} == set(REGISTRIES[field])
+
+
+@pytest.mark.parametrize("field", REGISTRIES)
+def test_unknown_name_is_refused_without_the_check_of_the_config(field):
+    """`object.__setattr__` bypasses the check of GPTConfig; the registry itself refuses the name."""
+    config = GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=2, n_embd=16)
+    object.__setattr__(config, field.split(".")[1], "unknown")
+    names = ", ".join(REGISTRIES[field])
+    with pytest.raises(UserError, match=f"config field `{field}` is 'unknown', not one of {names}"):
+        jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))

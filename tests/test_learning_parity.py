@@ -1,19 +1,16 @@
-"""Our `train` learns as a plain torch loop does: same initial weights, same batches, same hyperparameters."""
+"""`train` against a plain torch loop with the same initial weights, batches and hyperparameters."""
 
 import math
 
-import jax
 import numpy as np
 import pytest
 from conftest import metrics, small_config
 
-from trialgpt_jax.config import gpt_config
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.model import hf
-from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.train import train
-from trialgpt_jax.training import train_step
-from trialgpt_jax.training.optimizer import make_optimizer
+from trialgpt_jax.training.program import Program
 
 STEPS, WARMUP, PEAK = 100, 10, 3e-3
 
@@ -31,7 +28,7 @@ def config_of(store, accumulate_steps=1):
 
 @pytest.fixture(scope="module")
 def curve(store, tmp_path_factory):
-    """Runs `train`; returns its metrics line by line. One run for each number of microbatches."""
+    """A function: number of microbatches -> the metrics of such a run, which is run once."""
     runs = {}
 
     def run(accumulate_steps):
@@ -45,15 +42,14 @@ def curve(store, tmp_path_factory):
 
 
 def torch_losses(config):
-    """Losses and gradient norms of the same run, written as nanoGPT writes it."""
+    """Losses and gradient norms of the same run as a torch loop in the style of nanoGPT's train.py."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    gpt = gpt_config(config, "cpu")
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    params = train_step.create_state(gpt, make_optimizer(config.optim, STEPS), config.seed, mesh).params
-    settings = transformers.GPT2Config(**hf.hf_config(gpt, 0), attn_implementation="eager")
+    program = Program(config, mesh=single_device())
+    params = program.init_state().params
+    settings = transformers.GPT2Config(**hf.hf_config(program.gpt, 0), attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(settings).train()
-    state = {name: torch.from_numpy(value.copy()) for name, value in hf.to_hf(params, gpt).items()}
+    state = {name: torch.from_numpy(value.copy()) for name, value in hf.to_hf(params, program.gpt).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected
 
@@ -83,13 +79,15 @@ def torch_losses(config):
     return np.array(losses), np.array(norms)
 
 
-def test_a_hundred_steps_are_those_of_a_torch_loop(curve, store):
+def test_a_hundred_steps_equal_those_of_a_torch_loop(curve, store):
     lines = curve(1)
-    assert open_store(str(store)).split("train").n_windows(32) >= STEPS * 8, "one pass: batches are the file in order"
+    assert open_store(str(store)).split("train").n_windows(32) >= STEPS * 8, (
+        "less than an epoch, so batch k is the k-th part of the file"
+    )
     losses, norms = torch_losses(config_of(store))
     ours = np.array([line["loss"] for line in lines])
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert losses[0] - losses[-1] > 1, "it must learn for the comparison to mean something"
+    assert losses[0] - losses[-1] > 1, "the model must learn, otherwise equal curves prove nothing"
     assert (norms > 1).any() and (norms < 1).any(), "clipping must act in some steps and not in others"
     assert np.abs(ours - losses).max() < 2e-3
     assert np.abs(np.array([line["grad_norm"] for line in lines]) / norms - 1).max() < 2e-2
@@ -100,4 +98,4 @@ def test_microbatches_give_the_same_curve(curve, accumulate_steps):
     whole = np.array([line["loss"] for line in curve(1)])
     parts = np.array([line["loss"] for line in curve(accumulate_steps)])
     assert np.abs(parts[0] - whole[0]) < 1e-6
-    assert np.abs(parts - whole).max() < 1e-4  # rounding, which a hundred steps amplify
+    assert np.abs(parts - whole).max() < 1e-4  # rounding errors, amplified by a hundred steps

@@ -1,30 +1,29 @@
-"""The numbers that are said about a run, against hand computations."""
+"""The numbers of a run against hand computations: FLOPs, rates, bits per byte; and the files they are written to."""
 
 import io
 import json
 import math
 
-import jax
 import pytest
 
 from trialgpt_jax import UserError
-from trialgpt_jax.config import default_config, gpt_config
+from trialgpt_jax.config import default_config
+from trialgpt_jax.console import say
 from trialgpt_jax.parallel.accelerators import chip
-from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, say, time_left
+from trialgpt_jax.parallel.sharding import single_device
+from trialgpt_jax.training import metrics
+from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, time_left
+from trialgpt_jax.training.program import gpt_config, params_layout
 from trialgpt_jax.training.tensorboard import EventFile
-from trialgpt_jax.training.train_step import params_layout
-
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def test_flops_per_token_of_gpt2_124m():
     """The published convention gives 8.55e8 at T=1024 and vocabulary 50,304."""
     gpt = gpt_config(default_config(), "cpu")
-    params = params_layout(gpt, make_mesh(ONE, jax.devices()[:1]))
+    params = params_layout(gpt, single_device())
     by_hand = 6 * (12 * 12 * 768 * 768 + 50304 * 768) + 12 * 12 * 768 * 1024
     assert flops_per_token(params, gpt) == by_hand == pytest.approx(8.55e8, rel=1e-3)
-    # GPT-2's 124,439,808 and the 47 rows of padding
+    # GPT-2 has 124,439,808; 47 rows of the embedding are padding
     assert parameter_count(params) == 124_439_808 + 47 * 768
 
 
@@ -33,16 +32,70 @@ def test_a_uniform_byte_model_has_eight_bits_per_byte():
     assert bits_per_byte(1.0, 1000, None) is None
 
 
-def test_peaks_are_known_chip_by_chip_and_others_have_none():
+def test_peaks_of_known_chips():
     assert chip("NVIDIA H200").peak_flops == chip("NVIDIA H100 80GB HBM3").peak_flops == 989e12
-    assert [chip(f"TPU {v}").peak_flops for v in ("v4", "v5 lite", "v5", "v5p", "v6 lite")] == [
-        275e12, 197e12, 459e12, 459e12, 918e12,
-    ]  # fmt: skip
+    peaks = [chip(f"TPU {v}").peak_flops for v in ("v4", "v5 lite", "v5", "v5p", "v6 lite")]
+    assert peaks == [275e12, 197e12, 459e12, 459e12, 918e12]
     assert chip("NVIDIA H100 PCIe") is None and chip("cpu") is None
 
 
-def test_time_left_as_a_person_writes_it():
+def test_time_left_is_in_two_units():
     assert [time_left(s) for s in (7, 65, 3 * 3600 + 60, 100 * 3600)] == ["7s", "1m05s", "3h01m", "4d04h"]
+
+
+class Clock:
+    """Replaces the module `time` of metrics.py."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+def test_the_meter_excludes_the_time_between_a_complete_step_and_a_restart(clock):
+    meter = metrics.Meter(tokens_per_step=100, flops_per_token=1.0, peak_flops=None, seconds=7.0)
+    clock.now += 50  # compilation
+    meter.restart(10)
+    clock.now += 2
+    meter.complete(11)
+    clock.now += 30  # evaluation
+    meter.restart(11)
+    clock.now += 4
+    meter.complete(12)
+    assert meter.seconds == 7.0 + 2 + 4
+    assert meter.rates() == {"step_seconds": 3.0, "tokens_per_second": 100 / 3}
+
+
+def test_the_meter_gives_rates_since_the_last_call(clock):
+    meter = metrics.Meter(tokens_per_step=100, flops_per_token=1.0, peak_flops=None)
+    meter.restart(0)
+    for step, seconds in ((1, 1.0), (2, 3.0)):
+        clock.now += seconds
+        meter.complete(step)
+    assert meter.rates()["step_seconds"] == 2.0
+    clock.now += 0.5
+    meter.complete(3)
+    assert meter.rates()["tokens_per_second"] == 200
+    clock.now += 8.0
+    meter.complete(5)  # two steps at once: the first was not fetched
+    assert meter.rates()["step_seconds"] == 4.0
+    assert meter.seconds == 12.5
+
+
+def test_the_meter_gives_mfu_only_if_the_peak_is_known(clock):
+    for peak, expected in ((8000.0, {"mfu": 0.25}), (None, {})):
+        meter = metrics.Meter(tokens_per_step=100, flops_per_token=40.0, peak_flops=peak)
+        meter.restart(0)
+        clock.now += 2.0
+        meter.complete(1)
+        assert meter.rates() == {"step_seconds": 2.0, "tokens_per_second": 50.0} | expected
 
 
 def open_log(folder, resume_step):
@@ -51,7 +104,7 @@ def open_log(folder, resume_step):
     return MetricsLog(str(folder), c.log, resume_step, c)
 
 
-def test_a_line_of_the_log_is_one_write_so_that_another_thread_cannot_tear_it(monkeypatch):
+def test_a_log_line_is_a_single_write_so_that_threads_do_not_interleave(monkeypatch):
     writes = []
 
     class Stderr(io.StringIO):
@@ -63,7 +116,7 @@ def test_a_line_of_the_log_is_one_write_so_that_another_thread_cannot_tear_it(mo
     assert [text for text in writes if text] == ["a line\nand another\n"]
 
 
-def test_lines_after_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path):
+def test_lines_after_the_restored_step_and_an_incomplete_last_line_are_dropped(tmp_path):
     log = open_log(tmp_path, 0)
     for step in range(1, 6):
         log.write({"step": step, "seconds": step / 2})
@@ -77,7 +130,7 @@ def test_lines_after_the_restored_step_and_a_torn_last_line_are_dropped(tmp_path
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_a_run_that_begins_again_at_step_0_begins_its_log_again(tmp_path):
+def test_a_run_that_starts_over_at_step_0_drops_all_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "val_loss": 5.0, "seconds": 0.0}\n{"step": 1, "seconds": 0.1}\n'
     )
@@ -85,7 +138,7 @@ def test_a_run_that_begins_again_at_step_0_begins_its_log_again(tmp_path):
     assert again.last == {} and (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_tensorboard_reads_the_curves_and_forgets_what_a_resumed_run_writes_again(tmp_path):
+def test_tensorboard_reads_the_curves_and_drops_points_that_a_resumed_run_repeats(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra `test`")
     for resume_step, last, offset in ((0, 5, 0.0), (3, 7, 100.0)):
         events = EventFile(str(tmp_path), resume_step * 300)
@@ -99,7 +152,7 @@ def test_tensorboard_reads_the_curves_and_forgets_what_a_resumed_run_writes_agai
     assert [point.value for point in read.Scalars("näme")] == [-1, -2, -3, -4, -5, -6, -7]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+def test_a_damaged_line_before_the_last_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2"):
         open_log(tmp_path, 2)

@@ -1,4 +1,4 @@
-"""Schedules, clipping, AdamW, the decay mask and Muon against torch and formulas in numpy, in float64."""
+"""Schedules, clipping, AdamW, the decay mask and Muon against torch and numpy, in float64."""
 
 import math
 
@@ -9,13 +9,25 @@ import optax
 import pytest
 from model_options import random_params
 
+from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
-from trialgpt_jax.model.gpt import GPTConfig
+from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.training.optimizer import make_optimizer, schedule
 
-# every kind of parameter: tied or not, with biases, two norms a layer and one on the embeddings
-CONFIG = GPTConfig(vocab_size=5, block_size=3, n_layer=2, n_head=2, n_kv_head=1, n_embd=8, tie_embeddings=False,
-                   embed_norm=True, activation="swiglu", dtype="float64", param_dtype="float64")  # fmt: skip
+# Every kind of parameter: an untied head, biases, two norms per layer and one on the embeddings.
+CONFIG = GPTConfig(
+    vocab_size=5,
+    block_size=3,
+    n_layer=2,
+    n_head=2,
+    n_kv_head=1,
+    n_embd=8,
+    tie_embeddings=False,
+    embed_norm=True,
+    activation="swiglu",
+    dtype="float64",
+    param_dtype="float64",
+)
 STEPS = 12
 
 
@@ -26,21 +38,23 @@ def optim(**changes):
 
 
 def named(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
+    """{"blocks/mlp/c_fc/kernel": array, ...}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
 def gradients(params, scale=1.0):
-    """Gradients of STEPS steps, of many sizes, each a flat dict of numpy arrays."""
+    """Gradients of STEPS steps, trees of numpy arrays of very different magnitudes."""
     rng = np.random.default_rng(7)
-    return [
-        jax.tree.map(lambda p: rng.normal(0, scale * 10.0 ** rng.uniform(-2, 1), p.shape), params)
-        for _ in range(STEPS)
-    ]  # fmt: skip
+
+    def draw(p):
+        return rng.normal(0, scale * 10.0 ** rng.uniform(-2, 1), p.shape)
+
+    return [jax.tree.map(draw, params) for _ in range(STEPS)]
 
 
 def run(config, params, all_gradients):
-    """Our optimizer's parameters after each step."""
+    """The parameters after each step of `make_optimizer(config)`."""
     optimizer = make_optimizer(config, STEPS)
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, params)
@@ -58,7 +72,7 @@ def run(config, params, all_gradients):
 
 
 def rate(config, peak, n):
-    """The learning rate of update n, counted from 0, as a formula."""
+    """The learning rate of update n, counted from 0."""
     if n < config.warmup_steps:
         return peak * (n + 1) / (config.warmup_steps + 1)
     low, done = config.min_lr_ratio, (n - config.warmup_steps) / (STEPS - config.warmup_steps)
@@ -82,17 +96,17 @@ def assert_close(ours, expected, tolerance=1e-12):
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0, 5])
 @pytest.mark.parametrize("low", [0.0, 0.1, 1.0])
-def test_schedules_are_their_formulas(kind, warmup, low):
+def test_schedules_equal_their_formulas(kind, warmup, low):
     config = optim(schedule=kind, warmup_steps=warmup, min_lr_ratio=low, decay_fraction=0.25)
     with jax.enable_x64(True):
         ours = [float(schedule(config, STEPS, 0.3)(jnp.int32(n))) for n in range(STEPS + 1)]
     np.testing.assert_allclose(ours, [rate(config, 0.3, n) for n in range(STEPS + 1)], rtol=1e-12, atol=1e-15)
-    assert ours[0] > 0, "no update is wasted on a rate of zero"
+    assert ours[0] > 0, "the first update has a rate of zero"
     assert kind == "constant" or ours[STEPS] == pytest.approx(0.3 * low, abs=1e-15)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_wsd_decays_over_one_step_at_least_and_over_all_after_the_warmup_at_most(fraction):
+def test_wsd_decays_over_at_least_one_step_and_at_most_all_after_the_warmup(fraction):
     config = optim(schedule="wsd", warmup_steps=4, min_lr_ratio=0.0, decay_fraction=fraction)
     rates = [float(schedule(config, STEPS, 1.0)(n)) for n in range(STEPS + 1)]
     first = {0.0: STEPS - 1, 1.0: 4}[fraction]
@@ -101,15 +115,17 @@ def test_wsd_decays_over_one_step_at_least_and_over_all_after_the_warmup_at_most
     )
 
 
-def test_adamw_is_torchs_with_nanogpts_decay_groups():
+def test_adamw_equals_torchs_with_nanogpts_decay_groups():
     torch = pytest.importorskip("torch")
     params = random_params(CONFIG)
     config = optim(eps=1e-6)
     tensors = {name: torch.from_numpy(value.copy()) for name, value in named(params).items()}
-    # stacked over layers, a norm's scale has two dimensions, but in each layer it is a vector
+    # rank within a layer: a norm's scale, stacked over layers, has two dimensions but is a vector
     rank = {name: t.dim() - name.startswith("blocks") for name, t in tensors.items()}
-    groups = [{"params": [t for n, t in tensors.items() if rank[n] >= 2], "weight_decay": config.weight_decay},
-              {"params": [t for n, t in tensors.items() if rank[n] < 2], "weight_decay": 0.0}]  # fmt: skip
+    groups = [
+        {"params": [t for n, t in tensors.items() if rank[n] >= 2], "weight_decay": config.weight_decay},
+        {"params": [t for n, t in tensors.items() if rank[n] < 2], "weight_decay": 0.0},
+    ]
     assert [len(group["params"]) for group in groups] == [3 + 7, 4 * 2 + 7], "4 norms and 7 dense layers"
     theirs = torch.optim.AdamW(groups, betas=(config.b1, config.b2), eps=config.eps)
     all_gradients = gradients(params)
@@ -123,7 +139,7 @@ def test_adamw_is_torchs_with_nanogpts_decay_groups():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_decay_falls_on_matrices_alone(name):
+def test_only_matrices_decay(name):
     params = random_params(CONFIG)
     config = optim(name=name, warmup_steps=0, schedule="constant", muon_learning_rate=0.05)
     after = run(config, params, [jax.tree.map(np.zeros_like, params)])[0]
@@ -136,7 +152,7 @@ def test_decay_falls_on_matrices_alone(name):
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e6])
-def test_clipping_is_by_the_global_norm(limit):
+def test_gradients_are_clipped_by_the_global_norm(limit):
     torch = pytest.importorskip("torch")
     params = random_params(CONFIG)
     all_gradients = gradients(params)
@@ -150,9 +166,9 @@ def test_clipping_is_by_the_global_norm(limit):
         for tensor, leaf in zip(tensors, leaves.values(), strict=True):
             tensor.grad = torch.from_numpy(leaf.copy())
         torch.nn.utils.clip_grad_norm_(tensors, limit)
-        for tensor, ours in zip(tensors, jax.tree.leaves(scaled[-1]), strict=True):  # theirs adds 1e-6 to the norm
+        for tensor, ours in zip(tensors, jax.tree.leaves(scaled[-1]), strict=True):  # torch adds 1e-6 to the norm
             np.testing.assert_allclose(tensor.grad.numpy(), ours, rtol=2e-6)
-    # a large eps: without it AdamW does not see the gradients' scale
+    # a large eps, because with a small one AdamW's update does not depend on the gradients' scale
     clipped = run(optim(clip_norm=limit, eps=0.1), params, all_gradients)
     for ours, expected in zip(clipped, run(optim(eps=0.1), params, scaled), strict=True):
         assert_close(ours, expected)
@@ -162,12 +178,12 @@ def orthogonalised(matrix):
     """Five steps of Jordan's quintic Newton-Schulz iteration on a matrix [in, out]."""
     x = matrix / (np.linalg.norm(matrix) + 1e-8)
     for _ in range(5):
-        a = x.T @ x  # on the right, where ours may go on the left: f(X^T) = f(X)^T
+        a = x.T @ x  # optax may use X X^T instead, which is equivalent: f(X^T) = f(X)^T
         x = 3.4445 * x + x @ (-4.7750 * a + 2.0315 * a @ a)
     return x
 
 
-def test_muon_moves_each_layers_matrices_and_adamw_the_rest():
+def test_muon_updates_the_matrices_of_each_layer_and_adamw_the_rest():
     params = random_params(CONFIG)
     config = optim(name="muon", muon_learning_rate=0.05, muon_momentum=0.9)
     all_gradients = gradients(params)
@@ -181,7 +197,7 @@ def test_muon_moves_each_layers_matrices_and_adamw_the_rest():
                 expected[name] = by_adamw[n][name]
                 continue
             momentum[name] = beta * momentum[name] + (1 - beta) * gradient[name]
-            # Nesterov's look ahead, both terms corrected for their start at zero as in Dozat's NAdam, which optax follows
+            # Nesterov momentum with the bias correction of both terms that optax takes from NAdam (Dozat 2016)
             ahead = beta * momentum[name] / (1 - beta ** (n + 2)) + (1 - beta) * gradient[name] / (1 - beta ** (n + 1))
             update = np.stack([orthogonalised(layer) for layer in ahead])
             update *= math.sqrt(max(1, update.shape[2] / update.shape[1]))
@@ -189,7 +205,7 @@ def test_muon_moves_each_layers_matrices_and_adamw_the_rest():
         assert_close(ours, expected, 1e-10)
 
 
-def test_muons_updates_are_nearly_orthogonal():
+def test_muon_updates_are_nearly_orthogonal():
     params = random_params(CONFIG)
     config = optim(name="muon", muon_learning_rate=1.0, warmup_steps=0, schedule="constant", weight_decay=0.0)
     before, after = named(params), run(config, params, gradients(params)[:1])[0]
@@ -198,3 +214,19 @@ def test_muons_updates_are_nearly_orthogonal():
             for update in before[name] - after[name]:
                 values = np.linalg.svd(update, compute_uv=False) / math.sqrt(max(1, update.shape[1] / update.shape[0]))
                 assert 0.3 < values.min() and values.max() < 1.3, (name, values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adam"}, "config field `optim.name` is 'adam', not one of adamw, muon; did you mean `adamw`"),
+        (
+            {"schedule": "cosin"},
+            "config field `optim.schedule` is 'cosin', not one of cosine, .*; did you mean `cosine`",
+        ),
+        ({"name": "muon", "schedule": "step"}, "config field `optim.schedule` is 'step', not one of cosine, "),
+    ],
+)
+def test_unknown_names_are_refused_also_for_library_callers(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(optim(**changes), STEPS)

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program are counted as often as they run, once each, by the bytes that a chip receives."""
+"""Collectives of a compiled program: counted once per run, by the bytes a chip receives; the generated tables."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import hlo
 import scale_table
 
-# Six layers; in each a ring of two permutes in each of 8/2 turns, a gather that is overlapped with it in pieces, and a scatter.
+# Six layers, each with a ring of two permutes in 8/2 iterations, an all-gather overlapped with it, and a
+# reduce-scatter.
 _PROGRAM = """HloModule step
 
 %ring_cond (a: (u32[], f32[4])) -> pred[] {
@@ -74,7 +75,7 @@ ENTRY %main (e: (s32[])) -> (s32[]) {
 """
 
 
-def test_collectives_count_as_often_as_they_run_and_by_what_a_chip_receives():
+def test_collectives_are_multiplied_by_trip_counts():
     assert hlo.collectives(_PROGRAM) == {
         "all-gather": {"count": 6, "bytes": 6 * 64 * 3 / 4},
         "collective-permute": {"count": 6 * 4 * 2, "bytes": 6 * 4 * 2 * 16},
@@ -83,7 +84,7 @@ def test_collectives_count_as_often_as_they_run_and_by_what_a_chip_receives():
     }
 
 
-def test_collectives_of_shard_map_share_a_channel_and_are_told_apart():
+def test_collectives_that_share_a_channel_are_counted_separately():
     program = """HloModule step
 
 ENTRY %main (e: bf16[8,4]) -> f32[8,2] {
@@ -93,12 +94,11 @@ ENTRY %main (e: bf16[8,4]) -> f32[8,2] {
   ROOT %sum = f32[8,2]{1,0} all-reduce(%part), channel_id=1, replica_groups={{0,1}}, to_apply=%add
 }
 """
-    assert {kind: v["count"] for kind, v in hlo.collectives(program).items()} == dict.fromkeys(
-        ("all-gather", "reduce-scatter", "all-reduce"), 1
-    )
+    counts = {kind: v["count"] for kind, v in hlo.collectives(program).items()}
+    assert counts == {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1}
 
 
-def test_the_tables_in_the_docs_are_those_of_the_results(tmp_path, monkeypatch):
+def test_the_tables_in_the_docs_match_the_results(tmp_path, monkeypatch):
     copy = tmp_path / "scale.md"
     copy.write_text((ROOT / "docs" / "scale.md").read_text())
     monkeypatch.setattr(scale_table, "DOC", str(copy))

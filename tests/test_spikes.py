@@ -1,4 +1,4 @@
-"""Loss spikes: the rule against a plain float64 model of it, inside the compiled step, and the window it remembers."""
+"""Loss spikes: the rule against a float64 reference, the rule in the compiled step, and the window in a checkpoint."""
 
 import os
 import signal
@@ -11,15 +11,13 @@ from conftest import call, metrics, overrides, refused, small_config
 from test_train import assert_same_bits, final_state
 from test_train_step import batch, copied
 
-from trialgpt_jax.config import gpt_config
-from trialgpt_jax.parallel.sharding import batch_sharding, make_mesh, put_batch
+from trialgpt_jax.parallel.sharding import batch_sharding, put_batch, single_device
 from trialgpt_jax.training import spikes
-from trialgpt_jax.training import train_step as steps_lib
-from trialgpt_jax.training.optimizer import make_optimizer
+from trialgpt_jax.training.program import Program
 
 
 def decide(pairs, sigmas, window=128):
-    """The rule: True for each (loss, grad_norm) that is to be skipped."""
+    """The rule in plain numpy: for each (loss, grad_norm) whether the step is skipped."""
     good, skips = [], []
     for pair in np.asarray(pairs, np.float64):
         last = np.array(good[-window:])
@@ -33,7 +31,7 @@ def decide(pairs, sigmas, window=128):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_rule_is_the_plain_one(seed):
+def test_the_rule_equals_a_float64_reference(seed):
     rng = np.random.default_rng(seed)
     pairs = np.abs(rng.normal(3.0, 0.2, (500, 2))).astype(np.float32)
     pairs[rng.integers(0, 500, 40), rng.integers(0, 2, 40)] *= rng.uniform(1.1, 5, 40)
@@ -42,37 +40,36 @@ def test_the_rule_is_the_plain_one(seed):
 
     @jax.jit
     def step(window, pair):
-        good = jnp.isfinite(pair).all() & ~spikes.stands_out(window, *pair, sigmas)
+        good = jnp.isfinite(pair).all() & ~spikes.is_spike(window, *pair, sigmas)
         return spikes.push(window, *pair, good), ~good
 
     window, skips = jax.lax.scan(step, spikes.Window.empty(), pairs)
     expected = decide(pairs, sigmas)
     assert skips.tolist() == expected
-    assert not any(expected[i] for i in range(100) if np.isfinite(pairs[i]).all()), "before the window is full"
+    assert not any(expected[i] for i in range(100) if np.isfinite(pairs[i]).all()), (
+        "a step is skipped before the window is full"
+    )
     kept = pairs[~np.array(expected)][-128:]
     assert sorted(window.values[0].tolist()) == sorted(kept[:, 0].tolist()) and np.isfinite(window.values).all()
     assert int(window.good_steps) == 500 - sum(expected)
 
 
-def test_the_compiled_step_leaves_out_a_spike_and_nothing_else():
+def test_the_compiled_step_skips_spikes_and_no_other_step():
     config = small_config("unused")
     config.optim.update({"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant"})
-    gpt, optimizer = gpt_config(config, "cpu"), make_optimizer(config.optim, config.train.steps)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    state = steps_lib.create_state(gpt, optimizer, 0, mesh, 6.0)
-    step = steps_lib.compile_train_step(
-        gpt, optimizer, mesh, batch_size=8, accumulate_steps=1, seed=0, skip_spikes=6.0
-    )  # fmt: skip
+    config.seed, config.train.skip_spikes = 0, 6.0
+    program = Program(config, mesh=single_device())
+    state = program.init_state()
     pairs, skips = [], []
     for k in range(290):
         rows = batch(k) % 64
-        if k in (40, 250, 270):  # another language; at 40 the window is not full
+        if k in (40, 250, 270):  # ids of another distribution; at step 40 the window is not full
             rows = batch(k) % 64 + 400
         healthy = np.array(state.params["ln_f"]["scale"])
         if k == 260:
             state.params["ln_f"]["scale"] = jnp.full_like(healthy, jnp.nan)
         before = copied(state)
-        state, values = step(state, put_batch(rows, batch_sharding(mesh)))
+        state, values = program.train_step(state, put_batch(rows, batch_sharding(program.mesh)))
         pairs.append([float(values["loss"]), float(values["grad_norm"])])
         skips.append(int(state.skipped) > before.skipped)
         if skips[-1]:
@@ -86,23 +83,22 @@ def test_the_compiled_step_leaves_out_a_spike_and_nothing_else():
     assert [k for k, skipped in enumerate(skips) if skipped] == [250, 260, 270]
 
 
-def test_off_it_leaves_no_trace_in_state_or_program():
+def test_without_skip_spikes_neither_state_nor_program_has_a_window():
     config = small_config("unused")
-    config.model.n_layer = 3  # so that nothing else is [2, 128]
-    gpt, optimizer = gpt_config(config, "cpu"), make_optimizer(config.optim, config.train.steps)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    layouts = [steps_lib.state_layout(gpt, optimizer, mesh, sigmas) for sigmas in (0.0, 6.0)]
-    assert len(jax.tree.leaves(layouts[1])) == len(jax.tree.leaves(layouts[0])) + 2
+    config.model.n_layer = 3  # otherwise the norms have the window's shape too, [2, 128]
+    programs = {}
     for sigmas in (0.0, 6.0):
-        step = steps_lib.compile_train_step(
-            gpt, optimizer, mesh, batch_size=8, accumulate_steps=1, seed=0, skip_spikes=sigmas
-        )  # fmt: skip
-        assert (f"f32[2,{spikes.WINDOW}]" in step.as_text()) == bool(sigmas)
+        config.train.skip_spikes = sigmas
+        programs[sigmas] = Program(config.copy_and_resolve_references(), mesh=single_device())
+    off, on = (len(jax.tree.leaves(program.layout)) for program in programs.values())
+    assert on == off + 2
+    for sigmas, program in programs.items():
+        assert (f"f32[2,{spikes.WINDOW}]" in program.train_step.as_text()) == bool(sigmas)
 
 
 def test_resume_in_the_middle_of_a_window_is_exact(config, tmp_path, default_file):
     config.train.update({"steps": 200, "skip_spikes": 1.5})
-    config.optim.learning_rate = 1e-5  # so that the loss varies with the batch alone, and often beyond 1.5 sigma
+    config.optim.learning_rate = 1e-5  # then the loss varies with the batch only, and often exceeds 1.5 sigma
     config.checkpoint.update({"every_steps": 0})
     config.eval.every_steps = 0
 
@@ -117,18 +113,18 @@ def test_resume_in_the_middle_of_a_window_is_exact(config, tmp_path, default_fil
 
     whole = train(tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    told = [line for line in whole.stderr.splitlines() if "are a spike (train.skip_spikes=1.5)" in line]
-    steps = [int(line.split(":")[0].split()[1]) for line in told]
+    reported = [line for line in whole.stderr.splitlines() if "are a spike (train.skip_spikes=1.5)" in line]
+    steps = [int(line.split(":")[0].split()[1]) for line in reported]
     assert 128 < min(steps) < 160 and max(steps) > 165
-    assert [int(line.split(" of batch ")[1].split()[0]) + 1 for line in told] == steps
-    assert metrics(tmp_path / "whole")[-1]["skipped"] == len(told)
+    assert [int(line.split(" of batch ")[1].split()[0]) + 1 for line in reported] == steps
+    assert metrics(tmp_path / "whole")[-1]["skipped"] == len(reported)
     assert train(tmp_path / "parts", on_line=stop).returncode == 75
     rest = train(tmp_path / "parts")
     assert rest.returncode == 0 and "resumed from checkpoint 16" in rest.stderr, rest.stderr
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert_same_bits(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
-    # switched on or off, it makes another run, which has to be asked for; then the window begins anew, or ends
+    # turning it on or off needs --allow_config_change; turned on, it starts with an empty window
     config.train.steps = 202
     for sigmas in (0.0, 6.0):
         config.train.skip_spikes = sigmas

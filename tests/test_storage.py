@@ -1,7 +1,8 @@
-"""A workdir in an object store: the same run, the same resume, through the clients of gs:// against a bucket in memory."""
+"""A workdir in an object store: the clients of gs:// against a bucket in memory, with the same results as on disk."""
 
 import json
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -10,7 +11,8 @@ import pytest
 from conftest import call, command, metrics, overrides, refused, run
 from gcs_server import serve
 
-from trialgpt_jax import UserError, files, lease
+from trialgpt_jax import UserError
+from trialgpt_jax.storage import files, lock
 
 pytest.importorskip("gcsfs", reason="the extra `gs`")
 
@@ -34,7 +36,7 @@ def download(bucket, prefix, folder):
         path.write_bytes(data)
 
 
-def test_files_are_whole_found_and_removed_as_on_a_disk(bucket, tmp_path):
+def test_files_are_written_listed_and_removed_as_on_disk(bucket, tmp_path):
     for root in (str(tmp_path / "a"), "gs://bucket/a"):
         files.make_folder(root)
         path = os.path.join(root, "x.json")
@@ -55,13 +57,13 @@ def test_files_are_whole_found_and_removed_as_on_a_disk(bucket, tmp_path):
         assert files.sizes(root) == {}
 
 
-def test_urls_that_nothing_here_can_reach_are_refused(tmp_path):
+def test_urls_of_unsupported_stores_are_refused(tmp_path):
     for url in ("memory://x", "ftp://host/x", "az://x/y"):
         refused(call("infer", f"--workdir={url}"), url, "not to " + url.split(":")[0])
     assert not os.path.exists("memory:")
 
 
-def test_a_run_in_a_bucket_is_the_run_on_a_disk_killed_and_resumed(bucket, config, tmp_path, default_file):
+def test_a_killed_and_resumed_run_in_a_bucket_equals_a_run_on_disk(bucket, config, tmp_path, default_file):
     config.train.steps = 40
     flags = [f"--config={default_file}", *overrides(config)]
     assert call("train", *flags, f"--workdir={tmp_path}/disk").returncode == 0
@@ -83,16 +85,16 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk_killed_and_resumed(bucket, confi
 
     assert_same_bits(final_state(tmp_path / "copy"), final_state(tmp_path / "disk"))
 
-    # the other commands read it there
+    # the other commands read the workdir in the bucket
     result = call("evaluate", "--workdir=gs://bucket/run", "--json")
     assert result.returncode == 0, result.stderr
-    here = call("evaluate", f"--workdir={tmp_path}/disk", "--json")
-    assert json.loads(result.stdout) == json.loads(here.stdout)
+    on_disk = call("evaluate", f"--workdir={tmp_path}/disk", "--json")
+    assert json.loads(result.stdout) == json.loads(on_disk.stdout)
     result = call("infer", "--workdir=gs://bucket/run", "--prompt=The people", "--max_new_tokens=3")
     assert result.returncode == 0 and result.stdout.startswith("The people"), result.stderr
     assert call("convert", "--workdir=gs://bucket/run", "--verify").returncode == 0
 
-    # and damage there is found as here
+    # damage is found as on disk
     name = next(name for name in objects(bucket, "run/checkpoints/40/") if "/d/" in name)
     data = bytearray(bucket.objects["bucket", name])
     data[len(data) // 2] ^= 1
@@ -109,29 +111,27 @@ def test_a_dry_run_leaves_nothing_in_a_bucket(bucket, config, default_file):
 
 
 @pytest.fixture
-def fast(monkeypatch):
-    monkeypatch.setattr(lease, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(lease, "PATIENCE", 1.0)
+def short_heartbeat(monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE", 1.0)
 
 
-def test_a_lock_that_beats_refuses_and_a_silent_one_is_taken_over(bucket, fast):
-    with lease.held("gs://bucket/locked"):
-        with pytest.raises(UserError, match=f"in use by host .*, pid {os.getpid()}"), lease.held("gs://bucket/locked"):
+def test_a_live_lease_refuses_and_an_expired_one_is_taken_over(bucket, short_heartbeat):
+    with lock.hold("gs://bucket/locked"):
+        with pytest.raises(UserError, match=f"in use by host .*, pid {os.getpid()}"), lock.hold("gs://bucket/locked"):
             pass
         files.write("gs://bucket/elsewhere/lock", "host another, pid 1\n0123 7\n")
         begin = time.monotonic()
-        with lease.held("gs://bucket/elsewhere"):
+        with lock.hold("gs://bucket/elsewhere"):
             assert time.monotonic() - begin > 0.9
     assert not files.exists("gs://bucket/locked/lock") and threading.active_count() < 50
-    files.write("gs://bucket/dead/lock", bucket_lock_of_a_dead_process())
+    files.write("gs://bucket/dead/lock", lease_of_a_dead_process())
     begin = time.monotonic()
-    with lease.held("gs://bucket/dead"):
+    with lock.hold("gs://bucket/dead"):
         assert time.monotonic() - begin < 0.9
 
 
-def bucket_lock_of_a_dead_process():
-    import socket
-
+def lease_of_a_dead_process():
     process = subprocess.Popen(["true"])
     process.wait()
     return f"host {socket.gethostname()}, pid {process.pid}\n0123 7\n"

@@ -1,4 +1,4 @@
-"""Training as a user runs it: what it writes and says, exact resume after kills, stopping, and what it refuses."""
+"""`train` as a user runs it: its files and log, exact resume after kills, stopping, and refusals."""
 
 import io
 import json
@@ -17,45 +17,37 @@ import pytest
 from conftest import call, command, metrics, overrides, refused, run, small_config
 
 from trialgpt_jax.parallel import accelerators
-from trialgpt_jax.workdir import StopRequest
+from trialgpt_jax.training.stop import StopRequest
 
 
 def train(config, workdir, *arguments, file, devices=1, here=False):
-    """In a process of its own, with so many devices; or in this one (`here`), which is faster."""
+    """Runs the command in a child process with `devices` CPU devices, or in this process (`here`), which is faster."""
     flags = [f"--config={file}", *overrides(config), f"--workdir={workdir}", *arguments]
     return call("train", *flags) if here else run("train", *flags, devices=devices)
 
 
 def final_state(workdir):
-    """Every array of the newest checkpoint, by its file's name in a fresh numpy export."""
-    from jax.sharding import SingleDeviceSharding
-
-    from trialgpt_jax.config import gpt_config, load_snapshot
-    from trialgpt_jax.parallel.sharding import make_mesh
+    """The state of the newest checkpoint, on one device."""
+    from trialgpt_jax.config import load_snapshot
+    from trialgpt_jax.parallel.sharding import single_device
     from trialgpt_jax.training.checkpoint import Checkpoints
-    from trialgpt_jax.training.optimizer import make_optimizer
-    from trialgpt_jax.training.train_step import state_layout
+    from trialgpt_jax.training.program import Program
 
-    config = load_snapshot(str(workdir))
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    layout = state_layout(gpt_config(config, "cpu"), optimizer, mesh, config.train.skip_spikes)
-    sharding = SingleDeviceSharding(jax.devices()[0])
-    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), layout)
+    program = Program(load_snapshot(str(workdir)), mesh=single_device())
     checkpoints = Checkpoints(str(workdir), say=print)
-    return checkpoints.restore(checkpoints.newest_whole(), layout)
+    return checkpoints.restore(checkpoints.newest_whole(), program.layout)
 
 
 def assert_same_bits(a, b):
     leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
     assert len(leaves_a) == len(leaves_b) > 30
-    for x, y in zip(leaves_a, leaves_b):
+    for x, y in zip(leaves_a, leaves_b, strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 @pytest.fixture(scope="module")
 def long_config(store):
-    """Enough steps to be killed in the middle of."""
+    """A run long enough to be killed several times."""
     c = small_config(store)
     c.model.dropout = 0.1
     c.train.update({"steps": 120, "batch_size": 32})
@@ -66,7 +58,7 @@ def long_config(store):
 
 @pytest.fixture(scope="module")
 def reference(long_config, tmp_path_factory):
-    """A run of it that nothing interrupted: its workdir and what it said."""
+    """The workdir and the log of an uninterrupted run of `long_config`."""
     folder = tmp_path_factory.mktemp("reference")
     file = folder / "default.py"
     file.write_text("from trialgpt_jax.config import default_config as get_config\n")
@@ -75,11 +67,11 @@ def reference(long_config, tmp_path_factory):
     return folder / "run", result.stderr
 
 
-def test_a_run_says_and_writes_what_the_design_promises(reference, long_config):
-    workdir, said = reference
-    for words in ("parameters", "tokens per step", "FLOPs per token", "memory per device", "GiB", "compiled in",
-                  "attention kernel xla", "bits per byte", "held training up", "done: step 120"):  # fmt: skip
-        assert words in said, (words, said)
+def test_the_log_and_the_files_of_a_run(reference, long_config):
+    workdir, log = reference
+    model = ("parameters", "tokens per step", "FLOPs per token", "memory per device", "GiB", "attention kernel xla")
+    for words in (*model, "compiled in", "bits per byte", "held training up", "done: step 120"):
+        assert words in log, (words, log)
     lines = metrics(workdir)
     evaluations = [line for line in lines if "val_loss" in line]
     steps = [line for line in lines if "loss" in line]
@@ -88,7 +80,7 @@ def test_a_run_says_and_writes_what_the_design_promises(reference, long_config):
     np.testing.assert_allclose([line["lr"] for line in steps], rates, rtol=1e-5)
     assert [line["step"] for line in evaluations] == [0, 20, 40, 60, 80, 100, 120]
     assert all(line["tokens"] == line["step"] * 32 * 32 for line in lines)
-    assert abs(evaluations[0]["val_loss"] - np.log(512)) < 0.1  # a fresh model knows nothing
+    assert abs(evaluations[0]["val_loss"] - np.log(512)) < 0.1  # random weights predict all ids equally
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 1
     seconds = [json.loads(line)["seconds"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert seconds == sorted(seconds)
@@ -98,9 +90,8 @@ def test_a_run_says_and_writes_what_the_design_promises(reference, long_config):
     assert kept == sorted({110, 120, best})
 
 
-def test_steps_that_are_dispatched_ahead_as_on_an_accelerator_are_logged_as_others(
-    config, tmp_path, default_file, monkeypatch
-):
+def test_metrics_are_the_same_with_asynchronous_dispatch(config, tmp_path, default_file, monkeypatch):
+    """As on an accelerator, where metrics are fetched one step late."""
     for ahead in (True, False):
         monkeypatch.setattr(accelerators, "dispatches_ahead", lambda platform, ahead=ahead: ahead)
         result = call("train", f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / str(ahead)}")
@@ -109,9 +100,8 @@ def test_steps_that_are_dispatched_ahead_as_on_an_accelerator_are_logged_as_othe
     assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
 
 
-def test_a_run_is_three_programs_and_no_other_keeps_the_device_from_the_next_step(
-    config, tmp_path, default_file, caplog
-):
+def test_a_run_compiles_three_programs(config, tmp_path, default_file, caplog):
+    """Any other, such as an operation on metrics in the loop, would run between two steps."""
     jax.clear_caches()
     with jax.log_compiles():
         result = call("train", f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / 'run'}")
@@ -121,7 +111,7 @@ def test_a_run_is_three_programs_and_no_other_keeps_the_device_from_the_next_ste
 
 
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, long_config, tmp_path, default_file):
-    """Six SIGKILLs, some of them while a checkpoint is being written."""
+    """Six SIGKILLs, some of them during a save."""
     workdir, rng = tmp_path / "run", random.Random(0)
     argv, env = command("train", f"--config={default_file}", *overrides(long_config), f"--workdir={workdir}")
     log = workdir / "metrics.jsonl"
@@ -139,9 +129,9 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, lon
         goal = 15 * (kill + 1) + rng.randrange(5)
         while process.poll() is None and last_step() < goal and time.monotonic() < deadline:
             if kill % 2 and (workdir / "saving").exists() and last_step() > goal - 12:
-                break  # in the middle of a save
+                break  # during a save
             time.sleep(0.002)
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the run ended before it was killed"
         process.kill()
         process.wait()
     result = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -151,15 +141,15 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, lon
     assert_same_bits(final_state(workdir), final_state(reference[0]))
 
 
-def test_a_signal_in_the_middle_of_a_line_to_stderr_asks_for_a_stop(monkeypatch, capfd):
+def test_a_signal_during_a_write_to_stderr_requests_a_stop(monkeypatch, capfd):
     class Interrupted(io.RawIOBase):
-        """Stderr as it is when a signal arrives while a line is written: its buffer is locked."""
+        """Stderr while a signal arrives: a write of a line holds the lock of its buffer."""
 
         def writable(self):
             return True
 
         def write(self, text):
-            if not stop._asked:  # a second one would end the tests
+            if not stop._asked:  # a second signal would end the test process
                 os.kill(os.getpid(), signal.SIGTERM)
             return len(text)
 
@@ -174,15 +164,15 @@ def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(reference
     workdir = tmp_path / "run"
     argv, env = command("train", f"--config={default_file}", *overrides(long_config), f"--workdir={workdir}")
     process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
-    said = ""
-    while "step  33/" not in said:
+    log = ""
+    while "step  33/" not in log:
         line = process.stderr.readline()
-        assert line, said
-        said += line
+        assert line, log
+        log += line
     process.send_signal(signal.SIGTERM)
-    said += process.communicate(timeout=120)[1]
-    assert process.returncode == 75, said
-    assert "run the same command to continue" in said
+    log += process.communicate(timeout=120)[1]
+    assert process.returncode == 75, log
+    assert "run the same command to continue" in log
     result = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0 and "resumed from checkpoint" in result.stderr, result.stderr
     assert metrics(workdir) == metrics(reference[0])
@@ -198,10 +188,10 @@ def test_eight_devices_give_the_same_losses(config, tmp_path, default_file):
     for a, b in zip(one, eight, strict=True):
         assert a.keys() == b.keys() and a["step"] == b["step"]
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
-    # and what eight wrote, one continues, evaluates and generates from
+    # the checkpoint of eight devices is evaluated on one
     config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-    result = run("evaluate", f"--workdir={tmp_path}/eight", "--json", "--config.mesh.data=-1", "--config.mesh.fsdp=1",
-                 "--config.mesh.tensor=1")  # fmt: skip
+    one_device = ["--config.mesh.data=-1", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
+    result = run("evaluate", f"--workdir={tmp_path}/eight", "--json", *one_device)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["step"] == 20
 
@@ -221,7 +211,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state_on_disk(config
     assert "train.max_skipped" in result.stderr
 
 
-def test_what_cannot_be_trained_with_is_refused(config, store, tmp_path, default_file):
+def test_unusable_data_models_and_workdirs_are_refused(config, store, tmp_path, default_file):
     def refusal(*words, workdir=tmp_path / "run", **changes):
         c = small_config(config.data.dir)
         for name, value in changes.items():
@@ -267,7 +257,7 @@ def test_a_workdir_in_use_is_refused_and_another_model_too(reference, long_confi
     refused(train(long_config, workdir, file=default_file, here=True), "tokenizer", "trained with")
 
 
-def test_finished_runs_are_left_alone(reference, long_config, default_file):
+def test_a_finished_run_is_not_changed(reference, long_config, default_file):
     before = (reference[0] / "metrics.jsonl").read_bytes()
     result = train(long_config, reference[0], file=default_file)
     assert result.returncode == 0 and "nothing to do" in result.stderr
@@ -275,7 +265,7 @@ def test_finished_runs_are_left_alone(reference, long_config, default_file):
 
 
 @pytest.mark.parametrize("kind", ["nanogpt", "llm.c", "mixture"])
-def test_stores_of_others_and_mixtures_train_directly(kind, config, store, tmp_path, default_file):
+def test_token_files_of_nanogpt_and_llm_c_and_mixtures_are_trained_on(kind, config, store, tmp_path, default_file):
     folder = tmp_path / "tokens"
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, told in one line: the field or file, what is wrong, and what would be right.
+    """A mistake in the input, described in one line: the field or file, what is wrong, and what would be right.
 
-    The command lines print the message without a traceback and exit with status 2.
+    Commands print the message without a traceback and exit with status 2.
     """

@@ -38,17 +38,19 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 @contextlib.contextmanager
-def start(flags: absl_flags.FlagValues, config: ConfigDict) -> Iterator[None]:
+def start(flags: absl_flags.FlagValues, config: ConfigDict, check: bool = True) -> Iterator[None]:
     """The start-up of the commands that use JAX: process-wide settings, then the other processes of the job.
 
     Args:
       flags: of the command; with `processes.FLAGS`, unless the command always runs as a single process.
-      config: the resolved config; validated before JAX is imported.
+      config: the resolved config.
+      check: refuse an invalid config, before JAX is imported.
 
     Raises:
       UserError: an invalid config, or flags that do not describe a job.
     """
-    validate(config)
+    if check:
+        validate(config)
     import jax  # late: slow to import, and not needed to refuse a wrong config
 
     from trialgpt_jax.parallel import accelerators, processes

@@ -17,7 +17,8 @@ from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.schema import check, field, specs
-from trialgpt_jax.training.workdir import config_path, load_snapshot as read_snapshot
+from trialgpt_jax.training.workdir import config_path
+from trialgpt_jax.training.workdir import load_snapshot as read_snapshot
 
 
 @dataclasses.dataclass
@@ -166,21 +167,32 @@ def fields(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-# Name of a setting in other trainers -> config field, for "did you mean".
-_ALIASES = dict(
-    pair.split("=")
-    for pair in (
-        "lr=optim.learning_rate max_lr=optim.learning_rate min_lr=optim.min_lr_ratio decay_lr=optim.schedule "
-        "warmup=optim.warmup_steps warmup_iters=optim.warmup_steps grad_clip=optim.clip_norm clip=optim.clip_norm "
-        "beta1=optim.b1 beta2=optim.b2 max_iters=train.steps num_steps=train.steps max_steps=train.steps "
-        "iters=train.steps gradient_accumulation_steps=train.accumulate_steps "
-        "grad_accum_steps=train.accumulate_steps compile=train.scan_unroll out_dir=data.dir dataset=data.source "
-        "path=data.source_options.path eval_interval=eval.every_steps eval_iters=eval.batches "
-        "log_interval=log.every_steps wandb_log=log.wandb wandb_project=log.wandb seq_len=model.block_size "
-        "context=model.block_size max_seq_len=model.block_size hidden_size=model.n_embd d_model=model.n_embd "
-        "num_layers=model.n_layer num_heads=model.n_head always_save_checkpoint=checkpoint.every_steps"
-    ).split()
-)
+# Config field -> its names in other trainers, for "did you mean".
+_OTHER_NAMES = {
+    "optim.learning_rate": ("lr", "max_lr"),
+    "optim.min_lr_ratio": ("min_lr",),
+    "optim.schedule": ("decay_lr",),
+    "optim.warmup_steps": ("warmup", "warmup_iters"),
+    "optim.clip_norm": ("grad_clip", "clip"),
+    "optim.b1": ("beta1",),
+    "optim.b2": ("beta2",),
+    "train.steps": ("max_iters", "num_steps", "max_steps", "iters"),
+    "train.accumulate_steps": ("gradient_accumulation_steps", "grad_accum_steps"),
+    "train.scan_unroll": ("compile",),
+    "data.dir": ("out_dir",),
+    "data.source": ("dataset",),
+    "data.source_options.path": ("path",),
+    "eval.every_steps": ("eval_interval",),
+    "eval.batches": ("eval_iters",),
+    "log.every_steps": ("log_interval",),
+    "log.wandb": ("wandb_log", "wandb_project"),
+    "model.block_size": ("seq_len", "context", "max_seq_len"),
+    "model.n_embd": ("hidden_size", "d_model"),
+    "model.n_layer": ("num_layers",),
+    "model.n_head": ("num_heads",),
+    "checkpoint.every_steps": ("always_save_checkpoint",),
+}
+_ALIASES = {alias: field for field, aliases in _OTHER_NAMES.items() for alias in aliases}
 
 
 def unknown_field(name: str) -> UserError:
@@ -276,10 +288,8 @@ def load_snapshot(workdir: str) -> ConfigDict:
 
 
 # Fields, and groups of fields, that a resumed run may change and still be the same run: logging, checkpoints, layout.
-_HARMLESS = tuple(
-    "eval. log. checkpoint. mesh. data.num_workers data.encoder train.max_ train.attention train.remat "
-    "train.scan_unroll train.init_from".split()
-)
+_HARMLESS = ("eval.", "log.", "checkpoint.", "mesh.", "data.num_workers", "data.encoder", "train.max_")
+_HARMLESS += ("train.attention", "train.remat", "train.scan_unroll", "train.init_from")
 
 
 def check_resumable(
@@ -323,21 +333,3 @@ def enable_x64(config: ConfigDict) -> None:
         import jax  # late: this module imports no JAX
 
         jax.config.update("jax_enable_x64", True)
-
-
-# ---- transition: removed when every module imports these from cli.py, training/workdir.py and training/program.py
-
-
-def __getattr__(name):
-    import importlib
-
-    where = {
-        "parse_command_line": ("cli", "parse"),
-        "run": ("cli", "run"),
-        "EXIT_STOPPED": ("cli", "EXIT_STOPPED"),
-        "save_snapshot": ("training.workdir", "save_snapshot"),
-        "gpt_config": ("training.program", "gpt_config"),
-    }
-    if name not in where:
-        raise AttributeError(name)
-    return getattr(importlib.import_module(f"trialgpt_jax.{where[name][0]}"), where[name][1])

@@ -102,13 +102,13 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
 def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> int:
     """Runs the steps after `first_step`; returns the exit status."""
     config, n_steps, sharding = program.config, program.config.train.steps, batch_sharding(program.mesh)
+    started = saved_at = time.monotonic()
     if first_step == 0 and config.eval.every_steps:
         reporter.evaluate(0, state.params)
     reporter.restart_clock(first_step)
     pending = collections.deque()  # (step, metrics): dispatched, not fetched yet
     # Metrics are fetched one step late, so that the device never waits. On CPU a step runs synchronously.
     late = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
-    started = saved_at = time.monotonic()
     saved_step, stopped, save_by_clock = first_step, False, processes.AgreedStep()
     batch = put_batch(next(batches), sharding)
     try:

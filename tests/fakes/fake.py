@@ -1,8 +1,9 @@
-"""Stands in for gcloud, kubectl, srun, scontrol, curl, python3 and a virtual environment's python, for the launchers' tests.
+"""Fakes gcloud, kubectl, srun, scontrol, curl, python3 and the python of a virtual environment, for test_launchers.py.
 
-`fake.py NAME ARGUMENT...` appends [NAME, ARGUMENT...] to $FAKE/calls.jsonl and does what $FAKE/scenario.json says: it maps a
-kind of call ("create", "train", "srun", ...) to the outcomes of its first, second, ... call; what is not there succeeds.
-One Cloud TPU node: $FAKE/node holds its state and type, $FAKE/vm is its home, $FAKE/bucket stands for gs://bucket.
+`fake.py NAME ARGUMENT...` appends [NAME, ARGUMENT...] to $FAKE/calls.jsonl and then follows $FAKE/scenario.json, which
+maps a kind of call ("create", "train", "srun", ...) to the outcomes of its first, second, ... call. Calls without an
+outcome succeed. There is one Cloud TPU node: $FAKE/node holds its state and type, $FAKE/vm is its home directory, and
+$FAKE/bucket replaces gs://bucket.
 """
 
 import fcntl
@@ -20,7 +21,7 @@ NODE, VM = FAKE / "node", FAKE / "vm"
 
 
 def outcome(kind):
-    """What the scenario has for this call; each is used once."""
+    """Removes and returns the scenario's next outcome for a kind of call; 0 if there is none."""
     with open(FAKE / "scenario.json", "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         scenario = json.load(file)
@@ -86,7 +87,7 @@ def ssh(command):
     worker = subprocess.Popen(
         ["bash", "-c", command], cwd=VM, env=os.environ | {"HOME": str(VM)}, start_new_session=True
     )
-    if isinstance(what, dict):  # {"preempted at": step}: the machine is gone at that step
+    if isinstance(what, dict):  # {"preempted at": step, "log": file}: the machine is killed at that step
         log = pathlib.Path(local(what["log"]))
         while worker.poll() is None:
             lines = log.read_text().splitlines() if log.exists() else []
@@ -106,9 +107,9 @@ def main():
     if name == "gcloud":
         gcloud(arguments)
     elif name == "curl":
-        print({"worker-network-endpoints": os.environ.get("FAKE_WORKERS", "host-0"), "agent-worker-number": "1"}[
-            arguments[-1].rsplit("/", 1)[1]
-        ])  # fmt: skip
+        attribute = arguments[-1].rsplit("/", 1)[1]
+        workers = os.environ.get("FAKE_WORKERS", "host-0")
+        print({"worker-network-endpoints": workers, "agent-worker-number": "1"}[attribute])
     elif name == "python3" and "venv" in arguments:  # `uv venv .venv` on the worker
         python = pathlib.Path(arguments[-1]) / "bin" / "python"
         python.parent.mkdir(parents=True)
@@ -116,11 +117,11 @@ def main():
         python.chmod(0o755)
     elif name == "venv-python" and arguments[:2] == ["-m", "trialgpt_jax.train"]:
         os.execv(sys.executable, [sys.executable, *map(local, arguments)])
-    elif name == "python":  # of multi_gpu.sh: {process id: what it does}
+    elif name == "python":  # started by multi_gpu.sh; outcomes by process id
         mine = next((a.split("=")[1] for a in arguments if a.startswith("--process_id=")), "")
         (FAKE / f"gpus{mine}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
         what = outcome(f"process {mine}")
-        if what == "deaf":
+        if what == "ignore sigterm":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif what == "until stopped":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))

@@ -199,7 +199,7 @@ def _power_of_two(n: int) -> int:
 def _forward(params, config: GPTConfig, tokens_BxT, positions_T=None, caches=None):
     """The GPT on parameters from `split_layers`."""
     config = dataclasses.replace(config, decode=True)
-    return GPT(config).apply({"params": params}, tokens_BxT, positions_T, caches=caches)
+    return GPT(config).apply({"params": params}, tokens_BxT, positions_T=positions_T, caches=caches)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4, 5))

@@ -113,7 +113,7 @@ class GPT(nn.Module):
             std = 0.0 if c.zero_init_proj else 0.02
             self.lm_head = nn.Embed(c.padded_vocab_size, embedding_init=vocabulary(c, std), **table)
 
-    def __call__(self, tokens_BxT, positions_T=None, deterministic: bool = True, caches: Caches | None = None):
+    def __call__(self, tokens_BxT, *, positions_T=None, deterministic: bool = True, caches: Caches | None = None):
         """Hidden states of sequences, or of the next tokens of sequences whose keys and values are cached.
 
         Args:

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trialgpt_jax import UserError
-from trialgpt_jax.schema import specs
-from trialgpt_jax.storage import files
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.layers import EPS
+from trialgpt_jax.schema import specs
+from trialgpt_jax.storage import files
 
 WEIGHTS = "model.safetensors"
 

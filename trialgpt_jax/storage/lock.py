@@ -104,14 +104,17 @@ def _in_use(folder: str, holder: str, flag: str) -> UserError:
 def _writable(folder: str, flag: str) -> Iterator[None]:
     """Turns an error of the disk or of the store's client into a UserError."""
     # Each client has its own exceptions for a missing bucket, missing credentials or a broken network.
-    remote = files.is_remote(folder)
     try:
         yield
     except UserError:
         raise
-    except Exception if remote else OSError as error:
-        line = " ".join(str(error).split())[:200]
-        why = f"{type(error).__name__}: {line}" if remote else f"{error.strerror}; choose another folder"
+    except Exception as error:
+        if files.is_remote(folder):
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        elif isinstance(error, OSError):
+            why = f"{error.strerror}; choose another folder"
+        else:
+            raise
         raise UserError(f"{flag}={folder} cannot be written: {why}") from None
 
 

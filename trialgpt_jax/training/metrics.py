@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
-from trialgpt_jax.storage import files
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import head
+from trialgpt_jax.storage import files
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.tensorboard import EventFile
 

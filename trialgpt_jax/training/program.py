@@ -59,9 +59,9 @@ class Program:
             mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
         self.config, self.mesh = config, mesh
         self.gpt = gpt_config(config, mesh.devices.flat[0].platform)
-        for name in (self.gpt.dtype, self.gpt.param_dtype):
+        for field, name in (("train.dtype", self.gpt.dtype), ("train.param_dtype", self.gpt.param_dtype)):
             if jax.dtypes.canonicalize_dtype(name) != jnp.dtype(name):
-                raise UserError(f"train.dtype or train.param_dtype is {name}, which needs JAX_ENABLE_X64=1")
+                raise UserError(f"{field} is {name}; call config.enable_x64(config) first, or set JAX_ENABLE_X64=1")
         self.optimizer = make_optimizer(config.optim, config.train.steps)
 
     @functools.cached_property

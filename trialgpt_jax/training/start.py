@@ -169,6 +169,8 @@ def load_weights(source: str, gpt: GPTConfig, mesh: Mesh) -> dict:
     if hf.is_hf_folder(source):
         params = hf.from_hf(hf.SafetensorsFolder(source), there)
     else:
+        if not processes.from_first(Checkpoints(source, say=say).steps):
+            raise UserError(f"train.init_from={source} has no checkpoints yet")
         params, step = load_params(source, params_layout(there, mesh))
         source = f"checkpoint {step} of {source}"
     if gpt.position == "learned" and gpt.block_size < there.block_size:
@@ -193,4 +195,8 @@ def _model_of(source: str) -> GPTConfig:
         )
     if hf.is_hf_folder(source):
         return GPTConfig(**hf.read_config(source))
-    return GPTConfig(**workdir_lib.load_snapshot(source)["model"])
+    try:
+        return GPTConfig(**workdir_lib.load_snapshot(source)["model"])
+    except TypeError as error:  # a field that this version does not have, or a value of another type
+        path = workdir_lib.config_path(source)
+        raise UserError(f"{path}: the group `model` is not a GPT of this version: {error}") from None
