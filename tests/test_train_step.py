@@ -1,6 +1,7 @@
 """The compiled step: golden numbers, accumulation, remat, dropout, steps that are not finite, and meshes."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -204,3 +205,60 @@ def test_float64_without_x64_is_refused(field):
         Program(config, devices=jax.devices()[:1])
     with jax.enable_x64(True):
         assert jax.tree.leaves(Program(config, devices=jax.devices()[:1]).params_layout)
+
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+
+
+@needs_glibc
+def test_on_cpu_a_process_keeps_the_memory_that_it_frees():
+    script = """
+import resource, sys
+import numpy as np
+from trialgpt_jax.parallel.host_memory import MEMORY
+if sys.argv[1] == "keep":
+    MEMORY.reuse()
+for _ in range(3):  # the first two make the heap grow to its size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.full(64 * 2**20, 1, np.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+    _, env = command("train")
+    env.pop("GLIBC_TUNABLES", None)
+    faults = {}
+    for mode in ("keep", "default"):
+        argv = [sys.executable, "-c", script, mode]
+        faults[mode] = int(subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout)
+    assert faults["default"] > 10 and faults["keep"] < 5, faults
+
+
+@needs_glibc
+def test_on_cpu_a_process_keeps_the_memory_of_a_step_or_two():
+    script = r"""
+import re
+import jax, jax.numpy as jnp
+from trialgpt_jax.parallel.host_memory import MEMORY
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+MEMORY.reuse()
+def megabytes(name):
+    return int(re.search(name + r":\s*(\d+)", open("/proc/self/status").read())[1]) / 1e3
+x = jnp.ones((8192, 16))
+step = jax.jit(lambda x: jnp.sin(x @ x.T) @ x).lower(x).compile()
+temporaries = step.memory_analysis().temp_size_in_bytes / 1e6
+before = megabytes("VmHWM")
+MEMORY.reserve(step, slack=0)
+for _ in range(12):
+    x = step(x)
+    MEMORY.trim()
+    assert x.is_ready()
+peak = megabytes("VmHWM")
+MEMORY._limit = 0
+MEMORY.trim()
+print(temporaries, peak - before, megabytes("VmRSS") - before)
+"""
+    _, env = command("train")
+    argv = [sys.executable, "-c", script]
+    out = subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
+    temporaries, grown, left = map(float, out.split())
+    assert temporaries > 250 and 0.9 * temporaries < grown < 2.6 * temporaries and left < 0.1 * temporaries, out

@@ -38,13 +38,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 @contextlib.contextmanager
-def start(flags: absl_flags.FlagValues, config: ConfigDict, check: bool = True) -> Iterator[None]:
+def start(
+    flags: absl_flags.FlagValues, config: ConfigDict, check: bool = True, reuse_memory: bool = False
+) -> Iterator[None]:
     """The start-up of the commands that use JAX: process-wide settings, then the other processes of the job.
 
     Args:
       flags: of the command; with `processes.FLAGS`, unless the command always runs as a single process.
       config: the resolved config.
       check: refuse an invalid config, before JAX is imported.
+      reuse_memory: on CPU, keep freed memory in the process, see `parallel.host_memory`.
 
     Raises:
       UserError: an invalid config, or flags that do not describe a job.
@@ -54,6 +57,7 @@ def start(flags: absl_flags.FlagValues, config: ConfigDict, check: bool = True) 
     import jax  # late: slow to import, and not needed to refuse a wrong config
 
     from trialgpt_jax.parallel import accelerators, processes
+    from trialgpt_jax.parallel.host_memory import MEMORY
     from trialgpt_jax.training import checkpoint
 
     accelerators.use_compilation_cache()
@@ -62,6 +66,8 @@ def start(flags: absl_flags.FlagValues, config: ConfigDict, check: bool = True) 
     if jax.config.jax_platforms == "cpu":
         # With asynchronous dispatch the temporaries of step k are often allocated before those of step k-1 are freed.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+        if reuse_memory:
+            MEMORY.reuse()
     with processes.join(flags) if "process_id" in flags else contextlib.nullcontext():
         yield
 

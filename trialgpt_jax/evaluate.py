@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--split={flags.split} is not val or train")
     if flags.batches < 0:
         raise UserError(f"--batches={flags.batches} must be at least 1, or 0 for the whole split")
-    with cli.start(flags, config):
+    with cli.start(flags, config, reuse_memory=True):
         result = evaluate(config, workdir, flags.checkpoint_step, flags.batches, flags.split)
         if jax.process_index() == 0:
             print(json.dumps(result) if flags.json else format_result(result), flush=True)

@@ -117,7 +117,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> i
                 checkpoints.poll()
 
             # one optimizer step; the next batch is transferred while the device computes
-            state, metrics = program.train_step(state, batch)
+            state, metrics = program.step(state, batch)
             if step < n_steps:
                 batch = put_batch(next(batches), sharding)
 
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> int:
     flags, config = cli.parse(argv, __doc__, FLAGS)
     workdir = cli.require_workdir(flags, "where the run keeps its config, metrics and checkpoints")
     allowed = tuple(filter(None, flags.allow_config_change.split(",")))
-    with cli.start(flags, config):
+    with cli.start(flags, config, reuse_memory=True):
         return train(config, workdir, allowed, dry_run=flags.dry_run)
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     config.model.block_size = BLOCK_SIZE
     config.train.batch_size = 1
     program = Program(config, mesh=single_device())
-    state, step = program.init_state(), program.train_step
+    state, step = program.init_state(), program.step
     rng, sharding = np.random.default_rng(0), batch_sharding(program.mesh)
     n_bytes, number = state_bytes(state), 0
 

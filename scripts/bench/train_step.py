@@ -25,6 +25,7 @@ import report
 
 from trialgpt_jax.config import default_config
 from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.parallel.host_memory import MEMORY
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch, single_device
 from trialgpt_jax.training.metrics import flops_per_token, parameter_count
 from trialgpt_jax.training.program import Program
@@ -65,7 +66,7 @@ def ours(shape: Shape, tokens_BxU: np.ndarray) -> tuple:
     def run(n: int) -> float:
         nonlocal state
         for _ in range(n):
-            state, metrics = compiled(state, batch)
+            state, metrics = program.step(state, batch)
         return float(metrics["loss"])
 
     plan = compiled.memory_analysis()
@@ -120,6 +121,7 @@ def serve(program: str, shape: Shape, folder: str) -> None:
     if program == "ours":
         if jax.config.jax_platforms == "cpu":  # as `cli.start` does
             jax.config.update("jax_cpu_enable_async_dispatch", False)
+            MEMORY.reuse()
         run, facts = ours(shape, tokens_BxU)
     else:
         run, facts = nanogpt(folder, shape, tokens_BxU, program == "nanogpt compiled")

@@ -19,6 +19,7 @@ from trialgpt_jax.data.token_store import Mixture, Split, TokenStore
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.axes import mesh_sizes
+from trialgpt_jax.parallel.host_memory import MEMORY
 from trialgpt_jax.parallel.sharding import (
     RULES,
     batch_sharding,
@@ -57,7 +58,7 @@ class Program:
         if mesh is None:
             devices = jax.devices() if devices is None else devices
             mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self._first_step = config, mesh, True
         self.gpt = gpt_config(config, mesh.devices.flat[0].platform)
         for field, name in (("train.dtype", self.gpt.dtype), ("train.param_dtype", self.gpt.param_dtype)):
             if jax.dtypes.canonicalize_dtype(name) != jnp.dtype(name):
@@ -107,6 +108,15 @@ class Program:
         with self._mesh_in_use():
             jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
             return self._compile(jitted.lower(self.layout, self._tokens(train.batch_size)))
+
+    def step(self, state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Runs `train_step`, and on CPU plans the memory that steps reuse."""
+        if self._first_step:
+            MEMORY.reserve(self.train_step)
+            self._first_step = False
+        result = self.train_step(state, batch)
+        MEMORY.trim()
+        return result
 
     @functools.cached_property
     def eval_step(self) -> jax.stages.Compiled:
