@@ -1,6 +1,6 @@
 """On CPU with glibc, lets the process reuse the memory that a step frees for the next step.
 
-XLA allocates its buffers anew at every step, and glibc returns large freed blocks to the kernel at once, so that every step
+XLA allocates its buffers at every step, and glibc returns large freed blocks to the kernel at once, so that every step
 faults in and zeroes all of its pages again (docs/performance.md#cpu-memory).
 """
 
@@ -30,9 +30,9 @@ class HostMemory:
     def reserve(self, compiled: jax.stages.Compiled, slack: float = 2**30) -> None:
         """Call before the first step, when the state exists: plans the memory of the process.
 
-        Arrays that outlive a step must not settle where the temporaries of a step were, because the next temporaries
-        would then need another place. The heap serves small requests from the smallest free block, so a free block of 64
-        MiB is left for them. Its pages take no memory before they are touched.
+        Arrays that outlive a step must not take the place of a step's temporaries, because the next temporaries would
+        then need another place. The heap serves small requests from the smallest free block, so a free block of 64 MiB
+        is left for them. Its pages take no memory before they are touched.
 
         Args:
           compiled: the step.
