@@ -110,9 +110,9 @@ def generate(
     n_new, sliding = 1, False
     while n_new < max_new_tokens and not np.asarray(state.done_B).all():
         # The newest token is not in the cache yet: its slot is len(history) - 1.
-        room = config.block_size - (history.shape[1] - 1)
-        if room > 0:
-            n = min(chunk, max_new_tokens - n_new, room)
+        free_slots = config.block_size - (history.shape[1] - 1)
+        if free_slots > 0:
+            n = min(chunk, max_new_tokens - n_new, free_slots)
             state, tokens_BxN = _decode(params, config, state, jnp.int32(len(prompt) - 1), jnp.int32(n), chunk, drawing)
         else:
             if not sliding:

@@ -42,10 +42,9 @@ class HostMemory:
             return
         self._libc.malloc.restype = self._libc.realloc.restype = ctypes.c_void_p
         hole = ctypes.c_void_p(self._libc.malloc(ctypes.c_size_t(_HOLE)))
-        wall = ctypes.c_void_p(
-            self._libc.malloc(ctypes.c_size_t(_HOLE))
-        )  # of the same size, so it comes after the hole
-        self._libc.realloc(wall, ctypes.c_size_t(4096))  # shrinks in place: the hole cannot merge with what follows
+        # A second block of that size comes after the hole and shrinks in place, so the hole cannot merge with the rest.
+        wall = ctypes.c_void_p(self._libc.malloc(ctypes.c_size_t(_HOLE)))
+        self._libc.realloc(wall, ctypes.c_size_t(4096))
         self._libc.free(hole)
         temporaries = compiled.memory_analysis().temp_size_in_bytes
         self._limit = _resident_bytes() + temporaries + max(temporaries / 2, slack)

@@ -1,1 +1,1 @@
-"""The training wing: optimizer, the sharded step, checkpoints, metrics."""
+"""Training: the compiled step, optimizers, checkpoints, metrics. Imports neither `config` nor the commands."""
