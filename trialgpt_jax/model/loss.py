@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from trialgpt_jax.parallel.sharding import mesh_axis, spec
 
@@ -61,7 +60,7 @@ def _run(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients
     local = functools.partial(
         _chunked, vocab_size=vocab_size, softcap=softcap, with_gradients=with_gradients, on_mesh=True
     )
-    outputs = (P(), spec("batch"), spec("vocab", "embed")) if with_gradients else P()
+    outputs = (spec(), spec("batch"), spec("vocab", "embed")) if with_gradients else spec()
     specs = {"in_specs": (spec("batch"), spec("vocab"), spec("batch")), "out_specs": outputs}
     # check_vma=False: all reductions are explicit, and the scan's zero carries would need casts to vary
     return jax.shard_map(local, mesh=mesh, **specs, check_vma=False)(hidden_BxTxC, head_VxC, labels_BxT)
