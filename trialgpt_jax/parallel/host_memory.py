@@ -40,6 +40,7 @@ class HostMemory:
         """
         if not self._libc:
             return
+        self._libc.malloc_trim(ctypes.c_size_t(0))  # what compilation and evaluation have freed
         self._libc.malloc.restype = self._libc.realloc.restype = ctypes.c_void_p
         hole = ctypes.c_void_p(self._libc.malloc(ctypes.c_size_t(_HOLE)))
         # A second block of that size comes after the hole and shrinks in place, so the hole cannot merge with the rest.
