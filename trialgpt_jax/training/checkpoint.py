@@ -46,17 +46,12 @@ def quiet_libraries() -> None:
 
 
 class Checkpoints(CheckpointFolder):
-    """The checkpoints of one workdir; the arguments are those of `CheckpointFolder`.
-
-    Attributes:
-      saved_step: the newest step that this object has saved whole; None before the first.
-    """
+    """The checkpoints of one workdir; the arguments are those of `CheckpointFolder`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._manager = None
         self._thread, self._error = None, None
-        self.saved_step = None
 
     def save(self, step: int, state, val_loss: float | None = None) -> float:
         """Starts saving `state` as `step`: copies it off the devices, then writes it in the background.
@@ -103,7 +98,6 @@ class Checkpoints(CheckpointFolder):
             if jax.process_index() == 0:
                 self._mark_finished(step, val_loss, arrays)
                 self._prune()
-            self.saved_step = step
         except (OSError, ValueError) as error:  # ValueError: how TensorStore reports a full disk
             self._error = self._failed(step, n_bytes, error)
         except Exception as error:  # noqa: BLE001 - raised again by `wait` in the training loop
@@ -132,12 +126,10 @@ class Checkpoints(CheckpointFolder):
         """Whether no save is in progress."""
         return self._thread is None or not self._thread.is_alive()
 
-    def poll(self) -> bool:
-        """Whether a save is in progress or has ended since the last call. Does not wait; raises as `wait` does."""
-        saving = self._thread is not None
+    def poll(self) -> None:
+        """Raises the exception of a save that has ended, as `wait` does; does not wait for one in progress."""
         if self.idle():
             self.wait()
-        return saving
 
     def wait(self) -> None:
         """Returns when the last save is whole. Raises its exception: SaveError, or an error in this program."""
