@@ -1,6 +1,8 @@
+import contextlib
 import fcntl
 import filecmp
 import gzip
+import hashlib
 import importlib.util
 import json
 import multiprocessing
@@ -18,14 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
+from test_files import Disk
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
-from trialgpt_jax.data import corpora, encoders, hub, token_store, units
+from trialgpt_jax.data import corpora, encoders, hub, job_folder, prepare, token_store, units
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.documents import Document, read_documents
 from trialgpt_jax.data.prepare import merge
 from trialgpt_jax.preprocess import describe, preprocess, show
+from trialgpt_jax.preprocess import merge as merge_command
 
 
 def make_config(folder, source="files", **changes):
@@ -247,6 +251,19 @@ def test_the_split_depends_on_the_document_only_not_on_files_or_order(tmp_path, 
     assert set(show(str(tmp_path / "forward"), 249)) == set(show(str(tmp_path / "backward"), 249))
 
 
+def test_the_seed_of_the_hash_split_chooses_the_validation_documents():
+    chosen = []
+    for seed in (2357, 2358):
+        job = units.Job(make_config("folder", split_seed=seed, val_fraction=0.2).data.to_dict(), {}, only_text=False)
+        documents = [Document(i, f"document {i}", "", 0) for i in range(1000)]
+        chosen.append({d.text for d in documents if units.split_of(job, None, d) == "val"})
+        for text in ("document 0", "document 1"):  # blake2b of the text, keyed with the seed
+            digest = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+            assert (text in chosen[-1]) == (int.from_bytes(digest, "little") / 2.0**64 < 0.2)
+    assert all(150 < len(each) < 250 for each in chosen)
+    assert 10 < len(chosen[0] & chosen[1]) < 80  # 40 are expected of independent choices
+
+
 def test_nanogpts_split_equals_that_of_datasets(tmp_path):
     import datasets
 
@@ -295,6 +312,13 @@ def test_an_unusable_document_stops_with_one_line(tmp_path, data, message, worke
     assert "\n" not in str(error.value)
 
 
+def test_a_shard_ends_with_the_document_that_brings_it_to_shard_tokens(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": " the the the the"}\n' * 6)  # 4 ids and end-of-text
+    config = make_config(tmp_path / "store", path=tmp_path / "a.jsonl", shard_tokens=10)
+    config.data.val_fraction = 0.0
+    assert [shard["tokens"] for shard in preprocess(config)["shards"]] == [10, 10, 10]
+
+
 def test_the_table_of_sources_stays_short_if_every_document_has_its_own(tmp_path):
     records = [{"text": f"text {i}", "source": f"https://example.org/{i}"} for i in range(500)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -328,6 +352,123 @@ def test_a_changed_input_a_mixture_a_url_and_a_folder_in_use_are_refused(tmp_pat
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="data.dir=.*/other is in use by another process"):
             preprocess(other)
+
+
+@pytest.mark.parametrize(
+    ("running", "refused", "allowed"),
+    [
+        ((0, 2), ["0/2", "0/1", "0/3", "merge"], ["1/2"]),
+        ((0, 1), ["0/1", "0/2", "1/2", "merge"], []),
+        ((), ["0/1", "0/2", "merge"], []),  # a merge
+    ],
+)
+def test_what_runs_beside_a_share_or_a_merge_and_what_is_refused(tmp_path, corpus, running, refused, allowed):
+    config = make_config(tmp_path / "store", path=corpus / "c.jsonl")
+
+    def start(what):
+        return merge_command(config) if what == "merge" else preprocess(config, what)
+
+    with job_folder.locked(config.data.dir, *running):
+        (name,) = os.listdir(config.data.dir)
+        (tmp_path / "store" / "progress_0_of_2.json").write_text("{}")  # so that there is something to merge
+        for what in refused:
+            with pytest.raises(
+                UserError, match=rf"data.dir={config.data.dir} is in use by host .*, pid {os.getpid()};"
+            ):
+                start(what)
+        (tmp_path / "store" / "progress_0_of_2.json").unlink()
+        assert os.listdir(config.data.dir) == [name]
+        for what in allowed:
+            start(what)
+
+
+def test_a_share_and_a_merge_are_never_inside_together(tmp_path):
+    """Each takes its lock and then looks for the other's, so that one of them at least sees the other."""
+    inside, together, entered, end = set(), [], set(), time.monotonic() + 2
+
+    def come_and_go(*share):
+        while time.monotonic() < end:
+            with contextlib.suppress(UserError), job_folder.locked(str(tmp_path), *share):
+                inside.add(share)
+                entered.add(share)
+                together.append(frozenset(inside))
+                time.sleep(0.001)
+                inside.discard(share)
+
+    kinds = [(), (0, 2), (1, 2), (0, 1)]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        for running in [pool.submit(come_and_go, *kind) for kind in kinds]:
+            running.result()
+    assert len(entered) >= 3 and all(len(each) == 1 or each == {(0, 2), (1, 2)} for each in together)
+
+
+def test_locks_of_killed_processes_hinder_nobody_and_are_removed(tmp_path, corpus):
+    config = make_config(tmp_path / "store", path=corpus / "c.jsonl")
+    (tmp_path / "store").mkdir()
+    for name in ("lock", "lock_0_of_3", "lock_0_of_1"):
+        (tmp_path / "store" / name).write_text(f"host elsewhere, pid 7\n{name} 0\n")
+    preprocess(config)
+    assert not [name for name in os.listdir(config.data.dir) if name.startswith("lock")]
+    with pytest.raises(UserError, match=f"data.dir={tmp_path}/nothing holds no shares to merge"):
+        merge_command(make_config(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_share_removes_the_unfinished_files_of_its_own_killed_runs_and_of_no_other_share(tmp_path, corpus):
+    config = make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=60_000, tokenizer="bpe:300")
+    (tmp_path / "store").mkdir()
+    own = ["progress_0_of_2.json", "train_00000_0000.bin", "val_00002_0003.bin"]
+    others = ["progress_1_of_2.json", "train_00001_0000.bin", "tokenizer.tiktoken", "manifest.json"]
+    for name in (*own, *others):
+        for part in (f"{name}.0123456789abcdef.part", f"{name}.1.part"):
+            (tmp_path / "store" / part).touch()
+
+    def left():
+        return {name.split(".part")[0].rsplit(".", 1)[0] for name in os.listdir(config.data.dir) if ".part" in name}
+
+    preprocess(config, "0/2")
+    assert left() == set(others)
+    preprocess(config, "1/2")
+    assert left() == {"tokenizer.tiktoken", "manifest.json"}
+    merge_command(config)
+    assert left() == set()
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "tokenizer.tiktoken.0123456789abcdef.part").touch()
+    config.data.dir = str(tmp_path / "alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare.workers, "run", lambda *_: None)
+        with pytest.raises(UserError, match="is unfinished"):
+            preprocess(config)
+    assert left() == set()
+
+
+def test_what_progress_and_manifest_name_is_durable_before_they_are(tmp_path, corpus, monkeypatch):
+    disk, checked, write_json = Disk(monkeypatch), [], prepare.write_json
+    config = make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=60_000, tokenizer="bpe:300")
+
+    def check_and_write(path, value):
+        named = [shard["file"] for unit in value.get("units", []) for shard in unit["shards"]]
+        named += [shard["file"] for shard in value.get("shards", [])]
+        named += ["tokenizer.tiktoken"] if value["tokenizer"] else []
+        folder = ("fsync", config.data.dir)
+        for name in named:
+            renamed = [i for i, event in enumerate(disk.events) if event[0] == "rename" and event[2].endswith(name)]
+            assert renamed and folder in disk.events[renamed[-1] :], f"{path} names {name}"
+        checked.extend([path] * bool(named))
+        write_json(path, value)
+
+    monkeypatch.setattr(prepare, "write_json", check_and_write)
+    for share in ("0/2", "1/2"):
+        preprocess(config, share)
+    disk.assert_durable()
+    merge_begins = len(disk.events)
+    manifest = merge_command(config)
+    assert len(checked) > 20 and checked[-1].endswith("manifest.json")
+    # a share may have been copied into the folder by a program that did not sync it
+    written = next(i for i, event in enumerate(disk.events) if event[0] == "rename" and "manifest" in event[2])
+    synced = {path for kind, path, *_ in disk.events[merge_begins:written] if kind == "fsync"}
+    files = [shard["file"] for shard in manifest["shards"]] + ["tokenizer.tiktoken"]
+    assert synced >= {os.path.join(config.data.dir, name) for name in files}
 
 
 def test_sigterm_stops_with_status_75_and_the_same_call_continues(tmp_path, corpus):
@@ -486,6 +627,21 @@ def test_a_download_resumes_at_the_byte_where_it_broke(tmp_path, monkeypatch):
                 assert file.read() == data
         ranges = [span for _, _, span in server.log if span]
         assert len(ranges) >= 3 and "bytes=0-" not in ranges
+
+
+def test_a_download_starts_over_if_the_file_has_changed_meanwhile(tmp_path, monkeypatch):
+    """Without If-Range the server would send the rest of the new file, and the two halves would be joined."""
+    old, new = (random.Random(seed).randbytes(1_000_000) for seed in (0, 1))
+    with HubServer({"/plain/x.bin": old}, faults=1.0) as server:
+        server.dice.random = lambda: 0.9  # a fault, and not the 503: it disconnects in the middle
+
+        def replace(seconds):
+            server.files["/plain/x.bin"], server.faults = new, 0.0
+
+        monkeypatch.setattr(hub.time, "sleep", replace)
+        with open(hub.download(f"{server.url}/plain/x.bin", str(tmp_path)), "rb") as file:
+            assert file.read() == new
+        assert [span for _, _, span in server.log] == [None, "bytes=500000-"]
 
 
 def test_gigatoken_gives_the_same_bytes_and_is_refused_if_its_ids_differ(tmp_path, corpus, monkeypatch):

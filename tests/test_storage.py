@@ -12,7 +12,7 @@ from conftest import call, command, metrics, overrides, refused, run
 from gcs_server import serve
 
 from trialgpt_jax import UserError
-from trialgpt_jax.storage import files, lock
+from trialgpt_jax.storage import files, lease, lock
 
 pytest.importorskip("gcsfs", reason="the extra `gs`")
 
@@ -112,8 +112,8 @@ def test_a_dry_run_leaves_nothing_in_a_bucket(bucket, config, default_file):
 
 @pytest.fixture
 def short_heartbeat(monkeypatch):
-    monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(lock, "PATIENCE", 1.0)
+    monkeypatch.setattr(lease, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
 
 
 def test_a_live_lease_refuses_and_an_expired_one_is_taken_over(bucket, short_heartbeat):
@@ -134,4 +134,4 @@ def test_a_live_lease_refuses_and_an_expired_one_is_taken_over(bucket, short_hea
 def lease_of_a_dead_process():
     process = subprocess.Popen(["true"])
     process.wait()
-    return f"host {socket.gethostname()}, pid {process.pid}\n0123 7\n"
+    return f"host {socket.gethostname()}, pid {process.pid}\n0123 7\n{lease._system()}, start 1\n"

@@ -73,10 +73,8 @@ def write(tokenizer: Tokenizer, folder: str, block_size: int) -> None:
         **{f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "unk")},
     }
     for name, value in (("tokenizer.json", whole), ("vocab.json", vocab), ("tokenizer_config.json", about)):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False)
-    with open(os.path.join(folder, "merges.txt"), "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in ["#version: 0.2", *pairs])
+        files.write(os.path.join(folder, name), json.dumps(value, ensure_ascii=False))
+    files.write(os.path.join(folder, "merges.txt"), "".join(line + "\n" for line in ["#version: 0.2", *pairs]))
 
 
 def read(folder: str) -> Tokenizer | None:

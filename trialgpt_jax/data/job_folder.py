@@ -1,4 +1,7 @@
-"""The state of a preprocess job in its folder: the settings that made it, its progress files, its input.
+"""The state of a preprocess job in its folder: its locks, the settings that made it, its progress files, its input.
+
+Every share holds a lock of its own, `lock_<i>_of_<n>`, and the merge holds `lock`. A process first takes its lock and
+then refuses the folder if a lock that must not be held beside it is; so of two processes at least one sees the other.
 
 Progress is kept in `progress_<i>_of_<n>.json`, one file per machine: the config fields that decide the bytes, the list
 of input files, and the records of the finished units. It is rewritten after every unit and removed with the last.
@@ -9,18 +12,38 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.data import corpora, token_store
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, lock
 
 _PROGRESS = "progress_*_of_*.json"
+_UNIT_SHARD = re.compile(r"[a-z]+_(\d+)_\d+\.bin")  # the number is that of the group
+_LOCK = re.compile(r"lock(?:_\d+_of_(\d+))?")
 # The fields of `config.data` that decide the bytes of the store. num_workers and encoder do not.
 _DECIDING = ("source", "source_options", "tokenizer", "split", "split_seed", "val_fraction", "shard_tokens")
+
+
+@contextlib.contextmanager
+def locked(folder: str, index: int | None = None, count: int | None = None) -> Iterator[None]:
+    """Holds the folder for share `index` of `count`, beside the other shares of that count; alone without arguments.
+
+    Raises UserError if another process has the share, or uses the folder for the merge or another number of shares.
+    """
+    name = "lock" if count is None else f"lock_{index}_of_{count}"
+    with lock.hold(folder, name=name, flag="data.dir", keep_file=False):
+        for other in files.names(folder):
+            match = _LOCK.fullmatch(other)
+            if match and other != name and (count is None or match[1] != str(count)):
+                lock.check_free(folder, name=other, flag="data.dir")
+                files.remove(os.path.join(folder, other))  # of a killed process
+        yield
 
 
 def job_settings(data: ConfigDict) -> dict:
@@ -97,15 +120,23 @@ def digest(listed: list[tuple[str, int]]) -> str:
 def remove_leftovers(folder: str) -> None:
     """Removes what only an unfinished job needs."""
     for path in progress_paths(folder):
-        os.remove(path)
-    remove_parts(folder)
+        files.remove(path)
+    files.remove_parts(folder)
     shutil.rmtree(os.path.join(folder, "downloads"), ignore_errors=True)
 
 
-def remove_parts(folder: str, pattern: str = "*") -> None:
-    """Removes the unfinished files of shards whose names match a pattern."""
-    for name in glob.glob(f"{pattern}.part", root_dir=folder):
-        os.remove(os.path.join(folder, name))
+def remove_parts(folder: str, index: int, count: int) -> None:
+    """Removes the unfinished files that a killed run of share `index` of `count` left, and none of another share.
+
+    All shares write the same tokenizer; what is left of that is removed when there is one share, or by the merge.
+    """
+    progress = os.path.basename(progress_path(folder, index, count))
+
+    def own(name: str) -> bool:
+        shard = _UNIT_SHARD.fullmatch(name)
+        return count == 1 or name == progress or bool(shard and int(shard[1]) % count == index)
+
+    files.remove_parts(folder, own)
 
 
 def _check_settings(data: ConfigDict, saved: dict) -> None:

@@ -1,6 +1,6 @@
 """The preprocess engine: does one machine's share of a job, and merges the shares into a token store.
 
-Neither function takes the lock of the folder; `trialgpt_jax.preprocess` does.
+Neither function takes the locks of the folder, see `job_folder.locked`; `trialgpt_jax.preprocess` does.
 """
 
 import collections
@@ -20,7 +20,7 @@ from trialgpt_jax.data.documents import InputFile, count_rows
 from trialgpt_jax.data.encoders import check_encoder
 from trialgpt_jax.data.tokenizer import Tokenizer
 from trialgpt_jax.data.units import Job, Task
-from trialgpt_jax.storage.files import sync_folder, write_json
+from trialgpt_jax.storage.files import sync_file, sync_folder, write_json
 
 TRAINING_CHARACTERS = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents, up to this much text
 SAMPLE_CHARACTERS = 2 << 20  # a fast encoder is compared with tiktoken on this much of them
@@ -52,6 +52,7 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
     only_text = data.split == "hash" and len(listed) == 1 and listed[0].is_text
     job = Job(data.to_dict(), val_rows, only_text)
     groups = corpora.group_files(listed, data.shard_tokens)
+    job_folder.remove_parts(data.dir, index, count)
     tokenizer = _tokenizer(job, groups)
     progress["tokenizer"] = {name: getattr(tokenizer, name) for name in ("hash", "vocab_size", "eot_id", "dtype")}
     write_json(path, progress)
@@ -63,8 +64,6 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
         last = last_units.get(group, {"part": -1, "next": (0, 0)})
         if last["next"] is not None:
             tasks.append(Task(group, groups[group], last["part"] + 1, last["next"]))
-        # What a killed run left of this group only: others may be in progress on another machine
-        job_folder.remove_parts(data.dir, f"*_{group:05d}_*")
 
     def finish(record: dict) -> None:
         progress["units"].append(record)
@@ -167,7 +166,7 @@ def _finished_shares(data: ConfigDict) -> list[dict]:
 
 
 def _rename_shards(folder: str, records: list[dict]) -> list[dict]:
-    """Gives the shards of every split their final numbers; returns their records."""
+    """Gives the shards of every split their final numbers, durably; returns their records."""
     shards = []
     for split in token_store.SPLITS:
         for number, shard in enumerate(s for unit in records for s in unit["shards"] if s["split"] == split):
@@ -177,7 +176,10 @@ def _rename_shards(folder: str, records: list[dict]) -> list[dict]:
                 os.replace(old, new)
             elif not os.path.exists(new):  # an interrupted merge has renamed it if it exists
                 raise UserError(f"{old} is missing, though its share is finished; copy it here and merge again")
+            sync_file(new)  # a share may have been copied here by other means, which the manifest must not outlive
             shards.append(shard | {"file": name})
+    if os.path.exists(ranks := os.path.join(folder, tokenizer_lib.RANKS_FILE)):
+        sync_file(ranks)
     sync_folder(folder)
     return shards
 

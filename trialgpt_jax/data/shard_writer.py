@@ -9,12 +9,12 @@ from trialgpt_jax.storage import files
 
 
 class ShardWriter:
-    """Writes one shard as `<file>.<pid>.part`; `finish` syncs it and renames it to `file`."""
+    """Writes one shard under a temporary name; `finish` syncs it and renames it to `file`."""
 
     def __init__(self, folder: str, file: str, split: str, dtype: np.dtype):
         self._folder, self._dtype = folder, np.dtype(dtype).newbyteorder("<")
         self.record = {"file": file, "split": split, "tokens": 0, "documents": 0, "bytes": 0, "max_id": 0, "sha256": ""}
-        self._part = os.path.join(folder, f"{file}.{os.getpid()}.part")
+        self._part = files.part_name(os.path.join(folder, file))
         self._digest = hashlib.sha256()
         self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by finish or abort
 

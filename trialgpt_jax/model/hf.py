@@ -131,19 +131,21 @@ def hf_config(config: GPTConfig, eot_id: int | None) -> dict:
 
 
 def write(folder: str, params, config: GPTConfig, eot_id: int | None) -> None:
-    """Writes `model.safetensors`, `config.json` and `generation_config.json` into an existing folder.
+    """Writes `model.safetensors`, `generation_config.json` and `config.json` into an existing folder.
+
+    They and all other files in the folder are durable when it returns. config.json is last, so that no loader takes an
+    unfinished folder for a model.
 
     Raises:
       UserError: as `to_hf`.
+      OSError: the folder cannot be written.
     """
-    path = os.path.join(folder, WEIGHTS)
-    save_file(to_hf(params, config), path + ".part", metadata={"format": "pt"})
-    os.replace(path + ".part", path)
+    with files.replacing(os.path.join(folder, WEIGHTS)) as part:
+        save_file(to_hf(params, config), part, metadata={"format": "pt"})
+    files.sync_tree(folder)  # the tokenizer's files
     generation = {"bos_token_id": eot_id, "eos_token_id": eot_id}
-    for name, value in (("config.json", hf_config(config, eot_id)), ("generation_config.json", generation)):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
+    for name, value in (("generation_config.json", generation), ("config.json", hf_config(config, eot_id))):
+        files.write(os.path.join(folder, name), json.dumps(value, indent=2) + "\n")
 
 
 # ---- theirs -> ours

@@ -12,13 +12,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+import uuid
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from trialgpt_jax import UserError
 
 _STORES = {"gs": "gcsfs", "s3": "s3fs"}  # object stores that orbax supports -> fsspec's package for them
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What a disk, its mount, or the network below it reports; no mistake of the program leads to these.
+_FAULTS = frozenset(
+    ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENODEV", "ENXIO", "EUCLEAN", "EBADMSG", "ENOLCK")
+    + ("ESTALE", "ENOTCONN", "EREMOTEIO", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ESHUTDOWN")
+    + ("ETIMEDOUT", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET")
+)
+# Packages that reach object stores.
+_CLIENTS = ("aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3")
+_PART = re.compile(r"(.+)\.(?:[0-9a-f]{16}|\d+)\.part")  # earlier versions used the pid
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES)
 
 
 def is_remote(location: str) -> bool:
@@ -90,18 +102,44 @@ def write(path: str, data: bytes | str) -> None:
     if is_remote(path):
         _fs(path).pipe_file(path, data)
         return
-    part = f"{path}.{os.getpid()}.part"
+    with replacing(path) as part, open(part, "wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Yields a temporary name; the local file that the block writes there becomes `path`, durably, if nothing raises.
+
+    Raises:
+      OSError: no partial file is left, and an existing file is unchanged.
+    """
+    part = part_name(path)
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
+        sync_file(part)
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(part)
         raise
     sync_folder(os.path.dirname(path))
+
+
+def part_name(path: str) -> str:
+    """A name for the unfinished contents of `path`. It is random, because processes in containers share pids."""
+    return f"{path}.{uuid.uuid4().hex[:16]}.part"
+
+
+def remove_parts(folder: str, which: Callable[[str], object] = lambda name: True) -> None:
+    """Removes the unfinished files that killed processes left directly in a local folder; nothing for a URL.
+
+    Args:
+      folder: locked, so that no other process writes the files in question.
+      which: says for the name of a finished file whether its unfinished ones are to be removed.
+    """
+    for name in [] if is_remote(folder) else names(folder):
+        if (match := _PART.fullmatch(name)) and which(match[1]):
+            remove(os.path.join(folder, name))
 
 
 def write_json(path: str, value: object) -> None:
@@ -110,18 +148,75 @@ def write_json(path: str, value: object) -> None:
 
 
 def sync_folder(folder: str) -> None:
-    """Syncs a local folder, which makes the renames in it durable."""
-    handle = os.open(folder or ".", os.O_RDONLY)
+    """Syncs a local folder, which makes the names in it durable: new, renamed and removed files.
+
+    A file system that cannot sync folders (some network and FUSE ones) and a folder that may not be read are passed.
+    """
+    try:
+        _sync(folder or ".", os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def sync_tree(folder: str) -> None:
+    """Syncs every file and folder below a local folder, the folder, and the folder above it; nothing for a URL.
+
+    Raises:
+      OSError: a file or folder cannot be read or synced, or vanishes meanwhile.
+    """
+    if is_remote(folder):
+        return
+    folder = os.path.abspath(folder)
+    for root, _, names_in_it in os.walk(folder, topdown=False, onerror=_raise):
+        for name in names_in_it:
+            path = os.path.join(root, name)
+            if stat.S_ISREG(os.lstat(path).st_mode):  # a fifo would block, and a link's target is not in the tree
+                sync_file(path)
+        sync_folder(root)
+    sync_folder(os.path.dirname(folder))
+
+
+def sync_file(path: str) -> None:
+    """Makes the contents of a local file durable; its name is durable when its folder is synced."""
+    _sync(path)
+
+
+def _sync(path: str, flags: int = 0) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(handle)
+    except OSError as error:  # has no name of its own
+        raise OSError(error.errno, error.strerror, path) from None
     finally:
         os.close(handle)
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def make_folder(path: str) -> None:
-    """Creates a folder and its parents; does nothing in an object store."""
-    if not is_remote(path):
-        os.makedirs(path, exist_ok=True)
+    """Creates a folder and its parents, durably; does nothing in an object store.
+
+    Raises:
+      OSError: it cannot be created, or the name is a file's.
+    """
+    if is_remote(path):
+        return
+    path, new = os.path.abspath(path), []
+    while not os.path.isdir(path):
+        new.append(path)
+        path = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        sync_folder(os.path.dirname(path))  # a process that was killed may have made `path` without a sync
+    for folder in reversed(new):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):  # otherwise another process has made it
+                raise
+        sync_folder(os.path.dirname(folder))
 
 
 def names(folder: str) -> list[str]:
@@ -146,24 +241,30 @@ def sizes(folder: str) -> dict[str, int]:
 
 
 def remove(path: str) -> None:
-    """Removes a file, if it exists."""
+    """Removes a file, if it exists; durable when its folder is synced."""
     with contextlib.suppress(FileNotFoundError):
         _fs(path).rm_file(path) if is_remote(path) else os.remove(path)
 
 
 def remove_tree(folder: str) -> None:
-    """Removes a folder and its contents, if it exists."""
+    """Removes a folder and its contents, if it exists, durably."""
     with contextlib.suppress(FileNotFoundError):
-        _fs(folder).rm(folder, recursive=True) if is_remote(folder) else shutil.rmtree(folder)
+        if is_remote(folder):
+            _fs(folder).rm(folder, recursive=True)
+        else:
+            shutil.rmtree(folder)
+            sync_folder(os.path.dirname(os.path.abspath(folder)))
 
 
 def rename_folder(folder: str, to: str) -> None:
-    """Renames a folder; in an object store by copying every object."""
+    """Renames a folder, durably; in an object store by copying every object."""
     if is_remote(folder):
         _fs(folder).copy(folder, to, recursive=True)
         remove_tree(folder)
     else:
         os.rename(folder, to)
+        for parent in {os.path.dirname(os.path.abspath(path)) for path in (folder, to)}:
+            sync_folder(parent)
 
 
 def sha256(path: str) -> str:
@@ -201,14 +302,47 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def full_disk_is_user_error(folder: str) -> Iterator[None]:
-    """Turns the OSError of a full disk into a UserError that names the file, or `folder` if the error has none."""
+def named(path: str) -> Iterator[None]:
+    """Gives an OSError of the block the name of the file: errors of `write` and `fsync` have none."""
     try:
         yield
     except OSError as error:
-        if not is_disk_full(error):
+        error.filename = error.filename or path
+        raise
+
+
+@contextlib.contextmanager
+def storage_faults(
+    folder: str, then: str = "run the same command to go on from the newest checkpoint"
+) -> Iterator[None]:
+    """Turns an error of the disk, its mount or the object store into a UserError: the file, the reason and `then`.
+
+    A missing file is such an error inside `folder` only, where somebody has removed it; elsewhere it is a mistake in
+    the program. Other errors pass unchanged.
+
+    Args:
+      folder: what the block works in; named where the error does not name a file.
+      then: what to do when the fault is repaired.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not _is_outside(error, folder):
             raise
-        raise UserError(
-            f"{error.filename or folder} cannot be written because the disk is full; free some space, and run the same "
-            "command to go on from the newest checkpoint"
-        ) from None
+        file = getattr(error, "filename", None) or folder
+        if is_disk_full(error):
+            raise UserError(f"{file} cannot be written because the disk is full; free some space, and {then}") from None
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{file}: {why}; when it can be read and written again, {then}") from None
+
+
+def _is_outside(error: Exception, folder: str) -> bool:
+    """Whether an error comes from the storage that holds `folder`, and not from this program."""
+    if is_remote(folder) and (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS):
+        return True
+    if isinstance(error, FileNotFoundError):
+        inside = os.path.join(os.path.abspath(folder), "")
+        return isinstance(error.filename, str) and os.path.abspath(error.filename).startswith(inside)
+    return isinstance(error, OSError) and errno.errorcode.get(error.errno) in _FAULTS

@@ -1,29 +1,28 @@
-"""One process at a time in a workdir or a token store: `hold` takes a folder, `probe` checks that it could be taken.
+"""One process at a time in a folder: `hold` takes it, `probe` and `check_free` ask whether it is taken.
 
-On a local disk the lock is `flock` on `<folder>/<name>`; the kernel releases it when the process dies. An object store
-has no such lock, so there it is a lease: the holder rewrites the object `<folder>/<name>` every HEARTBEAT seconds. A
-process that finds the object watches it for PATIENCE seconds. If it changes, its holder is alive and the folder is
-refused; otherwise the lease has expired and is taken over. A lease of this host whose process has exited is taken over
-without waiting. Clocks of different hosts are never compared.
+On a local disk the lock is `flock` on `<folder>/<name>`; the kernel releases it when the process dies. A lock on a file
+that was removed or replaced excludes nobody, so the holder looks every HEARTBEAT seconds whether the name is still that
+file. It takes the lock again if nobody else did, and ends its process otherwise. An object store and some network file
+systems have no `flock`; there the file is a lease, see `lease`, which also describes its text.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
-import socket
+import stat
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import IO
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, lease
 
-HEARTBEAT = 20.0  # seconds between two writes of a lease
-PATIENCE = 3 * HEARTBEAT  # a lease that has not changed for this long has expired
+_ATTEMPTS = 4  # `check_free` holds a lock for a moment, and a holder may remove the file after it was opened here
+_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -32,44 +31,41 @@ def hold(
 ) -> Iterator[None]:
     """Holds `<folder>/<name>` for this process; a local folder is created if it does not exist.
 
+    The process ends with status 2 if the file is taken from it.
+
     Args:
       folder: a local path or a URL.
       name: of the lock file.
       flag: the flag or config field that gave `folder`, for messages.
       take: False only checks that a local folder can be written: for all but the first process of a job.
-      keep_file: whether a local lock file stays when the lock is released; the object of a lease is always removed.
+      keep_file: whether a local lock file stays when the lock is released; a lease is always removed.
 
     Raises:
-      UserError: another process holds the lock, or the folder cannot be written.
+      UserError: another process holds the lock, the folder cannot be written, or the name is not that of a file.
     """
-    path = os.path.join(folder, name)
-    if files.is_remote(folder):
-        with _lease(folder, path, flag) if take else contextlib.nullcontext():
+    path, handle = os.path.join(folder, name), None
+    if not files.is_remote(folder):
+        with lease.writable(folder, flag):
+            files.make_folder(folder)
+            if take:
+                handle = _take(folder, path, flag)
+            else:
+                os.close(_open(path, os.O_RDWR | os.O_CREAT))
+    if not take:
+        yield
+    elif handle is None:
+        with lease.hold(folder, path, flag):
             yield
-        return
-    with contextlib.ExitStack() as stack:
-        with _writable(folder, flag):
-            os.makedirs(folder, exist_ok=True)
-            file = stack.enter_context(open(path, "a+"))
-            while take and not _flock(file, folder, path, flag):
-                file = stack.enter_context(open(path, "a+"))
-        if take:
-            file.truncate(0)
-            file.write(f"{_me()}\n")
-            file.flush()
-        try:
+    else:
+        with _guarded(handle, folder, path, flag, keep_file):
             yield
-        finally:
-            if take and not keep_file:
-                files.remove(path)  # before the file is closed, so still under the lock
 
 
 def probe(folder: str, *, name: str = "lock", flag: str = "--workdir") -> None:
     """Checks that `hold` would succeed, and leaves the folder as it was. Raises UserError as `hold` does."""
-    path = os.path.join(folder, name)
     if files.is_remote(folder):
-        _wait_until_expired(folder, path, flag)
-        with _writable(folder, flag):
+        check_free(folder, name=name, flag=flag)
+        with lease.writable(folder, flag):
             probe_path = os.path.join(folder, f"probe_{uuid.uuid4().hex}")
             files.write(probe_path, b"")
             files.remove(probe_path)
@@ -78,7 +74,7 @@ def probe(folder: str, *, name: str = "lock", flag: str = "--workdir") -> None:
     while not os.path.isdir(parent) and parent != os.path.dirname(parent):
         missing.append(parent)
         parent = os.path.dirname(parent)
-    with _writable(folder, flag):
+    with lease.writable(folder, flag):
         try:
             for each in reversed(missing):
                 os.mkdir(each)
@@ -88,130 +84,194 @@ def probe(folder: str, *, name: str = "lock", flag: str = "--workdir") -> None:
             for each in missing:
                 with contextlib.suppress(FileNotFoundError):
                     os.rmdir(each)
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        _flock(file, folder, path, flag)
+    check_free(folder, name=name, flag=flag)
 
 
-def _me() -> str:
-    return f"host {socket.gethostname()}, pid {os.getpid()}"
+def check_free(folder: str, *, name: str = "lock", flag: str = "--workdir") -> None:
+    """Raises UserError, as `hold` does, if a process holds `<folder>/<name>`; writes nothing."""
+    path = os.path.join(folder, name)
+    if files.is_remote(folder):
+        lease.wait_until_expired(folder, path, flag)
+        return
+    with lease.writable(folder, flag), contextlib.suppress(FileNotFoundError):
+        for _ in range(_ATTEMPTS):
+            handle = _open(path, os.O_RDONLY)
+            try:
+                locked = not _flock(handle, fcntl.LOCK_SH)  # shared, so that two of these do not see each other
+                if not _is_at(handle, path):
+                    continue
+                if locked:
+                    raise lease.in_use(folder, _text(handle), flag)
+                return
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                lease.wait_until_expired(folder, path, flag)
+                return
+            finally:
+                os.close(handle)
+        raise lease.in_use(folder, "", flag)
 
 
-def _in_use(folder: str, holder: str, flag: str) -> UserError:
-    return UserError(f"{flag}={folder} is in use by {holder}; stop it or choose another folder")
+# ---- locks on local disks
 
 
-@contextlib.contextmanager
-def _writable(folder: str, flag: str) -> Iterator[None]:
-    """Turns an error of the disk or of the store's client into a UserError."""
-    # Each client has its own exceptions for a missing bucket, missing credentials or a broken network.
+def _open(path: str, flags: int) -> int:
+    """Opens a lock file: never what a link points to, and without waiting for the other end of a fifo."""
     try:
-        yield
-    except UserError:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if os.path.islink(path) or error.errno in (errno.EISDIR, errno.ENXIO):  # ENXIO: a socket
+            raise _not_a_file(path) from None
+        if isinstance(error, PermissionError) and os.path.lexists(path):
+            raise UserError(
+                f"{path} cannot be opened: {error.strerror}; allow to read and write it, or choose another folder"
+            ) from None
         raise
-    except Exception as error:
-        if files.is_remote(folder):
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        elif isinstance(error, OSError):
-            why = f"{error.strerror}; choose another folder"
-        else:
-            raise
-        raise UserError(f"{flag}={folder} cannot be written: {why}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _not_a_file(path)
+    return handle
 
 
-def _flock(file: IO, folder: str, path: str, flag: str) -> bool:
-    """Locks an open file. False if `path` is no longer that file: a previous holder removed it after it was opened here
-    (`keep_file=False`), and a lock on a removed file excludes nobody."""
+def _not_a_file(path: str) -> UserError:
+    mode = os.lstat(path).st_mode
+    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a special file"
+    return UserError(f"{path} is {kind}, but the lock must be a regular file; remove it")
+
+
+def _take(folder: str, path: str, flag: str) -> int | None:
+    """The handle of the locked file, which `path` names; None where the file system has no locks."""
+    text = ""
+    for attempt in range(_ATTEMPTS):
+        time.sleep(0.05 * bool(attempt))
+        with contextlib.ExitStack() as stack:
+            handle = _open(path, os.O_RDWR | os.O_CREAT)
+            stack.callback(os.close, handle)
+            try:
+                locked = _flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                say(
+                    f"warning: the file system of {folder} has no locks ({error.strerror}); {path} is kept as a lease, "
+                    f"renewed every {lease.HEARTBEAT:.0f} s"
+                )
+                return None
+            if locked and _is_at(handle, path):
+                stack.pop_all()
+                return handle
+            text = _text(handle)
+    raise lease.in_use(folder, text, flag)
+
+
+def _flock(handle: int, kind: int) -> bool:
+    """Whether the file is locked now. Raises OSError where there are no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise _in_use(folder, file.read().strip() or "another process", flag) from None
+        return False
+    return True
+
+
+def _is_at(handle: int, path: str) -> bool:
+    """Whether `path` names the open file."""
     try:
-        return os.path.samefile(file.fileno(), path)
-    except FileNotFoundError:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-# ---- leases in object stores; the object has two lines: "host H, pid P" and "<owner> <number of the heartbeat>"
+def _text(handle: int) -> str:
+    return os.pread(handle, 1000, 0).decode("utf-8", "replace")
 
 
 @contextlib.contextmanager
-def _lease(folder: str, path: str, flag: str) -> Iterator[None]:
-    """Holds the lease and renews it in a thread, which ends the process if another one has taken the lease over."""
+def _guarded(handle: int, folder: str, path: str, flag: str, keep_file: bool) -> Iterator[None]:
+    """Releases the lock at exit. A thread takes it again if the file was removed, and ends the process if another
+    process has been there."""
     owner, released = uuid.uuid4().hex, threading.Event()
-    _wait_until_expired(folder, path, flag)
 
-    def write(beat: int) -> None:
-        files.write(path, f"{_me()}\n{owner} {beat}\n")
+    def write(handle: int) -> None:
+        data = lease.describe(owner, 0).encode()
+        os.pwrite(handle, data, 0)  # before the file is cut, because a full disk may have no block for a new one
+        os.ftruncate(handle, len(data))
 
-    def renew() -> None:
-        beat = 1
-        while not released.wait(HEARTBEAT):
-            with contextlib.suppress(Exception):  # the store cannot be reached: the next heartbeat tries again
-                if _owner(text := _read(path)) not in (owner, None):
-                    say(f"{folder} was taken over by {_holder(text)} after {PATIENCE:.0f} s without heartbeat; exiting")
-                    os._exit(1)
-                write(beat)
-                beat += 1
+    def look() -> None:
+        nonlocal handle
+        if _is_at(handle, path):
+            return
+        new = _open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            locked = _flock(new, fcntl.LOCK_EX)
+            if (text := _text(new)) and lease.owner_in(text) != owner:
+                lease.exit_taken_over(folder, text)
+            if not locked:  # by `check_free`, or by a process that has not written its text yet
+                raise BlockingIOError(errno.EWOULDBLOCK, "locked", path)
+            write(new)
+        except OSError:
+            os.close(new)
+            raise
+        os.close(handle)
+        handle = new
 
-    with _writable(folder, flag):
-        write(0)
-        time.sleep(PATIENCE / 60)  # when two processes take it at the same moment, the later write wins
-        if _owner(text := _read(path)) != owner:
-            raise _in_use(folder, _holder(text), flag)
-    thread = threading.Thread(target=renew, name="heartbeat", daemon=True)
-    thread.start()
+    def watch() -> None:
+        while not released.wait(lease.HEARTBEAT):
+            with contextlib.suppress(OSError, UserError):  # no such folder, for example: the next heartbeat tries again
+                look()
+
+    thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
     try:
+        with lease.writable(folder, flag):
+            write(handle)
+        thread.start()
         yield
     finally:
         released.set()
-        thread.join()
-        with contextlib.suppress(Exception):
-            if _owner(_read(path)) == owner:
-                files.remove(path)
+        if thread.ident:
+            thread.join()
+        with contextlib.suppress(OSError):
+            if not keep_file and _is_at(handle, path):
+                files.remove(path)  # while it is locked: who has opened it meanwhile finds another file or none
+        os.close(handle)
 
 
-def _wait_until_expired(folder: str, path: str, flag: str) -> None:
-    """Returns when no living process holds the lease. Raises UserError as `hold` does."""
-    with _writable(folder, flag):
-        first = text = _read(path)
-        if not first or _exited_here(first):
-            return
-        say(f"{folder} is locked by {_holder(first)}; watching its heartbeat for {PATIENCE:.0f} s")
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and text == first:
-            time.sleep(min(1.0, PATIENCE / 10))
-            text = _read(path)
-    if text not in (first, ""):
-        raise _in_use(folder, _holder(text), flag)
+# ---- readers of a file that its owner may remove
 
 
-def _read(path: str) -> str:
-    try:
-        with files.open_file(path) as file:
-            return file.read(1000).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return ""
+@contextlib.contextmanager
+def shared(path: str) -> Iterator[bool]:
+    """Keeps a local file from being removed by a process that asks `unshared`, while the block reads it.
+
+    Yields:
+      False if that process is removing it. True otherwise, also where nothing can be locked: a file that does not
+      exist, an object store, a file system without locks.
+    """
+    with _lock_existing(path, fcntl.LOCK_SH) as free:
+        yield free
 
 
-def _holder(text: str) -> str:
-    return text.split("\n")[0] or "another run"
+@contextlib.contextmanager
+def unshared(path: str) -> Iterator[bool]:
+    """Keeps new readers from a local file while the block removes it.
+
+    Yields:
+      False if a process reads it, see `shared`; True otherwise, also where nothing can be locked.
+    """
+    with _lock_existing(path, fcntl.LOCK_EX) as free:
+        yield free
 
 
-def _owner(text: str) -> str | None:
-    lines = text.split("\n")
-    return lines[1].split(" ")[0] if len(lines) > 1 else None
-
-
-def _exited_here(text: str) -> bool:
-    """Whether the holder was a process of this host that no longer exists."""
-    host, _, pid = _holder(text).partition(", pid ")
-    if host != f"host {socket.gethostname()}" or not pid.isdigit() or int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        pass
-    return False
+@contextlib.contextmanager
+def _lock_existing(path: str, kind: int) -> Iterator[bool]:
+    with contextlib.ExitStack() as stack:
+        free = True
+        if not files.is_remote(path):
+            try:
+                file = stack.enter_context(open(path, "rb"))
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+            except OSError:  # no such file, or a file system without locks
+                pass
+        yield free
