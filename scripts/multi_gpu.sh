@@ -10,7 +10,7 @@
 #   --grace=S      seconds from SIGTERM to SIGKILL for the remaining processes after one died (default 30)
 #   --dry_run      prints the commands without running them
 #
-# PYTHON is the interpreter (default `python`). SIGTERM and Ctrl-C are forwarded to all processes, which save and exit with
+# PYTHON is the interpreter (default `python`). SIGTERM, SIGHUP and Ctrl-C reach all processes, which save and exit with
 # 75. When one process fails, the others are terminated, because they would wait for it. The exit status is the first
 # nonzero one.
 set -euo pipefail
@@ -55,7 +55,7 @@ if [ -z "$port" ]; then
 fi
 
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT HUP # bash leaves HUP ignored under nohup
 for ((i = 0; i < processes; i++)); do
     command=(env)
     if [ "$gpus" != none ]; then
@@ -82,7 +82,7 @@ while ((${#pids[@]})); do
     pids=("${left[@]}")
     ((status)) || status=$one
     if ((one != 0 && one != 75 && ${#pids[@]})); then
-        echo "process $pid exited with status $one; terminating the others" >&2
+        echo "process $pid exited with status $one; terminating the others" >&2 || true # the terminal may be closed
         kill -TERM "${pids[@]}" 2>/dev/null || true
         # A process that waits for the dead one in a collective never reaches the step at which it would stop.
         for ((tenths = 0; tenths < 10 * grace; tenths++)); do

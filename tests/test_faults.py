@@ -1,6 +1,8 @@
-"""Full disks, checkpoints by the clock and dry runs, in one process."""
+"""Full disks and other faults of the storage, checkpoints by the clock and dry runs, in one process."""
 
 import contextlib
+import errno
+import json
 import os
 import re
 import shutil
@@ -9,6 +11,12 @@ import subprocess
 import pytest
 from conftest import ROOT, call, metrics, overrides, refused, small_config, tree
 from test_train import assert_same_bits, final_state
+
+from trialgpt_jax import UserError
+from trialgpt_jax.storage import files
+from trialgpt_jax.training import metrics as metrics_lib
+from trialgpt_jax.training import workdir as workdir_lib
+from trialgpt_jax.training.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +70,18 @@ def test_a_full_disk_stops_the_run_with_one_line_and_when_there_is_room_it_goes_
     config.checkpoint.update({"every_steps": 1, "keep_period": 1})  # keeps all checkpoints until the disk is full
     result = train(config, workdir, default_file)
     refused(
-        result, str(workdir / "checkpoints"), "the disk is full: the checkpoint takes", "too few", "last good one is"
+        result,
+        str(workdir / "checkpoints"),
+        "the disk is full: the checkpoint takes",
+        "too few",
+        "last good checkpoint",
     )
     last = int(folders(workdir)[-1])
-    assert f"the last good one is {last}" in result.stderr and f"the checkpoint of step {last + 1}" in result.stderr
+    for words in (f"the last good checkpoint is {last}", f"the checkpoint of step {last + 1}"):
+        assert words in result.stderr
     assert f"step {last + 4:2}/20" not in result.stderr, "reported late"
     assert folders(workdir) == [str(step) for step in range(1, last + 1)]  # no temporary folders
-    others = ["config.json", "lock", "metrics.jsonl", "tokenizer.json", "tokenizer.tiktoken"]
+    others = ["config.json", "data.json", "lock", "metrics.jsonl", "tokenizer.json", "tokenizer.tiktoken"]
     assert sorted(os.listdir(workdir)) == ["checkpoints", *others]
     assert call("convert", f"--workdir={workdir}", "--verify").returncode == 0
 
@@ -123,6 +136,92 @@ def test_a_disk_too_small_for_what_is_to_be_kept_is_refused_before_anything_is_c
     result = train(config, tmp_path / "run", default_file)
     refused(result, str(tmp_path / "run" / "checkpoints"), "1 = 4 of them need", "MB", "1.0 MB are free", "keep fewer")
     assert "compiled" not in result.stderr
+
+
+# ---- other faults of the storage
+
+
+def failing(number, path):
+    """Raises what the kernel reports; `write` and `fsync` do not name the file, `path` = "" likewise."""
+    raise OSError(number, os.strerror(number), *([path] if path else []))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.ENOTCONN, errno.EDQUOT])
+@pytest.mark.parametrize("path", ["", "runs/x/config.json"])
+def test_a_fault_of_the_storage_names_file_reason_and_what_to_do(number, path):
+    with pytest.raises(UserError) as refused, files.storage_faults("runs/x"):
+        failing(number, path)
+    reason = "the disk is full" if number == errno.EDQUOT else os.strerror(number)
+    assert str(refused.value).startswith(path or "runs/x") and reason in str(refused.value)
+    assert str(refused.value).endswith("run the same command to go on from the newest checkpoint")
+
+
+def test_a_mistake_of_the_program_is_no_fault_of_the_storage(tmp_path):
+    """A file that is missing in the workdir was removed; elsewhere, the program should not have asked for it."""
+    with pytest.raises(UserError, match=r"metrics.jsonl: No such file"), files.storage_faults(str(tmp_path)):
+        open(tmp_path / "metrics.jsonl", "r+b")  # noqa: SIM115
+    for error in (FileNotFoundError(errno.ENOENT, "", "/elsewhere"), FileNotFoundError(), OSError(errno.EBADF, "")):
+        with pytest.raises(OSError) as raised, files.storage_faults(str(tmp_path)):
+            raise error
+        assert raised.value is error
+    with pytest.raises(ZeroDivisionError), files.storage_faults("gs://bucket/run"):
+        raise ZeroDivisionError
+    with (
+        pytest.raises(UserError, match=r"gs://bucket/run: OSError: Forbidden"),
+        files.storage_faults("gs://bucket/run"),
+    ):
+        raise OSError("Forbidden")  # as the store's client raises it, without a number
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "file"),
+    [
+        (metrics_lib.MetricsLog, "_append", "run/metrics.jsonl"),
+        (metrics_lib, "EventFile", "run/tensorboard"),
+        (workdir_lib, "save_snapshot", "run/config.json"),
+    ],
+)
+def test_a_fault_at_a_file_of_the_workdir_is_one_line(config, tmp_path, default_file, monkeypatch, module, name, file):
+    config.log.tensorboard = True
+    monkeypatch.setattr(module, name, lambda *_, **__: failing(errno.EROFS, str(tmp_path / file)))
+    result = train(config, tmp_path / "run", default_file)
+    refused(result, str(tmp_path / file), "Read-only file system", "run the same command to go on")
+
+
+def test_metrics_are_durable_before_the_checkpoint_that_needs_them(config, tmp_path, default_file, monkeypatch):
+    workdir, synced = tmp_path / "run", {}
+    real_fsync, real_save = os.fsync, Checkpoints.save
+
+    def fsync(handle):
+        real_fsync(handle)
+        synced[os.readlink(f"/proc/self/fd/{handle}")] = os.fstat(handle).st_size
+
+    def save(self, step, *args):
+        path = workdir / "metrics.jsonl"
+        assert synced[str(path)] == path.stat().st_size, step
+        assert metrics(workdir)[-1]["step"] == step
+        saved.append(step)
+        return real_save(self, step, *args)
+
+    saved = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    result = train(config, workdir, default_file)
+    assert result.returncode == 0 and saved == [5, 10, 15, 20], result.stderr
+
+
+def test_training_time_goes_on_after_a_resume(reference, config, tmp_path, default_file):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    path = workdir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"seconds": 1000.0 + line["step"]}) + "\n" for line in lines))
+    result = train(config, workdir, default_file)
+    assert result.returncode == 0 and "resumed from checkpoint 15" in result.stderr, result.stderr
+    seconds = {line["step"]: line["seconds"] for line in metrics(workdir, keys=("step", "seconds"))}
+    assert seconds[15] == 1015.0 and 1015.0 < seconds[16] < seconds[20] < 1115.0
+    assert re.search(r"done: step 20, 10[1-9]\d\.\d s of training", result.stderr), result.stderr
 
 
 # ---- saving by the clock, and the dry run

@@ -155,6 +155,7 @@ def test_help_is_the_comment_at_the_top(fakes, script):
 # tpu_vm.sh
 
 
+@pytest.mark.slow
 def test_a_preempted_slice_is_recreated_and_the_run_resumes_at_the_saved_step(fakes, store):
     """The real train on CPU, killed with its machine at step 25; the machine's disk is lost, the bucket is kept."""
     config = small_config("data/tokens")  # where the launcher copies it
@@ -451,10 +452,11 @@ def test_when_one_process_fails_the_others_are_terminated_and_its_status_is_retu
     assert result.returncode == 3 and "status 3; terminating the others" in result.stderr, result.stderr
 
 
-def test_sigterm_reaches_every_process_and_their_status_is_returned(fakes):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_reaches_every_process_and_their_status_is_returned(fakes, number):
     fakes.script(process_0=["until stopped"], process_1=["until stopped"])
     launcher = fakes.start("multi_gpu.sh", "--processes=2", "--gpus=none", "--port=9", "--config=a")
     fakes.until(lambda: all((fakes.folder / f"started{i}").exists() for i in range(2)))
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     _, stderr = launcher.communicate(timeout=60)
     assert launcher.returncode == 75 and "terminating the others" not in stderr, stderr

@@ -1,8 +1,12 @@
 """The numbers of a run against hand computations: FLOPs, rates, bits per byte; and the files they are written to."""
 
+import errno
 import io
 import json
 import math
+import os
+import sys
+import types
 
 import pytest
 
@@ -152,7 +156,105 @@ def test_tensorboard_reads_the_curves_and_drops_points_that_a_resumed_run_repeat
     assert [point.value for point in read.Scalars("näme")] == [-1, -2, -3, -4, -5, -6, -7]
 
 
-def test_a_damaged_line_before_the_last_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2"):
-        open_log(tmp_path, 2)
+_BAD_STEPS = ("-1", "true", "2.0", "null", '"2"', "4294967296")
+_BAD_SECONDS = ("NaN", "Infinity", "1e400", "-1", "true", "1e11", "null", '"1"')
+_BAD_NUMBERS = ("NaN", "-Infinity", "true", "[]", "1" * 25, "1" * 5000)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[1]", "3", "{}", '{"seconds": 1.0}', "[" * 100_000, "\0" * 30]
+    + [f'{{"step": {value}}}' for value in _BAD_STEPS]
+    + [f'{{"step": 2, "seconds": {value}}}' for value in _BAD_SECONDS]
+    + [f'{{"step": 2, "loss": {value}}}' for value in _BAD_NUMBERS]
+    + ['{"step": 1}', '{"step": 0, "val_loss": 3.0}'],
+    ids=lambda line: repr(line[:40]),
+)
+def test_a_line_that_was_not_written_so_is_refused_by_its_number(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2\b.*repair or remove the file"):
+        open_log(tmp_path, 3)
+    assert path.read_bytes() == before
+
+
+def test_a_line_of_a_step_and_of_its_evaluation_are_no_duplicates(tmp_path):
+    text = '{"step": 0, "val_loss": 6.0}\n{"step": 1, "loss": 5}\n{"step": 1, "val_loss": 5.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert open_log(tmp_path, 1).last == {"step": 1, "val_loss": 5.0}
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 1, "val_loss": 5.0}\n')
+    with pytest.raises(UserError, match=r"line 4: step 1 again"):
+        open_log(tmp_path, 1)
+
+
+@pytest.mark.parametrize("end", [b"\0" * 40, b"\0" * 40 + b'3}\n{"step": 4}\n', b'{"step": 3, "seconds": N', b"\0\n"])
+def test_what_a_loss_of_power_leaves_after_the_lines_of_the_checkpoint_is_dropped(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
+    assert open_log(tmp_path, 2).last == {"step": 2}
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_every_line_is_strict_json(tmp_path):
+    log = open_log(tmp_path, 0)
+    log.write({"step": 1, "loss": math.nan, "lr": -math.inf, "tokens": 3, "mfu": None, "seconds": 0.5})
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "lr": None, "tokens": 3, "mfu": None, "seconds": 0.5}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN, errno.EACCES])
+@pytest.mark.parametrize("function", ["open", "fsync"])
+def test_lines_that_cannot_be_written_stay_in_memory_until_the_next_save(tmp_path, monkeypatch, number, function):
+    """A kernel drops what an fsync has failed to write, and reports that only once."""
+    log = open_log(tmp_path, 0)
+    path = tmp_path / "metrics.jsonl"
+    log.write({"step": 1})
+    log.sync()
+    log.write({"step": 2})  # in the file, not durable
+
+    def fail(*_):
+        path.write_text('{"step": 1}\n')
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync", fail) if function == "fsync" else (metrics, "open", fail, False)))
+        log.write({"step": 3})
+        with pytest.raises(OSError, match="metrics.jsonl"):
+            log.sync()
+    log.write({"step": 4})
+    log.sync()
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
+    log.close()
+
+
+def test_copies_of_the_log_that_fail_are_turned_off_with_a_line(tmp_path, monkeypatch, capsys):
+    class Wandb(types.ModuleType):
+        def init(self, **_):
+            return self
+
+        def log(self, numbers, step):
+            raise ConnectionError("no route to host")
+
+        def finish(self):
+            raise AssertionError("it is off")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    c = default_config()
+    c.log.update({"wandb": "project", "tensorboard": True})
+    log = MetricsLog(str(tmp_path), c.log, 0, c)
+    log.write({"step": 1, "loss": 1e300})  # beyond float32
+    error = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(EventFile, "write", lambda *_: (_ for _ in ()).throw(error))
+    log.write({"step": 2, "loss": 2.0})
+    log.close()
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len(said) == 2 and "wandb is off from step 1 on" in said[0] and "tensorboard is off from step 2 on" in said[1]
+    )
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

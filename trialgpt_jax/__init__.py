@@ -1,5 +1,7 @@
 """trialgpt_jax: train GPT-2 style language models from scratch on TPUs and GPUs, and generate text with them."""
 
+import sys
+
 __version__ = "0.1.0"
 
 
@@ -8,3 +10,15 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with status 2.
     """
+
+
+if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m trialgpt_jax.train`: this is a command
+    import _signal  # built in; importing `signal` takes 50 ms
+
+    # Importing JAX takes seconds, in which Ctrl-C would print a traceback.
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    from trialgpt_jax import console
+
+    console.guard()
+    console.leave_on_interrupt()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, console
 from trialgpt_jax.config import default_config, enable_x64, fields, load_snapshot, unknown_field, update, validate
 from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files
@@ -26,14 +26,29 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved on request, the same comma
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Calls `main(sys.argv)` and exits with its status.
 
-    0 = done, 2 = the user's mistake, 75 = stopped on request after saving, 1 = anything else.
+    0 = done, 2 = the user's mistake or a fault outside the program, 75 = stopped on request after saving, 130 =
+    interrupted by Ctrl-C, 141 = the reader of stdout has closed it, 1 = anything else.
     """
+    console.guard()
     try:
-        status = main(sys.argv) or 0
+        with console.interrupts():
+            try:
+                status = main(sys.argv) or 0
+            except SystemExit as end:  # --help
+                status = end.code
+            sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.say_always(f"error: {error}")
         status = EXIT_USER_ERROR
-    sys.stdout.flush()
+    except console.OutputError as error:
+        if error.line:
+            console.say_always(error.line)
+        status = error.status
+    except KeyboardInterrupt:
+        console.say_always("interrupted")
+        status = console.EXIT_INTERRUPTED
+    with contextlib.suppress(console.OutputError):
+        sys.stdout.flush()  # what is left; Python's own flush at exit would turn a failure into status 120
     sys.exit(status)
 
 
@@ -61,14 +76,18 @@ def start(
     from trialgpt_jax.training import checkpoint
 
     accelerators.use_compilation_cache()
-    checkpoint.quiet_libraries()
+    checkpoint.report_libraries()
     enable_x64(config)
     if jax.config.jax_platforms == "cpu":
         # With asynchronous dispatch the temporaries of step k are often allocated before those of step k-1 are freed.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         if reuse_memory:
             MEMORY.reuse()
-    with processes.join(flags) if "process_id" in flags else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if "process_id" in flags:
+            stack.enter_context(processes.join(flags))
+        workdir = getattr(flags, "workdir", None) or "a file"
+        stack.enter_context(files.storage_faults(workdir, then="run the same command again"))
         yield
 
 

@@ -8,7 +8,7 @@ It can be killed at any moment, and the same command continues. The bytes of the
 nor on the number of workers.
 """
 
-import signal
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,17 +17,17 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, cli
 from trialgpt_jax.config import validate
-from trialgpt_jax.console import say
-from trialgpt_jax.data import prepare, token_store
+from trialgpt_jax.console import say, terminations_interrupt
+from trialgpt_jax.data import job_folder, prepare, token_store
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.storage import files, lock
+from trialgpt_jax.storage import files
 
 
 def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
     """Writes the token store that `config.data` describes to `config.data.dir`, or the missing rest of it.
 
     Args:
-      worker: `i/n`: this machine does share i of n, counted from 0; `prepare.merge` joins them. `0/1` does everything.
+      worker: `i/n`: this machine does share i of n, counted from 0; `merge` joins them. `0/1` does everything.
 
     Returns:
       The manifest, or with several shares the progress record of this one.
@@ -37,6 +37,25 @@ def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
         another run uses; a full disk. Finished work is kept, and the same call continues from there.
     """
     index, count = _parse_worker(worker)
+    with _writing(config), job_folder.locked(config.data.dir, index, count):
+        return prepare.prepare(config.data, index, count)
+
+
+def merge(config: ConfigDict) -> dict:
+    """Joins the finished shares in `config.data.dir` into a token store, and returns the manifest.
+
+    Raises:
+      UserError: as `prepare.merge`, or a share is still running; the same call continues when that is mended.
+    """
+    if not files.names(config.data.dir):
+        raise UserError(f"data.dir={config.data.dir} holds no shares to merge; run preprocess with --worker=i/n first")
+    with _writing(config), job_folder.locked(config.data.dir):
+        return prepare.merge(config.data)
+
+
+@contextlib.contextmanager
+def _writing(config: ConfigDict) -> Iterator[None]:
+    """Refuses a config whose token store cannot be written; an OSError of the block becomes a UserError."""
     validate(config)
     folder = config.data.dir
     if "," in folder:
@@ -44,8 +63,7 @@ def preprocess(config: ConfigDict, worker: str = "0/1") -> dict:
     if files.is_remote(folder):
         raise UserError(f"data.dir={folder} is a URL, but token stores are written to a local folder")
     try:
-        with lock.hold(folder, name=f"lock_{index}_of_{count}", flag="data.dir", keep_file=False):
-            return prepare.prepare(config.data, index, count)
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: {error.strerror or error}; the token store cannot be written"
@@ -108,9 +126,11 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "neither --config=FILE nor --config.data.dir=FOLDER is given; configs come with the project in configs/"
         )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handle SIGTERM like Ctrl-C
-    try:
+    if flags.verify or (flags.show and not flags.merge):
         return _command(flags, config)
+    try:
+        with terminations_interrupt():
+            return _command(flags, config)
     except KeyboardInterrupt:
         say("stopped; finished work is kept, and the same command continues")
         return cli.EXIT_STOPPED
@@ -123,7 +143,7 @@ def _command(flags: absl_flags.FlagValues, config: ConfigDict) -> int:
         tokens = sum(shard["tokens"] for shard in shards)
         print(f"{folder}: {len(shards)} shards, {tokens:,} tokens: all match the manifest")
     elif flags.merge:
-        prepare.merge(config.data)
+        merge(config)
     elif not flags.show:
         preprocess(config, flags.worker)
         if flags.worker != "0/1":

@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from tqdm import tqdm
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, console
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.encoders import batch_encoder
@@ -65,7 +65,8 @@ def _run_processes(job: Job, threads: int, tasks: list[Task], processes: int, fi
         for _ in range(processes):
             pipe, child_end = context.Pipe()
             children[pipe] = context.Process(target=_child, args=(job, threads, child_end), daemon=True)
-            children[pipe].start()
+            with _inherited_block():
+                children[pipe].start()
             child_end.close()  # only the child holds its end now, so the pipe closes when the child exits
         while children:
             for pipe in connection.wait(children):
@@ -96,8 +97,20 @@ def _run_processes(job: Job, threads: int, tasks: list[Task], processes: int, fi
                 child.join()
 
 
+@contextlib.contextmanager
+def _inherited_block() -> Iterator[None]:
+    """Children started in the block never get SIGINT and SIGHUP, which reach the whole process group: their parent ends
+    them. In this process the signals are delayed until the block ends."""
+    resource_tracker.ensure_running()  # otherwise the first start does that, and unblocks SIGINT afterwards
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _child(job: Job, threads: int, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its children
+    console.guard()
     parent = multiprocessing.parent_process()
     # Exit if the parent is killed
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -46,7 +46,10 @@ _NEXT_STEPS = "the same command on every host continues from the newest whole ch
 _CONNECTION = re.compile(
     r"gloo|nccl|connection (closed|reset)|socket closed|heartbeat|coordination service", re.IGNORECASE
 )
-_values, _agreed_steps = itertools.count(), itertools.count()
+# Of these: the other process has not answered in time, because it is slow or has died. Gloo waits 30 s for the others
+# at the first collective of each group of devices; JAX has no option for that.
+_NO_ANSWER = re.compile(r"context initialization failed|timed out|deadline_exceeded|timeout", re.IGNORECASE)
+_values, _agreed_steps, _meetings = itertools.count(), itertools.count(), itertools.count()
 
 
 @contextlib.contextmanager
@@ -72,13 +75,14 @@ def join(flags) -> Iterator[None]:
 
     _redirect_native_stdout()
     notice = _ExitNotice()
-    jax.distributed.initialize(
-        *where,
-        initialization_timeout=flags.start_timeout_seconds,
-        heartbeat_timeout_seconds=flags.peer_timeout_seconds,
-        # long, because process 0 may still check a large checkpoint; a dead process is detected by its heartbeat
-        shutdown_timeout_seconds=_DAY,
-    )
+    with console.interrupts_end_process():  # it waits in C++, where Python's handler would not run
+        jax.distributed.initialize(
+            *where,
+            initialization_timeout=flags.start_timeout_seconds,
+            heartbeat_timeout_seconds=flags.peer_timeout_seconds,
+            # long, because process 0 may still check a large checkpoint; a dead process is detected by its heartbeat
+            shutdown_timeout_seconds=_DAY,
+        )
     console.enable(distributed.global_state.process_id == 0)
     if not where and each_has_its_own_gpu(os.environ):
         jax.config.update("jax_cuda_visible_devices", "all")
@@ -124,6 +128,17 @@ def from_first(compute: Callable[[], T]) -> T:
         client.key_value_set(key, json.dumps(value))
         return value
     return json.loads(client.blocking_key_value_get(key, _DAY * 1000))
+
+
+def meet() -> None:
+    """Waits for all processes: called after something that takes them different times, such as compilation or reading.
+
+    No device takes part: in a collective the first to come would wait for the others, where Gloo gives up after 30 s.
+    Here it waits for a day. A process that dies meanwhile is detected by its heartbeat, and an error of another one
+    ends this process.
+    """
+    if distributed.global_state.num_processes != 1:
+        distributed.global_state.client.wait_at_barrier(f"trialgpt_jax/meeting/{next(_meetings)}", _DAY * 1000)
 
 
 class AgreedStep:
@@ -246,8 +261,10 @@ class _Watchdog:
     def exit(self, status: int, text: str, report: str | None) -> None:
         """Prints `text`, sends `report` to the other processes, and exits with `status`; only the first call does."""
         with self._exiting:  # never released: a second caller waits here until the process ends
-            print(f"{text}\n", end="", file=sys.stderr, flush=True)
-            sys.stdout.flush()
+            if text:
+                console.say_always(text)
+            with contextlib.suppress(console.OutputError):
+                sys.stdout.flush()
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process failed first, or process 0 is dead
                 if report:
                     self._client.key_value_set(_FAILURE, json.dumps([status, report]))
@@ -269,8 +286,16 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
     line = next(iter(str(error).splitlines()), "")
     if isinstance(error, UserError):
         return 2, f"error: {error}", f"error: {me}: {error}"
+    if isinstance(error, console.OutputError):
+        return error.status, error.line, f"error: {me}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return console.EXIT_INTERRUPTED, "interrupted", f"error: {me} was interrupted; {_NEXT_STEPS}"
     if isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)) and _CONNECTION.search(str(error)):
-        text = f"error: {me} has lost another process of this job, which has died: {line}; {_NEXT_STEPS}"
+        if _NO_ANSWER.search(str(error)):
+            why = "has waited too long for another process of this job, which is slow or has ended"
+        else:
+            why = "has lost the connection to another process of this job, which has ended or cannot be reached"
+        text = f"error: {me} {why}: {line}; {_NEXT_STEPS}"
         return 1, text, text
     text = "".join(traceback.format_exception(error)).rstrip()
     return 1, text, f"error: {me} failed: {type(error).__name__}: {line}; {_NEXT_STEPS}"
@@ -279,5 +304,5 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
 def _redirect_native_stdout() -> None:
     """Keeps stdout for Python: Gloo, which connects processes on CPU, prints lines of its own to stdout from C++."""
     sys.stdout.flush()
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stdout = console.results(os.dup(1))
     os.dup2(2, 1)

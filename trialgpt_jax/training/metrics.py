@@ -13,9 +13,12 @@ from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import head
+from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.tensorboard import EventFile
+
+_MAX_SECONDS = 1e10  # of training; more is no time
 
 
 def parameter_count(params) -> int:
@@ -129,15 +132,16 @@ class MetricsLog:
         """Opens the log and drops the lines of steps after `resume_step`, which will run again; 0 drops all.
 
         Raises:
-          UserError: W&B is enabled but not installed, or a line before the last is not JSON.
+          UserError: W&B is enabled but not installed, or a line of the steps to keep is damaged.
         """
         self._path = workdir_lib.metrics_path(workdir)
         kept = _lines_up_to(self._path, resume_step)
         self.last = kept[-1] if kept else {}
-        self._text = "".join(json.dumps(line) + "\n" for line in kept)  # for object stores, which cannot append
-        files.write(self._path, self._text)
-        self._size = len(self._text.encode())  # bytes of complete lines on disk
-        self._unwritten = ""
+        text = "".join(_to_json(line) for line in kept)
+        files.write(self._path, text)
+        self._text = text if files.is_remote(workdir) else ""  # object stores cannot append
+        self._durable = len(text.encode())  # bytes
+        self._pending, self._in_file = b"", 0  # lines after that; how many bytes of them are in the file, not synced
         self._tensorboard = self._wandb = None
         if log.tensorboard and files.is_remote(workdir):
             say("log.tensorboard is off: its files are appended to, which an object store cannot do")
@@ -152,31 +156,39 @@ class MetricsLog:
             self._wandb = wandb.init(project=log.wandb, name=name, id=name, resume="allow", config=config.to_dict())
 
     def write(self, line: dict) -> None:
-        """Adds a line, which has a `step`. While the disk is full, lines stay in memory, and `sync` raises."""
-        self._unwritten += json.dumps(line) + "\n"
+        """Adds a line: a `step` and numbers, None for one that is not finite.
+
+        While it cannot be written, for example on a full disk, it stays in memory, and `sync` raises.
+        """
+        line = {name: finite(value) if isinstance(value, float) else value for name, value in line.items()}
+        self._pending += _to_json(line).encode()
         if not files.is_remote(self._path):
             with contextlib.suppress(OSError):
-                self._append(sync=False)
-        numbers = {k: v for k, v in line.items() if k != "step" and v is not None}
-        if self._tensorboard:
-            try:
+                self._append(self._in_file)
+        numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
+        try:
+            if self._tensorboard:
                 self._tensorboard.write(line["step"], numbers)
-            except OSError as error:
-                say(f"log.tensorboard is off from step {line['step']} on: {error}")
-                self._tensorboard = None
-        if self._wandb:
-            self._wandb.log(numbers, step=line["step"])
+        except OSError as error:
+            say(f"log.tensorboard is off from step {line['step']} on: {error}")
+            self._tensorboard = None
+        try:
+            if self._wandb:
+                self._wandb.log(numbers, step=line["step"])
+        except Exception as error:  # noqa: BLE001 - it raises many types, and none of them may end the run
+            say(f"log.wandb is off from step {line['step']} on: {type(error).__name__}: {error}")
+            self._wandb = None
 
-    def _append(self, sync: bool) -> None:
-        data = self._unwritten.encode()
-        with open(self._path, "r+b") as file:
-            file.truncate(self._size)  # drops a line that a full disk cut short
-            file.seek(self._size)
-            file.write(data)
+    def _append(self, start: int, sync: bool = False) -> None:
+        """Writes the pending lines from byte `start` of them on."""
+        with files.named(self._path), open(self._path, "r+b") as file:
+            file.seek(self._durable + start)
+            file.write(self._pending[start:])
+            file.truncate()  # a full disk may have cut a longer write short
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        self._size, self._unwritten = self._size + len(data), ""
+        self._in_file = len(self._pending)
 
     def sync(self) -> None:
         """Writes all lines durably. Called before a checkpoint, which guarantees the lines up to its step.
@@ -185,36 +197,74 @@ class MetricsLog:
           OSError: they cannot be written; they stay in memory.
         """
         if files.is_remote(self._path):
-            self._text, self._unwritten = self._text + self._unwritten, ""
+            self._text, self._pending = self._text + self._pending.decode(), b""
             files.write(self._path, self._text)
-        else:
-            self._append(sync=True)
+            return
+        # All of them again: the kernel drops what an fsync has failed to write, and the next fsync succeeds.
+        self._append(0, sync=True)
+        self._durable, self._pending, self._in_file = self._durable + len(self._pending), b"", 0
 
     def close(self) -> None:
         """Closes the log. Lines that cannot be written are later than every checkpoint: a resumed run writes them."""
         with contextlib.suppress(OSError):
             self.sync()
+        with contextlib.suppress(OSError):
             if self._tensorboard:
                 self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 
 
+def _to_json(line: dict) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
 def _lines_up_to(path: str, step: int) -> list[dict]:
-    """The lines of steps <= `step`, none for 0. An incomplete last line, after a kill, is dropped."""
-    if not files.exists(path):
+    """The lines of steps <= `step`, none for 0, as `MetricsLog.write` has written them.
+
+    Later lines were not synced when the process or its host ended, so the last one may be incomplete, and after a loss
+    of power some may be zeros; those are dropped. Any other line that was not written so is refused.
+    """
+    if not step or not files.exists(path):  # without a checkpoint the run starts over, with the evaluation of step 0
         return []
-    with files.open_file(path) as file:
-        raw = file.read().splitlines()
-    lines = []
+    with files.named(path), files.open_file(path) as file:
+        *raw, _incomplete = file.read().split(b"\n")
+    lines, last, lost = [], (-1, False), 0
     for number, text in enumerate(raw, 1):
+        if b"\0" in text:
+            lost = lost or number
+            continue
         try:
-            line = json.loads(text)
-            if type(line["step"]) is not int or not isinstance(line.get("seconds", 0.0), int | float):
-                raise ValueError("no step")
+            line = _parse(text)
+            place = line["step"], "val_loss" in line
+        except (ValueError, TypeError, RecursionError) as error:
+            why = "is not JSON" if isinstance(error, json.JSONDecodeError) else f"is not a line of metrics: {error}"
+            raise UserError(f"{path}, line {number} {why}; repair or remove the file") from None
+        if place <= last:
+            raise UserError(
+                f"{path}, line {number}: step {place[0]} again or after step {last[0]}; repair or remove the file"
+            )
+        if place[0] <= step:
+            if lost:
+                raise UserError(f"{path}, line {lost}: zeros instead of metrics; repair or remove the file")
             lines.append(line)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number < len(raw):
-                raise UserError(f"{path}, line {number}: not a line of metrics; repair or remove the file") from None
-    # Without a checkpoint the run starts over, including the evaluation of step 0.
-    return [line for line in lines if line["step"] <= step] if step else []
+        last = place
+    return lines
+
+
+def _parse(text: bytes) -> dict[str, int | float | None]:
+    """A line of metrics. Raises ValueError, TypeError or RecursionError if it is not one."""
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise TypeError("not an object")
+    for name, value in {"step": None, **line}.items():
+        number = type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 2**63
+        if name == "step":
+            number = type(value) is int and 0 <= value <= INT32_MAX
+        elif name == "seconds":
+            number = number and 0 <= value < _MAX_SECONDS
+        elif value is None:
+            number = True
+        if not number:
+            raise ValueError(f"`{name}` is {value!r:.50}")
+    return line

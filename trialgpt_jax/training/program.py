@@ -17,7 +17,7 @@ from trialgpt_jax.console import say
 from trialgpt_jax.data import batches
 from trialgpt_jax.data.token_store import Mixture, Split, TokenStore
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.parallel import accelerators, processes
 from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.parallel.host_memory import MEMORY
 from trialgpt_jax.parallel.sharding import (
@@ -104,10 +104,11 @@ class Program:
             skip_spikes=train.skip_spikes,
             learning_rate=schedule(config.optim, train.steps, config.optim.learning_rate),
         )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.layout), replicated(self.mesh)
+        layout = self.layout
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, layout), replicated(self.mesh)
         with self._mesh_in_use():
             jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-            return self._compile(jitted.lower(self.layout, self._tokens(train.batch_size)))
+            return self._compile(jitted.lower(layout, self._tokens(train.batch_size)))
 
     def step(self, state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """Runs `train_step`, and on CPU plans the memory that steps reuse."""
@@ -120,11 +121,11 @@ class Program:
 
     @functools.cached_property
     def eval_step(self) -> jax.stages.Compiled:
-        size = self.eval_batch_size
+        size, params = self.eval_batch_size, self.params_layout
         valid = jax.ShapeDtypeStruct((size,), jnp.bool_, sharding=batch_sharding(self.mesh))
-        with self._mesh_in_use():
+        with self._mesh_in_use():  # in which no layout can be made
             jitted = jax.jit(functools.partial(steps.eval_step, config=self.gpt), out_shardings=replicated(self.mesh))
-            return self._compile(jitted.lower(self.params_layout, self._tokens(size), valid))
+            return self._compile(jitted.lower(params, self._tokens(size), valid))
 
     def evaluate(self, params, eval_batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, int]:
         """Mean loss over the valid rows of `eval_batches`.
@@ -210,7 +211,9 @@ class Program:
             yield
 
     def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        return lowered.compile(accelerators.compiler_options(self.mesh.devices.flat[0].platform))
+        compiled = lowered.compile(accelerators.compiler_options(self.mesh.devices.flat[0].platform))
+        processes.meet()
+        return compiled
 
 
 def params_layout(gpt: GPTConfig, mesh: Mesh):

@@ -1,4 +1,4 @@
-"""Stopping a run on request: SIGTERM, Ctrl-C or a time limit; all processes of a job stop after the same step."""
+"""Stopping a run on request, by a signal or a time limit; all processes of a job stop after the same step."""
 
 import contextlib
 import os
@@ -9,7 +9,12 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Context manager: the first SIGTERM or Ctrl-C asks for a stop after the current step, the second ends the process.
+    """Context manager: the first SIGTERM, SIGHUP or Ctrl-C asks for a stop after the current step.
+
+    The second SIGTERM or Ctrl-C ends the process at once. A second SIGHUP does not, nor does a SIGHUP count as the
+    first of two: when a terminal closes, both the shell and the kernel send one, and systemd sends one with each
+    SIGTERM. A SIGHUP that was ignored at the start (`nohup`) stays so. Ctrl-C asks for a stop only after `begin`;
+    before, there is nothing to save, and it raises KeyboardInterrupt as elsewhere.
 
     With several processes JAX's preemption service listens for SIGTERM in each of them and agrees on a step at which
     all can stop. A second SIGTERM has no effect there, because a scheduler that takes hosts away signals them one by
@@ -19,19 +24,31 @@ class StopRequest:
     def __enter__(self):
         self._asked = False
         self._previous = {}
-        # With several processes SIGTERM is left alone: a handler here would replace the preemption service's.
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
-            with contextlib.suppress(ValueError):  # not in the main thread (a notebook): no signals to handle
-                self._previous[number] = signal.signal(number, self._on_signal)
+        if jax.process_count() == 1:  # otherwise a handler would replace the preemption service's
+            self._handle(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self._handle(signal.SIGHUP)
         return self
 
+    def begin(self) -> None:
+        """The first step follows: from here on Ctrl-C asks for a stop."""
+        self._handle(signal.SIGINT)
+
+    def _handle(self, number: int) -> None:
+        with contextlib.suppress(ValueError):  # not in the main thread (a notebook): no signals to handle
+            self._previous[number] = signal.signal(number, self._on_signal)
+
     def _on_signal(self, number, frame):
-        for each, handler in self._previous.items():
-            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else handler)
+        again = b""
+        if number != signal.SIGHUP:
+            for each in self._previous.keys() - {signal.SIGHUP}:
+                signal.signal(each, signal.SIG_DFL)
+            again = b"; once more to leave at once"
         self._ask_all()
         if jax.process_index() == 0:
             # os.write and not `say`: the signal may interrupt a print, and Python's buffers are not reentrant
-            os.write(2, b"stopping after this step; once more to leave at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopping after this step" + again + b"\n")
 
     def _ask_all(self) -> None:
         if jax.process_count() > 1 and not self._asked:

@@ -4,10 +4,13 @@ tensorboardX imports torch if it is installed, which takes two seconds of every 
 thread, after which the run waits without end. Formats: TensorFlow's `event.proto`, `summary.proto` and TFRecord.
 """
 
+import math
 import os
 import socket
 import struct
 import time
+
+from trialgpt_jax.storage import files
 
 
 def _crc32c_table() -> list[int]:
@@ -45,6 +48,13 @@ def _field(number: int, data: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
+def _float32(value: float) -> bytes:
+    try:
+        return struct.pack("<f", value)
+    except OverflowError:
+        return struct.pack("<f", math.copysign(math.inf, value))
+
+
 class EventFile:
     """A new event file in a folder.
 
@@ -56,7 +66,8 @@ class EventFile:
     def __init__(self, folder: str, resume_step: int):
         os.makedirs(folder, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"  # sorts by creation time
-        self._file = open(os.path.join(folder, name), "xb")  # noqa: SIM115 - closed by `close`
+        self._path = os.path.join(folder, name)
+        self._file = open(self._path, "xb")  # noqa: SIM115 - closed by `close`
         self._add(0, _field(3, b"brain.Event:2"))  # file_version
         if resume_step:
             self._add(resume_step + 1, _field(7, b"\x08\x01"))  # session_log {status: START}
@@ -69,7 +80,7 @@ class EventFile:
           OSError: it cannot be written.
         """
         # summary {value {tag, simple_value}}
-        values = (_field(1, name.encode()) + b"\x15" + struct.pack("<f", value) for name, value in numbers.items())
+        values = (_field(1, name.encode()) + b"\x15" + _float32(value) for name, value in numbers.items())
         self._add(step, _field(5, b"".join(_field(1, value) for value in values)))
         if time.monotonic() - self._flushed > 30:
             self._flush()
@@ -77,10 +88,12 @@ class EventFile:
     def _add(self, step: int, what: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + b"\x10" + _varint(step) + what  # wall_time, step
         length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
+        with files.named(self._path):
+            self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
 
     def _flush(self) -> None:
-        self._file.flush()
+        with files.named(self._path):
+            self._file.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
