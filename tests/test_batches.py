@@ -161,6 +161,16 @@ def test_a_mixture_keeps_its_weights_and_draws_every_window_of_a_member_once_per
     assert 3.5 < gaps.mean() < 4.5 and 2.5 < gaps.std() < 4.5, "the members should be mixed at random: geometric gaps"
 
 
+def test_members_of_the_same_size_have_orders_of_their_own(tmp_path):
+    for name, first in (("a", 0), ("b", 10_000)):
+        (tmp_path / name).mkdir()
+        np.arange(first, first + 8 * 103 + 5, dtype=np.uint16).tofile(tmp_path / name / "train.bin")
+    split = token_store.open_store(f"{tmp_path}/a:1,{tmp_path}/b:1").split("train")
+    rows = np.concatenate(take(split, 128, batch_size=8))[:, 0]
+    first, second = rows[rows < 10_000][:103], rows[rows >= 10_000][:103] - 10_000
+    assert sorted(first) == sorted(second) and (first == second).mean() < 0.1
+
+
 @pytest.mark.parametrize("start", [0, 5, 16, 130])
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_batch_k_of_a_mixture_depends_only_on_seed_and_k(mixture, start, hosts):

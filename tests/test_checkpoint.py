@@ -1,8 +1,13 @@
 """Checkpoints: restored bit for bit, checked byte by byte, and never removed by mistake."""
 
+import contextlib
 import errno
 import json
+import logging
 import os
+import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,9 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from trialgpt_jax import UserError
-from trialgpt_jax.training.checkpoint import Checkpoints, SaveError
+from trialgpt_jax.storage import integrity, lock
+from trialgpt_jax.training.checkpoint import Checkpoints, SaveError, report_libraries
+from trialgpt_jax.training.start import load_params
 
 
 def state(seed=0):
@@ -72,8 +79,19 @@ def truncate(path):
     os.truncate(path, os.path.getsize(path) - 1)
 
 
+def extend(path):
+    os.truncate(path, os.path.getsize(path) + 1)
+
+
 @pytest.mark.parametrize(
-    ("damage", "words"), [(flip, "checksum"), (zero, "checksum"), (truncate, "bytes"), (os.remove, "missing")]
+    ("damage", "words"),
+    [
+        (flip, "checksum"),
+        (zero, "checksum"),
+        (truncate, "bytes instead"),
+        (extend, "bytes instead"),
+        (os.remove, "missing"),
+    ],
 )
 def test_damage_is_found_named_and_the_checkpoint_before_is_used(saved, damage, words):
     checkpoints, folder, logged = saved
@@ -84,6 +102,17 @@ def test_damage_is_found_named_and_the_checkpoint_before_is_used(saved, damage, 
     with pytest.raises(UserError, match="checkpoint 3 is damaged"):
         checkpoints.check(3)
     checkpoints.check(2)
+
+
+def test_a_flipped_bit_is_found_in_every_file(saved):
+    checkpoints, folder, _ = saved
+    paths = [path for path in (folder / "3").rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(paths) > 8
+    for path in paths:
+        flip(path)
+        assert str(path) in checkpoints.problem(3)
+        flip(path)
+    assert checkpoints.problem(3) is None
 
 
 def test_a_missing_list_of_checksums_is_damage_too(saved):
@@ -165,6 +194,19 @@ def test_after_a_damaged_one_the_same_step_is_saved_again(saved):
     assert again.newest_whole() == 3 and sorted(os.listdir(folder)) == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_not_saved_unless_it_is_allowed(saved, value):
+    checkpoints, folder, _ = saved
+    bad = state(4)
+    bad["opt_state"] = (bad["opt_state"][0].at[1, 2].set(value),)
+    with pytest.raises(FloatingPointError, match=r"step 4 is not saved.* 1 values that are not finite, in opt_state/0"):
+        checkpoints.save(4, bad)
+    assert checkpoints.newest_whole() == 3 and sorted(os.listdir(folder)) == ["1", "2", "3"]
+    checkpoints.save(4, bad, allow_nonfinite=True)
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(4, layout(bad)), bad)
+
+
 def test_a_step_that_orbax_does_not_save_is_an_error(saved):
     checkpoints, _, _ = saved
     with pytest.raises(RuntimeError, match="step 3"):
@@ -194,7 +236,7 @@ def test_a_failed_save_raises_once_and_leaves_the_other_checkpoints_unchanged(wh
                 checkpoints.poll()
             checkpoints.poll()
     message = str(failure.value)
-    assert "step 4" in message and str(folder) in message and "last good one is 3" in message
+    assert "step 4" in message and str(folder) in message and "last good checkpoint is 3" in message
     assert "the disk is full: the checkpoint takes 16.4 kB, and " in message and "\n" not in message
     checkpoints.wait()  # the error is raised once
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -215,10 +257,198 @@ def test_an_error_in_the_program_is_not_reported_as_a_full_disk(tmp_path, monkey
 def test_space_is_asked_for_before_the_first_save(saved, monkeypatch):
     checkpoints, _, _ = saved
     monkeypatch.setattr("trialgpt_jax.storage.files.free_bytes", lambda path: 10_000_000)
-    checkpoints.check_space(10_000_000)  # keep_last=3: only the one being written needs space
+    checkpoints.check_before_saving(10_000_000)  # keep_last=3: only the one being written needs space
     with pytest.raises(
         UserError, match=r"takes 10.0 MB, and .* \+ 1 = 4 of them need 10.0 MB more, but 10.0 MB are free"
     ):
-        checkpoints.check_space(10_000_001)
+        checkpoints.check_before_saving(10_000_001)
     with pytest.raises(UserError, match="= 4 of them need 10.4 MB more"):
-        Checkpoints("/nowhere", keep_last=3).check_space(2_600_000)
+        Checkpoints("/nowhere", keep_last=3).check_before_saving(2_600_000)
+
+
+# ---- whole means that it was opened
+
+
+async def no_merge(*args, **kwargs):
+    pass
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_not_whole_and_the_one_before_stays(saved, monkeypatch):
+    """Orbax skips the merge of its files, with a warning only, where its glob pattern does not match the path."""
+    checkpoints, folder, _ = saved
+    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files", no_merge)
+        checkpoints.save(4, state(4))
+        with pytest.raises(SaveError, match="step 4 .* cannot be read back: `.*the last good checkpoint is 3"):
+            checkpoints.wait()
+    assert checkpoints.newest_whole() == 3
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+    checkpoints.save(4, state(4))
+    checkpoints.wait()
+    assert checkpoints.newest_whole() == 4
+
+
+def test_arrays_that_are_not_those_of_the_run_are_not_whole(saved):
+    checkpoints, _, _ = saved
+    arrays = checkpoints._record(3)["arrays"]
+    checkpoints._open(3, arrays)
+    for wrong in ({"params/a": [[64], "float32"]}, {"params/b": [[7], "bfloat16"]}, {"params/c": [[1], "int32"]}):
+        with pytest.raises(SaveError, match=f"step 3 .* cannot be read back: `{next(iter(wrong))}` is "):
+            checkpoints._open(3, arrays | wrong)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?", "]"])
+def test_paths_that_orbax_takes_for_patterns_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be saved below a path with"):
+        Checkpoints(str(tmp_path / name / "run")).check_before_saving(1)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_checkpoint_in_a_renamed_folder_is_readable(saved, tmp_path):
+    tmp_path.joinpath("checkpoints").rename(tmp_path / "checkpoints_")
+    (tmp_path / "moved [1]").mkdir()
+    (tmp_path / "checkpoints_").rename(tmp_path / "moved [1]" / "checkpoints")
+    params, step = load_params(str(tmp_path / "moved [1]"), layout(state())["params"])
+    assert step == 3
+    assert_equal(params, state(3)["params"])
+
+
+def test_a_warning_of_a_library_is_a_line_of_the_log(capsys):
+    report_libraries()
+    logging.getLogger("absl").info("not shown")
+    logging.getLogger("absl").warning("Skipping merge of\nOCDBT checkpoints")
+    assert capsys.readouterr().err == "warning of test_checkpoint: Skipping merge of OCDBT checkpoints\n"
+
+
+# ---- removal, and readers beside a run
+
+
+def test_an_interrupted_removal_is_not_damage(saved, monkeypatch):
+    checkpoints, folder, logged = saved
+
+    def killed(path):
+        os.remove(biggest_file(path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints._remove("3")
+    monkeypatch.undo()
+    assert checkpoints.steps() == [1, 2] and checkpoints.newest_whole() == 2 and not logged
+    checkpoints.discard_interrupted()
+    assert sorted(os.listdir(folder)) == ["1", "2"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+    logged = []
+    checkpoints = Checkpoints(str(tmp_path), keep_last=1, say=logged.append)
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+
+    def refused(path):
+        raise PermissionError(errno.EPERM, "Operation not permitted", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refused)
+        checkpoints.save(2, state(2))
+        checkpoints.wait()
+    assert len(logged) == 1 and "warning" in logged[0] and str(tmp_path / "checkpoints" / "1") in logged[0]
+    assert checkpoints.newest_whole() == 2
+    checkpoints.save(3, state(3))
+    checkpoints.wait()
+    assert os.listdir(tmp_path / "checkpoints") == ["3"]
+
+
+def test_a_checkpoint_is_not_removed_while_it_is_read(tmp_path):
+    run, reader = (Checkpoints(str(tmp_path), keep_last=1) for _ in range(2))
+    run.save(1, state(1))
+    run.wait()
+    with reader.reading() as step:
+        run.save(2, state(2))
+        run.wait()
+        assert step == 1 and run.steps() == [1, 2]
+        assert_equal(reader.restore(1, layout(state())), state(1))
+    run.save(3, state(3))
+    run.wait()
+    assert run.steps() == [3]
+    with pytest.raises(UserError, match="no checkpoint of step 1; it has 3"), reader.reading(1):
+        pass
+
+
+def test_a_reader_never_takes_a_checkpoint_that_is_being_removed(saved):
+    checkpoints, folder, logged = saved
+    found = []
+    with lock.unshared(integrity.record_path(str(folder / "3"))) as free:
+        assert free
+        reader = threading.Thread(target=lambda: found.append(checkpoints.newest_whole()))
+        reader.start()
+        with pytest.raises(UserError, match="no checkpoint of step 3; it has 1, 2"):
+            checkpoints.check(3)
+        time.sleep(0.1)
+        assert not found
+        (folder / "3.removed").touch()
+        shutil.rmtree(folder / "3")
+    reader.join(10)
+    assert found == [2] and not logged
+
+
+def test_a_checkpoint_that_vanishes_before_it_is_read_is_not_damage(saved, monkeypatch):
+    """In an object store nothing holds it."""
+    checkpoints, folder, logged = saved
+    problem = checkpoints.problem
+
+    def vanishing(step):
+        if step == 3:
+            shutil.rmtree(folder / "3")
+        return problem(step)
+
+    monkeypatch.setattr(checkpoints, "problem", vanishing)
+    monkeypatch.setattr(lock, "shared", lambda path: contextlib.nullcontext(True))
+    assert checkpoints.newest_whole() == 2 and not logged
+
+    restore = Checkpoints.restore
+
+    def vanishing_restore(self, step, layout):
+        if step == 2:
+            shutil.rmtree(folder / "2")
+        return restore(self, step, layout)
+
+    monkeypatch.setattr(Checkpoints, "restore", vanishing_restore)
+    params, step = load_params(str(folder.parent), layout(state())["params"])
+    assert step == 1
+    assert_equal(params, state(1)["params"])
+
+
+def test_readers_beside_a_run_that_saves_all_the_time(tmp_path):
+    """With keep_last=1 the one that is read is the next to be removed."""
+    run = Checkpoints(str(tmp_path), keep_last=1)
+    run.save(1, state(1))
+    run.wait()
+    done, answers, errors = threading.Event(), [], []
+
+    def read():
+        while not done.is_set():
+            try:
+                params, step = load_params(str(tmp_path), layout(state())["params"])
+                assert_equal(params, state(step)["params"])
+                answers.append(step)
+            except BaseException as error:  # noqa: BLE001 - reported below
+                errors.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    end, step = time.monotonic() + 6, 1
+    while time.monotonic() < end:
+        step += 1
+        run.save(step, state(step))
+        run.wait()
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not errors, errors[0]
+    assert len(answers) > 5 and len(set(answers)) > 2
+    run.save(step + 1, state(0))
+    run.wait()
+    assert run.steps() == [step + 1]

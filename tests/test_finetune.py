@@ -148,3 +148,19 @@ def test_a_source_that_does_not_exist_is_refused(config, tmp_path):
     config.train.init_from = str(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no config.json; it must be a workdir or a Hugging Face folder"):
         train(config, str(tmp_path / "run"))
+
+
+def test_a_converted_workdir_whose_later_checkpoints_are_damaged_goes_on(sources, config, tmp_path, capsys):
+    workdir = str(tmp_path / "run")
+    convert.from_hf(config, sources["hf"], workdir)
+    config.train.update({"steps": 7, "max_seconds": 1e-9})
+    config.checkpoint.update({"every_steps": 1, "keep_last": 9})
+    assert train(config, workdir) == 75
+    (tmp_path / "run/checkpoints/1/checksums.json").unlink()
+    capsys.readouterr()
+    config.train.max_seconds = 0.0
+    assert train(config, workdir) == 0
+    log = capsys.readouterr().err
+    assert "checkpoint 1 is damaged" in log and "starting from the weights of checkpoint 0" in log, log
+    assert Checkpoints(workdir).steps() == list(range(8))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, 8))

@@ -100,16 +100,18 @@ def test_metrics_are_the_same_with_asynchronous_dispatch(config, tmp_path, defau
     assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
 
 
-def test_a_run_compiles_three_programs(config, tmp_path, default_file, caplog):
-    """Any other, such as an operation on metrics in the loop, would run between two steps."""
+def test_a_run_compiles_four_programs(config, tmp_path, default_file, caplog):
+    """The fourth checks the state at the first save. Any other, such as an operation on metrics in the loop, would run
+    between two steps."""
     jax.clear_caches()
     with jax.log_compiles():
         result = call("train", f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
     programs = re.findall(r"Finished XLA compilation of jit\((.*?)\)", caplog.text)
-    assert programs == ["train_step", "eval_step", "init_state"]
+    assert programs == ["train_step", "eval_step", "init_state", "all_finite"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(reference, long_config, tmp_path, default_file):
     """Six SIGKILLs, some of them during a save."""
     workdir, rng = tmp_path / "run", random.Random(0)
@@ -209,6 +211,10 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state_on_disk(config
     result = train(config, tmp_path / "run", file=default_file)
     assert result.returncode == 1 and "not finite" in result.stderr, result.stderr
     assert "train.max_skipped" in result.stderr
+    last = int(re.search(r"the last good checkpoint is (\d+)", result.stderr)[1])
+    for step in sorted(os.listdir(tmp_path / "run" / "checkpoints")):
+        assert int(step) <= last
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(final_state(tmp_path / "run")))
 
 
 def test_unusable_data_models_and_workdirs_are_refused(config, store, tmp_path, default_file):

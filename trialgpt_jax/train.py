@@ -48,7 +48,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     if config.checkpoint.on_error == "continue" and jax.process_count() > 1:
         raise UserError("checkpoint.on_error=continue is for one process: others would wait for the one that failed")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(files.full_disk_is_user_error(workdir))
+        stack.enter_context(files.storage_faults(workdir))
         if dry_run:
             lock.probe(workdir)
         else:
@@ -60,13 +60,15 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         checkpoints = Checkpoints(workdir, keep.keep_last, keep.keep_best, keep.keep_period, say)
         if not dry_run:
             checkpoints.discard_interrupted()
-        converted = start_lib.is_converted(checkpoints)
+        whole = checkpoints.newest_whole()
+        converted = start_lib.is_converted(checkpoints, whole)
         if files.exists(workdir_lib.config_path(workdir)):
             snapshot = config_lib.load_snapshot(workdir)
             for change in config_lib.check_resumable(config, snapshot, allow_config_change, converted):
                 say(change)
             workdir_lib.check_tokenizer(store, workdir)
-        start = start_lib.decide(config, workdir, store, checkpoints, converted)
+            workdir_lib.check_data(store, workdir, allowed="data.dir" in allow_config_change)
+        start = start_lib.decide(config, workdir, store, whole, converted)
         first_step = start.step or 0
         if start.step is not None and first_step >= config.train.steps:
             say(f"done: {workdir} has the checkpoint of step {first_step}; nothing to do")
@@ -78,7 +80,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         batches = program.train_batches(store.split("train"), first_step)
         if config.eval.every_steps:
             next(program.eval_batches(store.split("val"), config.eval.batches))
-        checkpoints.check_space(state_bytes(program.layout))
+        checkpoints.check_before_saving(state_bytes(program.layout))
         say(program.describe(store.split("train").n_tokens))
         began = time.monotonic()
         plan = program.memory_plan()
@@ -95,6 +97,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         with contextlib.closing(Reporter(program, store.split("val"), workdir, first_step)) as reporter:
             if jax.process_index() == 0:
                 workdir_lib.keep_tokenizer(store, workdir)
+                workdir_lib.keep_data(store, workdir)
                 workdir_lib.save_snapshot(config, workdir)
             return _loop(program, state, first_step, batches, checkpoints, stop, reporter)
 
@@ -106,6 +109,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> i
     if first_step == 0 and config.eval.every_steps:
         reporter.evaluate(0, state.params)
     reporter.restart_clock(first_step)
+    stop.begin()
     pending = collections.deque()  # (step, metrics): dispatched, not fetched yet
     # Metrics are fetched one step late, so that the device never waits. On CPU a step runs synchronously.
     late = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
@@ -121,7 +125,6 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> i
             if step < n_steps:
                 batch = put_batch(next(batches), sharding)
 
-            # timing and logging
             pending.append((step, metrics))
             if len(pending) > late:
                 reporter.step(*pending.popleft())
@@ -146,10 +149,11 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> i
         checkpoints.wait()
     except SaveError as error:
         raise UserError(str(error)) from None
+    except FloatingPointError as error:  # too many skipped steps, or a state that is not saved
+        raise FloatingPointError(f"{error}; {checkpoints.last_good()}") from None
     finally:
         batches.close()
-        with contextlib.suppress(SaveError):  # the loop has ended with another error, which is reported
-            checkpoints.wait()  # a save that has begun is completed
+        checkpoints.settle()  # a save that has begun is completed
     if stopped:
         say(f"stopped after step {saved_step}, which is saved; run the same command to continue")
         return cli.EXIT_STOPPED

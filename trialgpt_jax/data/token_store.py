@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import hashlib
 import itertools
+import json
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 _GPT2 = {"tokenizer_id": TokenizerId("gpt2", None), "vocab_size": 50257, "eot_id": 50256}  # of foreign files
 _LLMC_MAGIC, _LLMC_HEADER = 20240520, 256 * 4  # llm.c: 256 int32 words: magic, version, tokens, ...
+_END_BYTES = 64 << 10
 _RUN = "run `python -m trialgpt_jax.preprocess`"
 
 
@@ -108,6 +110,8 @@ class TokenStore:
       tokenizer_id: the tokenizer that made the ids; its hash is None without a manifest.
       vocab_size, eot_id: number of ids, end-of-text included, and the id of end-of-text.
       splits: `train` and `val`; one without shards has no tokens.
+      members: folder and sha256 (hex) of this store, or of every member of a mixture. The sha256 is that of the tokens'
+        checksums, not of the folder's name; of foreign files that of sizes, beginnings and ends.
     """
 
     folder: str
@@ -116,6 +120,7 @@ class TokenStore:
     eot_id: int
     manifest: dict | None
     splits: dict[str, Split | Mixture]
+    members: tuple[tuple[str, str], ...]
 
     def __post_init__(self):
         if not self.splits["train"].n_tokens:
@@ -224,7 +229,9 @@ def _open_manifest(folder: str, manifest: dict) -> TokenStore:
         largest = max((record["max_id"] for record in records), default=None)
         splits[name] = Split(name, shards, sum(record["bytes"] for record in records), largest, vocab_size)
     tokenizer_id = TokenizerId(manifest["tokenizer"]["name"], manifest["tokenizer"]["hash"])
-    return TokenStore(folder, tokenizer_id, vocab_size, manifest["eot_id"], manifest, splits)
+    content = [[record["split"], record["tokens"], record["sha256"]] for record in manifest["shards"]]
+    members = ((folder, _digest([manifest["dtype"], *tokenizer_id, content])),)
+    return TokenStore(folder, tokenizer_id, vocab_size, manifest["eot_id"], manifest, splits, members)
 
 
 def _open_mixture(text: str) -> TokenStore:
@@ -251,14 +258,14 @@ def _open_mixture(text: str) -> TokenStore:
     for name in SPLITS:
         members = [(s.split(name), w / total) for s, w in zip(stores, weights, strict=True) if s.split(name).n_tokens]
         splits[name] = Mixture(members) if members else first.split(name)
-    return dataclasses.replace(first, splits=splits)
+    return dataclasses.replace(first, splits=splits, members=tuple(member for s in stores for member in s.members))
 
 
 def _open_foreign(folder: str) -> TokenStore:
     """nanoGPT's `train.bin` and `val.bin`, or llm.c's shards; both hold GPT-2 ids as uint16."""
     if not glob.glob("*.bin", root_dir=folder):
         raise UserError(f"{folder} holds no token store ({MANIFEST}), no train.bin and no llm.c shards; {_RUN} first")
-    splits = {}
+    splits, content = {}, []
     for name in SPLITS:
         if os.path.isfile(path := os.path.join(folder, f"{name}.bin")):
             shards = [_nanogpt_shard(path)]
@@ -267,7 +274,20 @@ def _open_foreign(folder: str) -> TokenStore:
             shards = [_llmc_shard(os.path.join(folder, file)) for file in names]
         shards = [shard for shard in shards if shard.tokens]
         splits[name] = Split(name, shards, None, None, _GPT2["vocab_size"])
-    return TokenStore(folder, **_GPT2, manifest=None, splits=splits)
+        content += [[name, shard.tokens, _ends(shard.path)] for shard in shards]
+    return TokenStore(folder, **_GPT2, manifest=None, splits=splits, members=((folder, _digest(content)),))
+
+
+def _digest(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _ends(path: str) -> str:
+    """sha256 of the first and last 64 KiB of a file without a checksum, which may have many gigabytes."""
+    with open(path, "rb") as file:
+        begin = file.read(_END_BYTES)
+        file.seek(max(0, os.path.getsize(path) - _END_BYTES))
+        return hashlib.sha256(begin + file.read()).hexdigest()
 
 
 def _nanogpt_shard(path: str) -> _Shard:

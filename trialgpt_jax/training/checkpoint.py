@@ -13,12 +13,15 @@ import time
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath  # orbax's paths, on disk and in object stores
 from jax.experimental import multihost_utils
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
 from trialgpt_jax.storage import files
 from trialgpt_jax.storage.integrity import human_size
 from trialgpt_jax.training.checkpoint_folder import CheckpointFolder
+from trialgpt_jax.training.train_step import describe_nonfinite, nonfinite
 
 _ITEM = "state"
 _CHUNK_BYTES = 16 * 2**20  # small enough that a host of another mesh reads its own part and not whole arrays
@@ -28,14 +31,27 @@ class SaveError(Exception):
     """A checkpoint could not be written, for a reason outside this program; earlier checkpoints are unchanged."""
 
 
-@functools.cache
-def quiet_libraries() -> None:
-    """Limits what orbax and TensorStore print in this process to errors that they do not also raise.
+class _LibraryLog(logging.Handler):
+    """Reports what orbax warns of as one line of the log.
 
-    Orbax logs every file that it touches, and a traceback of each exception that it raises. When a save fails,
-    TensorStore's other writes end after orbax has closed its event loop, each with an unraisable exception.
+    It logs at a higher level, with a traceback, only what it also raises.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING and not record.exc_info:
+            say(f"warning of {record.module}: {' '.join(record.getMessage().split())[:300]}")
+
+
+@functools.cache
+def report_libraries() -> None:
+    """Makes the warnings of orbax and TensorStore lines of our log, in this process.
+
+    When a save fails, TensorStore's other writes end after orbax has closed its event loop, each with an unraisable
+    exception; those are dropped.
+    """
+    log = logging.getLogger("absl")
+    log.handlers, log.propagate = [_LibraryLog()], False
+    log.setLevel(logging.WARNING)
     previous = sys.unraisablehook
 
     def hook(unraisable):
@@ -53,29 +69,33 @@ class Checkpoints(CheckpointFolder):
         self._manager = None
         self._thread, self._error = None, None
 
-    def save(self, step: int, state, val_loss: float | None = None) -> float:
+    def save(self, step: int, state, val_loss: float | None = None, allow_nonfinite: bool = False) -> float:
         """Starts saving `state` as `step`: copies it off the devices, then writes it in the background.
 
         Args:
           step: greater than every step saved before.
           state: a tree of arrays.
           val_loss: finite validation loss at this step, if known.
+          allow_nonfinite: also save a state with NaN or infinite values.
 
         Returns:
           Seconds for which the caller was blocked.
 
         Raises:
           SaveError: this save or the one before failed.
+          FloatingPointError: the state has NaN or infinite values.
         """
         start = time.monotonic()
         self.wait()
+        if not allow_nonfinite and (bad := nonfinite(state)):
+            raise FloatingPointError(f"step {step} is not saved, because it has {describe_nonfinite(bad)}")
         n_bytes = state_bytes(state)
         try:
             self._begin(step, state)
         except (OSError, ValueError) as error:
             raise self._failed(step, n_bytes, error) from None
-        arrays = {_name(path): [list(x.shape), str(x.dtype)] for path, x in jax.tree_util.tree_leaves_with_path(state)}
-        self._thread = threading.Thread(target=self._finish, args=(step, n_bytes, arrays, val_loss), name="checkpoint")
+        args = step, n_bytes, _describe(state), val_loss
+        self._thread = threading.Thread(target=self._finish, args=args, name="checkpoint")
         self._thread.start()
         return time.monotonic() - start
 
@@ -92,35 +112,66 @@ class Checkpoints(CheckpointFolder):
             raise RuntimeError(f"orbax did not save step {step}; it has {self._manager.all_steps()}")
 
     def _finish(self, step: int, n_bytes: int, arrays: dict, val_loss: float | None) -> None:
-        """In the background: waits for orbax, writes the checksums, removes the checkpoints that are not kept."""
+        """In the background: waits for orbax, makes the step whole, removes the checkpoints that are not kept."""
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
+                files.sync_tree(self._path(step))  # orbax syncs the arrays, but none of its metadata files
+                self._open(step, arrays)
                 self._mark_finished(step, val_loss, arrays)
                 self._prune()
         except (OSError, ValueError) as error:  # ValueError: how TensorStore reports a full disk
             self._error = self._failed(step, n_bytes, error)
+        except SaveError as error:
+            self._abandon()
+            self._error = error
         except Exception as error:  # noqa: BLE001 - raised again by `wait` in the training loop
             self._error = error
+
+    def _open(self, step: int, arrays: dict) -> None:
+        """Opens every array of a step, without reading its values, and compares names, shapes and dtypes.
+
+        Raises:
+          SaveError: they cannot be opened, or are not `arrays`, what `save` was given.
+        """
+        try:
+            found, why = _describe(ocp.PyTreeCheckpointHandler().metadata(self._item_path(step)).tree), ""
+        except Exception as error:  # TensorStore raises several types
+            if files.is_storage_error(error):
+                raise
+            found, why = {}, f": {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if found != arrays:
+            name = next(name for name in arrays | found if found.get(name) != arrays.get(name))
+            raise SaveError(
+                f"the checkpoint of step {step} in {self._folder} cannot be read back: `{name}` is "
+                f"{found.get(name)} there and {arrays.get(name)} in the run{why}; {self.last_good()}"
+            )
+
+    def _item_path(self, step: int) -> epath.Path:
+        return epath.Path(self._path(step)) / _ITEM
 
     def _failed(self, step: int, n_bytes: int, error: Exception) -> Exception:
         """Removes what a failed save has written; returns the exception to raise."""
         if not files.is_storage_error(error):
             return error
-        with contextlib.suppress(Exception):
-            self._manager.close()  # the manager would raise the same error at the next save
-        self._manager = None
-        if jax.process_index() == 0:
-            self._discard_unfinished()
+        self._abandon()
         why = " ".join(str(error).split())
         if files.is_disk_full(error):
             free = files.free_bytes(self._folder)
             missing = f", {human_size(n_bytes - free)} too few" if free < n_bytes else ""
             sizes = f"takes {human_size(n_bytes)}, and {human_size(free)} are free without it{missing}"
             why = f"the disk is full: the checkpoint {sizes}"
-        last = max(self.steps(), default=None)
-        whole = "there is no older one" if last is None else f"the last good one is {last}"
-        return SaveError(f"the checkpoint of step {step} could not be saved in {self._folder}: {why}; {whole}")
+        return SaveError(
+            f"the checkpoint of step {step} could not be saved in {self._folder}: {why}; {self.last_good()}"
+        )
+
+    def _abandon(self) -> None:
+        """Removes what a failed save has written."""
+        with contextlib.suppress(Exception):
+            self._manager.close()  # the manager would raise the same error at the next save
+        self._manager = None
+        if jax.process_index() == 0:
+            self._discard_unfinished()
 
     def idle(self) -> bool:
         """Whether no save is in progress."""
@@ -131,11 +182,20 @@ class Checkpoints(CheckpointFolder):
         if self.idle():
             self.wait()
 
+    def settle(self) -> None:
+        """Returns when no save is in progress; `wait` raises its exception."""
+        if self._thread not in (None, threading.current_thread()):
+            self._thread.join()
+
+    def last_good(self) -> str:
+        """As of `CheckpointFolder`, after the save in progress."""
+        self.settle()
+        return super().last_good()
+
     def wait(self) -> None:
         """Returns when the last save is whole. Raises its exception: SaveError, or an error in this program."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.settle()
+        self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -150,23 +210,26 @@ class Checkpoints(CheckpointFolder):
           UserError: the checkpoint lacks an array of the layout, has it in another shape or dtype, or was not written
             by `save`.
         """
-        saved = self._record(step)["arrays"]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(layout):
-            want = [list(leaf.shape), str(leaf.dtype)]
-            if saved.get(_name(path)) != want:
+        try:
+            saved = self._record(step)["arrays"]
+        except (OSError, ValueError) as error:
+            raise UserError(f"checkpoint {step} is damaged: {error}") from None
+        for name, want in _describe(layout).items():
+            if saved.get(name) != want:
                 raise UserError(
-                    f"checkpoint {step} belongs to another model: its `{_name(path)}` is {saved.get(_name(path))}, "
-                    f"and the config asks for {want}"
+                    f"checkpoint {step} belongs to another model: its `{name}` is {saved.get(name)}, and the config "
+                    f"asks for {want}"
                 )
         restore_args = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), layout
         )
         item = ocp.args.PyTreeRestore(item=layout, restore_args=restore_args, partial_restore=True)
         try:
-            # a new manager, because one that has saved restores with the handler that it saved with
-            with ocp.CheckpointManager(self._folder) as manager:
-                return manager.restore(step, args=ocp.args.Composite(**{_ITEM: item}))[_ITEM]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            # not by a CheckpointManager, which looks at all steps and fails if a run removes one of them meanwhile
+            return ocp.PyTreeCheckpointHandler().restore(self._item_path(step), args=item)
+        except jax.errors.JaxRuntimeError:
+            raise  # out of memory, or another process has died
+        except Exception as error:  # TensorStore raises several types
             why = " ".join(str(error).split())[:200]
             raise UserError(
                 f"checkpoint {step} in {self._folder} cannot be read, although its checksums are right: "
@@ -179,6 +242,8 @@ def state_bytes(state) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _name(path) -> str:
-    """`params/wte/embedding` for a path in a tree."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+def _describe(tree) -> dict[str, list]:
+    """Name -> [shape, dtype] of every array of a tree, such as `params/wte/embedding` -> [[50304, 768], "float32"]."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}

@@ -1,22 +1,25 @@
 """The folder of a workdir's checkpoints, without orbax: which steps are whole, which are kept, what is removed.
 
 Orbax restores a flipped bit as a wrong weight without an error, so every step also has a `checksums.json`, see
-`storage.integrity`, which adds shape and dtype of every array and the validation loss. It is written last. While a save
-is in progress its step is in `<workdir>/saving`, so a step without checksums is either interrupted (it is in `saving`,
-and is discarded) or damaged. A file `<step>.removed` next to a step means that the step is being removed.
+`storage.integrity`, which adds shape and dtype of every array and the validation loss. It is written last, when all
+other files are synced to the disk. While a save is in progress its step is in `<workdir>/saving`, so a step without
+checksums is either interrupted (it is in `saving`, and is discarded) or damaged. A file `<step>.removed` next to a step
+means that the step is being removed. A process that reads a step holds a shared lock on its `checksums.json`, and a run
+removes only steps without such a lock.
 """
 
 import contextlib
 import math
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import jax
 
 from trialgpt_jax import UserError
 from trialgpt_jax.parallel import processes
-from trialgpt_jax.storage import files, integrity
+from trialgpt_jax.storage import files, integrity, lock
 from trialgpt_jax.storage.integrity import human_size
 from trialgpt_jax.training.workdir import checkpoints_path, saving_path
 
@@ -70,36 +73,76 @@ class CheckpointFolder:
         Raises:
           UserError: there are checkpoints, but none is whole.
         """
-        return processes.from_first(self._newest_whole)
+        with self.reading() as step:
+            return step
 
-    def _newest_whole(self) -> int | None:
-        steps = self.steps()
-        for step in reversed(steps):
-            problem = self.problem(step)
-            if problem is None:
-                return step
-            self._say(f"checkpoint {step} is damaged: {problem}")
-        if steps:
+    @contextlib.contextmanager
+    def reading(self, step: int = -1) -> Iterator[int | None]:
+        """A whole checkpoint that a run beside this process does not remove while the block reads it.
+
+        In an object store there is no lock that could prevent the removal. Process 0 reads and decides for all.
+
+        Args:
+          step: -1 = the newest whole one; logs damaged newer ones.
+
+        Yields:
+          The step; None when there are no checkpoints.
+
+        Raises:
+          UserError: `step` does not exist or is damaged, or there are checkpoints but none is whole.
+        """
+        with contextlib.ExitStack() as held:
+            yield processes.from_first(lambda: self._hold_newest(held) if step == -1 else self._hold(step, held))
+            processes.meet()
+
+    def _hold(self, step: int, held: contextlib.ExitStack) -> int:
+        free = held.enter_context(lock.shared(integrity.record_path(self._path(step))))
+        problem = self.problem(step)
+        steps = [other for other in self.steps() if free or other != step]
+        if step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self._folder} has no checkpoint of step {step}; it has {have}")
+        if problem:
+            raise UserError(f"checkpoint {step} is damaged: {problem}")
+        return step
+
+    def _hold_newest(self, held: contextlib.ExitStack) -> int | None:
+        damaged, again = [], True
+        while True:
+            candidates = [step for step in self.steps() if step not in damaged]
+            if not candidates and again:
+                again = False  # a listing may miss a step that was saved during it, and the one removed since
+                continue
+            if not candidates:
+                break
+            step = candidates[-1]
+            with contextlib.ExitStack() as lock_of_step:
+                free = lock_of_step.enter_context(lock.shared(integrity.record_path(self._path(step))))
+                problem = self.problem(step) if free else "is being removed"
+                if problem is None:
+                    held.enter_context(lock_of_step.pop_all())
+                    return step
+            if not free:
+                time.sleep(0.01)
+            elif step in self.steps():  # otherwise a run has removed it meanwhile
+                damaged.append(step)
+                self._say(f"checkpoint {step} is damaged: {problem}")
+        if damaged:
             raise UserError(
-                f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) is whole; restore one from a "
-                "backup, or train into another workdir"
+                f"{self._folder}: none of the checkpoints ({', '.join(map(str, sorted(damaged)))}) is whole; restore "
+                "one from a backup, or train into another workdir"
             )
         return None
 
+    def last_good(self) -> str:
+        """Words for the newest whole checkpoint of a run that ends with an error; reads every byte of it."""
+        whole = next((step for step in reversed(self.steps()) if self.problem(step) is None), None)
+        return "there is no good checkpoint" if whole is None else f"the last good checkpoint is {whole}"
+
     def check(self, step: int) -> None:
-        """Refuses a step that does not exist or is not whole; process 0 reads and decides for all.
-
-        Raises:
-          UserError: says what is wrong, and which steps there are.
-        """
-        processes.from_first(lambda: self._check(step))
-
-    def _check(self, step: int) -> None:
-        if step not in self.steps():
-            have = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self._folder} has no checkpoint of step {step}; it has {have}")
-        if problem := self.problem(step):
-            raise UserError(f"checkpoint {step} is damaged: {problem}")
+        """Raises UserError unless the checkpoint of `step` is whole; process 0 reads and decides for all."""
+        with self.reading(step):
+            pass
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether any array of `step` has a name with this prefix; False if its checksums cannot be read."""
@@ -116,15 +159,22 @@ class CheckpointFolder:
         except (OSError, ValueError):
             return {}
 
-    def check_space(self, n_bytes: int) -> None:
-        """Refuses a disk without space for the checkpoints to be kept and the one being written.
+    def check_before_saving(self, n_bytes: int) -> None:
+        """Refuses a folder in which orbax cannot save, and a disk without space for the checkpoints to be kept.
 
         Args:
           n_bytes: of the arrays of one checkpoint.
 
         Raises:
-          UserError: says how much is needed and how much is free. Checkpoints of `keep_period` are not counted.
+          UserError: names the characters in the path, or says how much space is needed and how much is free.
+            Checkpoints of `keep_period` are not counted.
         """
+        # orbax merges the files of the processes by a glob pattern that contains the path without escaping it
+        if found := sorted(set(self._folder) & set("*?[]")):
+            raise UserError(
+                f"{self._folder}: checkpoints cannot be saved below a path with {' '.join(found)}; choose another "
+                "--workdir"
+            )
         free = files.free_bytes(self._folder)
         kept = self._keep_last + self._keep_best + 1
         missing = max(1, kept - len(self.steps())) * n_bytes
@@ -136,15 +186,16 @@ class CheckpointFolder:
             )
 
     def discard_interrupted(self) -> None:
-        """Removes what an interrupted save or removal left behind. Not for a workdir that another run is using."""
+        """Removes what a killed run left in its workdir: an interrupted save or removal, unfinished files. Not for a
+        workdir that another run is using."""
         if jax.process_index() != 0:
             return
         if step := self._unfinished():
             self._say(f"the save of step {step} was interrupted; it is discarded")
         self._discard_unfinished()
-        for name in files.names(self._folder):
-            if name.endswith(_REMOVED):
-                self._remove(name.removesuffix(_REMOVED))
+        self._finish_removals()
+        for folder in (os.path.dirname(self._folder), self._folder):
+            files.remove_parts(folder)
 
     def set_aside_after(self, step: int) -> None:
         """Renames the damaged checkpoints newer than `step`, so that those steps can be saved again."""
@@ -175,6 +226,7 @@ class CheckpointFolder:
         files.write(self._marker, str(step))
 
     def _mark_finished(self, step: int, val_loss: float | None, arrays: dict) -> None:
+        """Ends the save of a step, all files of which are durable."""
         integrity.write_record(self._path(step), {"step": step, "val_loss": val_loss, "arrays": arrays})
         files.remove(self._marker)
 
@@ -206,17 +258,37 @@ class CheckpointFolder:
         best = sorted((step for step in whole if losses[step] is not None), key=lambda step: losses[step])
         keep = set(whole[-self._keep_last :]) | set(best[: self._keep_best])
         keep |= {step for step in whole if self._keep_period and step % self._keep_period == 0}
+        self._finish_removals()
         for step in whole:
             if step not in keep:
                 self._remove(str(step))
         for name in files.names(self._folder):
             if name.endswith(_DAMAGED) and name.removesuffix(_DAMAGED) in map(str, whole):
-                files.remove_tree(self._path(name))
+                with self._removing(name):
+                    files.remove_tree(self._path(name))
+
+    def _finish_removals(self) -> None:
+        """Continues the removals that were interrupted."""
+        for name in files.names(self._folder):
+            if name.endswith(_REMOVED):
+                self._remove(name.removesuffix(_REMOVED))
 
     def _remove(self, name: str) -> None:
-        """Removes a step. If this is interrupted, the step counts as removed, not as damaged, and is removed later."""
+        """Removes a step that no other process reads. If this is interrupted, the step counts as removed, not as
+        damaged, and is removed later."""
         path = self._path(name)
-        files.write(path + _REMOVED, b"")
-        if _STEP.fullmatch(name):
-            files.remove_tree(path)
-        files.remove(path + _REMOVED)
+        with self._removing(name), lock.unshared(integrity.record_path(path)) as free:
+            if not free:
+                return  # the removal after the next save tries again
+            files.write(path + _REMOVED, b"")
+            if _STEP.fullmatch(name):
+                files.remove_tree(path)
+            files.remove(path + _REMOVED)
+
+    @contextlib.contextmanager
+    def _removing(self, name: str) -> Iterator[None]:
+        """Reports that a checkpoint cannot be removed: a reason to warn, and none to end a run."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"warning: {self._path(name)} cannot be removed: {error.strerror or error}")

@@ -21,7 +21,7 @@ from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program, params_layout
 from trialgpt_jax.training.spikes import Window
-from trialgpt_jax.training.train_step import TrainState
+from trialgpt_jax.training.train_step import TrainState, check_finite
 
 # Model fields that may differ from those of the weights a run starts from: the length (cropped), and what only acts in
 # training. The others decide what the weights mean.
@@ -32,42 +32,47 @@ class Start(NamedTuple):
     """Where a run starts.
 
     Attributes:
-      step: of its own checkpoint; None = it has none.
-      init_from: workdir or Hugging Face folder of the first weights; "" = `step`, or random weights.
+      whole: its newest whole checkpoint; None = it has none.
+      init_from: workdir or Hugging Face folder of the first weights, which is its own workdir if that was made by
+        `convert`; "" = `whole` with its optimizer state, or random weights.
     """
 
-    step: int | None
+    whole: int | None
     init_from: str
 
+    @property
+    def step(self) -> int | None:
+        """The checkpoint that the run resumes; None = it begins at step 0."""
+        return None if self.init_from else self.whole
 
-def is_converted(checkpoints: Checkpoints) -> bool:
-    """Whether a workdir was made by `convert`: it has parameters, and no run has trained them yet."""
-    steps = processes.from_first(checkpoints.steps)
-    return bool(steps) and processes.from_first(lambda: checkpoints.params_only(steps[-1]))
+
+def is_converted(checkpoints: Checkpoints, whole: int | None) -> bool:
+    """Whether `whole` is a checkpoint of `convert`: parameters that no run has trained, or none of its later
+    checkpoints is whole."""
+    return whole is not None and processes.from_first(lambda: checkpoints.params_only(whole))
 
 
-def decide(config: ConfigDict, workdir: str, store: TokenStore, checkpoints: Checkpoints, converted: bool) -> Start:
+def decide(config: ConfigDict, workdir: str, store: TokenStore, whole: int | None, converted: bool) -> Start:
     """Where the run of a workdir starts; nothing is loaded yet.
 
     Args:
       config: the resolved config.
       workdir: of the run.
       store: its token store.
-      checkpoints: of the workdir.
+      whole: its newest whole checkpoint.
       converted: from `is_converted`.
 
     Raises:
-      UserError: checkpoints of which none is whole, or first weights that do not fit the model or the token store.
+      UserError: first weights that do not fit the model or the token store.
     """
-    step = None if converted else checkpoints.newest_whole()
-    if step is not None:
-        return Start(step, "")
+    if whole is not None and not converted:
+        return Start(whole, "")
     init_from = workdir if converted else config.train.init_from
     if init_from:
         check_weights(init_from, config, store)
         if not hf.is_hf_folder(init_from):
             workdir_lib.check_tokenizer(store, init_from)
-    return Start(None, init_from)
+    return Start(whole, init_from)
 
 
 def create_state(start: Start, program: Program, checkpoints: Checkpoints) -> TrainState:
@@ -80,40 +85,48 @@ def create_state(start: Start, program: Program, checkpoints: Checkpoints) -> Tr
         state = program.init_state()
         if start.init_from:
             state = state.replace(params=load_weights(start.init_from, program.gpt, program.mesh))
-        return state
-    layout, window = program.layout, program.layout.window
-    if window is not None and not checkpoints.has(start.step, "window/"):
-        layout = layout.replace(window=None)  # train.skip_spikes was turned on after this checkpoint
-    state = checkpoints.restore(start.step, layout)
-    if layout.window is not window:
-        state = state.replace(window=jax.device_put(Window.empty(), replicated(program.mesh)))
-    checkpoints.set_aside_after(start.step)
-    say(f"resumed from checkpoint {start.step}")
+    else:
+        layout, window = program.layout, program.layout.window
+        if window is not None and not checkpoints.has(start.step, "window/"):
+            layout = layout.replace(window=None)  # train.skip_spikes was turned on after this checkpoint
+        state = checkpoints.restore(start.step, layout)
+        if layout.window is not window:
+            state = state.replace(window=jax.device_put(Window.empty(), replicated(program.mesh)))
+        say(f"resumed from checkpoint {start.step}")
+    if start.whole is not None:
+        checkpoints.set_aside_after(start.whole)
     return state
 
 
-def load_params(workdir: str, layout, step: int = -1) -> tuple[dict, int]:
+def load_params(workdir: str, layout, step: int = -1, allow_nonfinite: bool = False) -> tuple[dict, int]:
     """The parameters of a checkpoint, without the optimizer state.
 
     Args:
       workdir: of a run.
       layout: `Program.params_layout`.
       step: of the checkpoint; -1 = the newest whole one.
+      allow_nonfinite: also load parameters with NaN or infinite values.
 
     Returns:
       The parameters in that layout, and the step.
 
     Raises:
-      UserError: no checkpoint, a damaged one, or one of another model.
+      UserError: no checkpoint, a damaged one, one of another model, or one whose parameters are not finite.
     """
     checkpoints = Checkpoints(workdir, say=say)
-    if step == -1:
-        step = checkpoints.newest_whole()
-        if step is None:
-            raise UserError(f"{workdir} has no checkpoints yet; train first")
-    else:
-        checkpoints.check(step)
-    return checkpoints.restore(step, {"params": layout})["params"], step
+    while True:
+        with checkpoints.reading(step) as found:
+            if found is None:
+                raise UserError(f"{workdir} has no checkpoints yet; train first")
+            try:
+                params = checkpoints.restore(found, {"params": layout})["params"]
+                if not allow_nonfinite:
+                    check_finite(f"checkpoint {found} of {workdir}", params)
+                return params, found
+            except UserError:
+                # In an object store, where nothing holds it, a run beside this process may have removed the step.
+                if step != -1 or jax.process_count() > 1 or found in checkpoints.steps():
+                    raise
 
 
 # ---- first weights: a workdir or a Hugging Face folder
@@ -163,11 +176,12 @@ def load_weights(source: str, gpt: GPTConfig, mesh: Mesh) -> dict:
       mesh: the new run's.
 
     Raises:
-      UserError: no whole checkpoint, or tensors that are not the model's.
+      UserError: no whole checkpoint, tensors that are not the model's, or values that are not finite.
     """
     there = dataclasses.replace(gpt, block_size=_model_of(source).block_size)
     if hf.is_hf_folder(source):
         params = hf.from_hf(hf.SafetensorsFolder(source), there)
+        check_finite(f"train.init_from={source}", params)
     else:
         if not processes.from_first(Checkpoints(source, say=say).steps):
             raise UserError(f"train.init_from={source} has no checkpoints yet")

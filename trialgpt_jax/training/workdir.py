@@ -1,4 +1,4 @@
-"""The files of a workdir: where each one is, the config snapshot, and the identity of the tokenizer. Imports no JAX.
+"""The files of a workdir: where each one is, the config snapshot, the identity of tokenizer and data. Imports no JAX.
 
 The lock is `<workdir>/lock`, see `storage.lock`.
 """
@@ -8,6 +8,7 @@ import os
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.data.tokenizer import TokenizerId
@@ -37,6 +38,11 @@ def saving_path(workdir: str) -> str:
 def tokenizer_path(workdir: str) -> str:
     """Name and hash of the tokenizer, JSON; a trained BPE has its ranks in `tokenizer.tiktoken` next to it."""
     return os.path.join(workdir, "tokenizer.json")
+
+
+def data_path(workdir: str) -> str:
+    """The digests of the token stores that the run trains on, JSON: [[folder, sha256], ...]."""
+    return os.path.join(workdir, "data.json")
 
 
 def tensorboard_path(workdir: str) -> str:
@@ -104,3 +110,39 @@ def check_tokenizer(store: TokenStore, workdir: str) -> None:
             f"data.dir={store.folder} was made with tokenizer {found.name} ({found.hash}), but the model in "
             f"{workdir} was trained with {trained.name} ({trained.hash}); preprocess the text with that one"
         )
+
+
+def keep_data(store: TokenStore, workdir: str) -> None:
+    """Writes the digests of the run's token store, of a mixture those of all members."""
+    files.write_json(data_path(workdir), [list(member) for member in store.members])
+
+
+def check_data(store: TokenStore, workdir: str, allowed: bool) -> None:
+    """Refuses a token store whose tokens are not those that the workdir's run was started with.
+
+    Args:
+      store: the run's.
+      workdir: of the run; a run of an earlier version, without digests, is accepted.
+      allowed: only say it.
+
+    Raises:
+      UserError: names the folder that differs, or the workdir's file if that is damaged.
+    """
+    path = data_path(workdir)
+    try:
+        kept = [(str(folder), str(digest)) for folder, digest in files.read_json(path)]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the digests of the token stores: {error!r}") from None
+    for i in range(max(len(kept), len(store.members))):
+        then, now = (each[i] if i < len(each) else ("no store", "none") for each in (kept, store.members))
+        if now[1] == then[1]:
+            continue
+        text = f"data.dir: {now[0]} (sha256 {now[1][:8]}) has other tokens than {then[0]} (sha256 {then[1][:8]})"
+        if not allowed:
+            raise UserError(
+                f"{text}, with which the run in {workdir} was started; restore that one, use another --workdir, or "
+                "--allow_config_change=data.dir"
+            )
+        say(f"{text}, with which this run was started; it goes on with them (--allow_config_change=data.dir)")
