@@ -30,7 +30,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-_LONGEST = ("train", "distributed", "chaos", "train_step", "storage", "meshes")
+_LONGEST = ("distributed", "train", "train_step", "power_loss", "console", "chaos", "storage", "meshes")
 
 
 def pytest_collection_modifyitems(items):
