@@ -103,6 +103,23 @@ def test_dropout_drops_the_rate_and_keeps_the_mean():
     np.testing.assert_allclose(outs.mean(0), 1.0, atol=0.12)
 
 
+def test_dropout_drops_each_weight_with_its_rate_independently_of_the_others():
+    """With equal scores and the identity for v, row t of the output holds the weights: 0, or 1 / 0.75 / (t + 1)."""
+    T = 192  # three blocks of queries
+    q, v = np.zeros((1, T, 2, T), np.float32), np.tile(np.eye(T, dtype=np.float32)[None, :, None], (1, 1, 2, 1))
+    out = np.asarray(causal_attention(q, q, v, "xla", 0.25, jax.random.key(0)))[0] * np.arange(1, T + 1)[:, None, None]
+    heads = [out[:, head][np.tril_indices(T)] for head in (0, 1)]
+    for weights in heads:
+        kept = weights > 0
+        np.testing.assert_allclose(weights[kept], 1 / 0.75, rtol=1e-5)
+        assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / kept.size) ** 0.5
+    assert 0.5 < ((heads[0] > 0) == (heads[1] > 0)).mean() < 0.75  # 0.625 if independent
+    for first, second in ((0, 64), (0, 128), (64, 128)):  # the same place in two blocks
+        pair = [out[block : block + 64, 0, : first + 64] > 0 for block in (first, second)]
+        rows = np.tril(np.ones((64, first + 64), bool), first)  # what both see
+        assert 0.5 < (pair[0] == pair[1])[rows].mean() < 0.75
+
+
 SETTING = {"dtype": "bfloat16", "head_dim": 64, "block_size": 1024, "dropout": 0.0}
 
 

@@ -1,25 +1,29 @@
 """The convert command: export to transformers, import, use of a converted workdir, verification of checkpoints."""
 
 import json
+import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, metrics, refused, run, small_config
+from conftest import ROOT, metrics, refused, run, small_config, tree
 
 from trialgpt_jax import UserError, convert
 from trialgpt_jax.config import load_snapshot
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import open_store
-from trialgpt_jax.evaluate import evaluate
+from trialgpt_jax.evaluate import evaluate, format_result
 from trialgpt_jax.infer import infer
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel.sharding import single_device
+from trialgpt_jax.storage import lock
 from trialgpt_jax.train import train
+from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program
-from trialgpt_jax.training.start import load_params
+from trialgpt_jax.training.start import load_params, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,15 @@ def test_a_model_without_a_tokenizer_is_imported_and_says_so(tmp_path, capsys, n
     assert "has no tokenizer" in captured.out + captured.err
     params = params_of(tmp_path / "run")
     assert params["wte"]["embedding"].shape == (-(-n_ids // 128) * 128, 24)
+    assert not np.any(params["wte"]["embedding"][n_ids:]) and np.any(params["wte"]["embedding"][n_ids - 1])
     assert params["wpe"]["embedding"].shape == (12, 24)
+
+
+def test_a_workdir_in_which_no_checkpoint_can_be_saved_is_refused(world, tmp_path):
+    workdir = tmp_path / "lr=[1e-3]"
+    with pytest.raises(UserError, match=r"checkpoints cannot be saved below a path with \[ \]"):
+        convert.from_hf(load_snapshot(str(world / "run")), str(world / "hf"), str(workdir))
+    assert not workdir.exists()
 
 
 def test_nothing_is_overwritten(world, tmp_path):
@@ -127,6 +139,64 @@ def test_nothing_is_overwritten(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--to_hf=.*file.* cannot be written"):
         convert.to_hf(config, str(world / "run"), str(tmp_path / "file" / "out"))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name_in_both_directions(world, tmp_path):
+    """Unless --allow_nonfinite is given; it changes nothing else."""
+    config = load_snapshot(str(world / "run"))
+    params = jax.tree.map(np.array, params_of(world / "run"))
+    for path, index, value in (
+        ("wte", (3, 1), np.nan),
+        ("wpe", (0, 0), np.inf),
+        ("wpe", (5, 1), -np.inf),
+    ):
+        params[path]["embedding"][index] = value
+    params["ln_f"]["bias"][2] = params["blocks"]["mlp"]["c_fc"]["kernel"][1, 2, 3] = np.nan
+    shutil.copytree(world / "run", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    checkpoints = Checkpoints(str(tmp_path / "run"))
+    checkpoints.save(10, {"params": jax.tree.map(jnp.asarray, params)}, allow_nonfinite=True)
+    checkpoints.wait()
+
+    names = r"blocks/mlp/c_fc/kernel \(1\), ln_f/bias \(1\), wpe/embedding \(2\) and 1 more arrays; --allow_nonfinite"
+    with pytest.raises(UserError, match=f"checkpoint 10 of .*run has 5 values that are not finite, in {names}"):
+        convert.to_hf(config, str(tmp_path / "run"), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+    assert convert.to_hf(config, str(tmp_path / "run"), str(tmp_path / "hf"), allow_nonfinite=True) == 10
+
+    with pytest.raises(
+        UserError, match=r"hf has 5 values that are not finite, in transformer\..* and 1 more arrays; --"
+    ):
+        convert.from_hf(config, str(tmp_path / "hf"), str(tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+    convert.main(["", f"--from_hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'back'}", "--allow_nonfinite"])
+    layout = Program(load_snapshot(str(tmp_path / "back")), mesh=single_device()).params_layout
+    assert_equal(load_params(str(tmp_path / "back"), layout, allow_nonfinite=True)[0], params)
+
+    # nor does anything compute with them
+    for workdir in (tmp_path / "run", tmp_path / "back"):
+        with pytest.raises(UserError, match="checkpoint .* has 5 values that are not finite"):
+            infer(config, str(workdir), "We", max_new_tokens=5)
+        with pytest.raises(UserError, match="checkpoint .* has 5 values that are not finite"):
+            evaluate(config, str(workdir), batches=1)
+    program = Program(config, mesh=single_device())
+    for source in (tmp_path / "run", tmp_path / "hf"):
+        with pytest.raises(UserError, match=f"{source}.* has 5 values that are not finite, in blocks/mlp/c_fc/kernel"):
+            load_weights(str(source), program.gpt, program.mesh)
+
+
+def test_a_loss_that_is_not_finite_is_null():
+    result = {"step": 5, "split": "val", "loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 1000}
+    assert format_result(result) == "checkpoint 5, val split, 1,000 tokens: the loss is not finite"
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(np.nan, (None, None)), (np.inf, (None, None)), (800.0, (800.0, None))])
+def test_evaluate_gives_no_number_that_json_lacks(world, monkeypatch, loss, expected):
+    """800 nats per token is finite; the perplexity is not."""
+    monkeypatch.setattr(Program, "evaluate", lambda *_: (loss, 100))
+    result = evaluate(load_snapshot(str(world / "run")), str(world / "run"), batches=1)
+    assert (result["loss"], result["perplexity"]) == expected
+    json.dumps(result, allow_nan=False)
+    assert "loss" in format_result(result)
 
 
 def test_a_refused_export_leaves_no_folder(world, tmp_path):
@@ -152,6 +222,21 @@ def test_verify_names_the_damaged_checkpoint(world, tmp_path):
     assert result.stdout.startswith("checkpoint 5: damaged: ")
     with pytest.raises(UserError, match="has no checkpoints"):
         convert.verify(str(tmp_path))
+
+
+def test_verify_leaves_out_a_checkpoint_that_a_run_removes_meanwhile(world, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(world / "run", workdir)
+    steps = [step for step, _ in convert.verify(str(workdir))]
+    problem = Checkpoints.problem
+
+    def vanishing(self, step):
+        if step == steps[0]:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+        return problem(self, step)
+
+    monkeypatch.setattr(Checkpoints, "problem", vanishing)
+    assert convert.verify(str(workdir)) == [(step, None) for step in steps[1:]]
 
 
 def test_the_command_line(world, store, tmp_path):
@@ -205,3 +290,20 @@ def test_train_starts_from_a_converted_workdir_with_any_hyperparameters(world, s
     config.optim.learning_rate = 2e-3
     with pytest.raises(UserError, match="optim.learning_rate"):
         train(config, str(tmp_path / "run"))
+
+
+def test_a_new_folder_is_held_while_it_is_filled_and_what_a_kill_left_there_is_no_content(tmp_path):
+    folder = tmp_path / "new"
+    for keep_lock, left in ((True, ["lock"]), (False, [])):
+        with convert._new_folder(str(folder), "--to_hf", keep_lock):
+            assert os.listdir(folder) == ["lock"]
+            for make in (convert._new_folder, lambda folder, flag: lock.hold(folder, flag=flag)):
+                with pytest.raises(UserError, match=f"--to_hf={folder} is in use by host .*, pid {os.getpid()};"):
+                    make(str(folder), "--to_hf").__enter__()
+        assert os.listdir(folder) == left
+        (folder / "model.safetensors.0123456789abcdef.part").touch()
+    (folder / "config.json").touch()
+    before = tree(folder)
+    with pytest.raises(UserError, match=f"--to_hf={folder} already holds config.json"):
+        convert._new_folder(str(folder), "--to_hf").__enter__()
+    assert tree(folder) == before

@@ -103,6 +103,13 @@ def test_a_sample_depends_only_on_the_seed_and_its_number(params):
     assert not np.array_equal(produce(params, num_samples=4, seed=12, max_new_tokens=20), many)
 
 
+def test_every_position_has_random_numbers_of_its_own(params):
+    """With zeros for parameters every id is equally likely at every position."""
+    drawn = produce(jax.tree.map(jnp.zeros_like, params), num_samples=8, max_new_tokens=24)  # beyond block_size too
+    assert min(len(set(row)) for row in drawn.tolist()) > 10
+    assert min(len(set(column)) for column in drawn.T.tolist()) > 3
+
+
 def test_the_stop_id_ends_a_sample_and_fills_its_row(params):
     free = produce(params, num_samples=4, max_new_tokens=30)
     stop = int(free[0, 4])

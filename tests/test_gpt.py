@@ -20,6 +20,7 @@ from flax import linen as nn
 from model_options import random_params
 
 from trialgpt_jax.model import hf
+from trialgpt_jax.model.attention import causal_attention
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import GPT, head, logits
 from trialgpt_jax.model.layers import Dense, rope
@@ -285,6 +286,44 @@ def test_dropout_depends_only_on_its_key_and_is_off_in_evaluation():
     plain = np.asarray(GPT(dataclasses.replace(config, dropout=0.0)).apply({"params": params}, ids))
     assert np.allclose(run(), plain, atol=1e-6)
     assert np.array_equal(run(1), run(1)) and not np.allclose(run(1), run(2)) and not np.allclose(run(1), plain)
+
+
+def test_dropout_acts_on_the_embeddings_both_outputs_of_a_layer_and_the_attention_weights():
+    """Where GPT-2 has it. Each of the places alone changes the output."""
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
+    params, ids = random_params(config), jnp.asarray(tokens(config, (2, 8)))
+    seen = {}
+
+    def run(place):
+        def only_at_place(function, args, kwargs, context):
+            if not isinstance(context.module, nn.Dropout):
+                return function(*args, **kwargs)
+            path = "/".join(name for name in context.module.path if not name.startswith("Dropout"))
+            seen[path] = args[0].shape[-1]
+            return function(*args, **kwargs) if path == place else args[0]
+
+        with nn.intercept_methods(only_at_place), pytest.MonkeyPatch.context() as patch:
+            if place != "weights":
+                patch.setattr("trialgpt_jax.model.gpt.causal_attention", lambda *args: causal_attention(*args[:4]))
+            rngs = {"dropout": jax.random.key(1)}
+            apply = jax.jit(lambda: GPT(config).apply({"params": params}, ids, deterministic=False, rngs=rngs))
+            return np.asarray(apply())
+
+    plain = run("nowhere")
+    np.testing.assert_allclose(plain, GPT(config).apply({"params": params}, ids), atol=1e-6)
+    assert set(seen) == {"drop", "blocks/attn", "blocks/mlp"} and set(seen.values()) == {16}
+    for place in (*seen, "weights"):
+        assert np.abs(run(place) - plain).max() > 0.01, place
+
+
+def test_every_layer_has_its_own_dropout():
+    """Both layers add a vector of ones to zero: with dropout of 1/2 each value is 0, 2 or 4 before the final norm."""
+    config = GPTConfig(vocab_size=101, block_size=8, n_layer=2, n_head=2, n_embd=64, dropout=0.5)
+    params = jax.tree.map(np.zeros_like, random_params(config))
+    params["blocks"]["mlp"]["c_proj"]["bias"][:] = params["ln_f"]["scale"][:] = 1
+    rngs = {"dropout": jax.random.key(1)}
+    hidden = GPT(config).apply({"params": params}, jnp.zeros((1, 8), jnp.int32), deterministic=False, rngs=rngs)
+    assert [len(set(row)) for row in np.asarray(hidden[0]).round(4).tolist()] == [3] * 8
 
 
 def test_a_later_token_changes_no_earlier_logit():

@@ -217,6 +217,20 @@ def test_configurations_that_are_not_gpt2_are_refused(tmp_path, theirs, message)
         hf.read_config(str(tmp_path))
 
 
+def test_sizes_that_a_configuration_leaves_out_are_those_of_gpt2(tmp_path):
+    """transformers' defaults, for which it writes no line: the smallest GPT-2."""
+    (tmp_path / "config.json").write_text("{}")
+    found = hf.read_config(str(tmp_path))
+    assert {name: found[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")} == {
+        "vocab_size": 50257,
+        "block_size": 1024,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+    }
+    assert found["tie_embeddings"] and found["bias"] and found["dropout"] == 0
+
+
 def test_damaged_files_and_pickles_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04never read")
     with pytest.raises(UserError, match=r"no model.safetensors; pytorch_model.bin is a pickle.*save_pretrained"):

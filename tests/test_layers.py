@@ -46,6 +46,15 @@ def plain_norm(centred):
     return norm
 
 
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "rms"])
+def test_eps_is_that_of_gpt2(name):
+    """Inputs with a variance of 1e-5, so that the result is 1 / sqrt(2) of the one without eps."""
+    x = np.tile([1.0, -1.0], 8) * 1e-5**0.5
+    with jax.enable_x64(True):
+        y = layers.rms(x) if name == "rms" else layers.NORMS[name](x, np.full(16, 3.0), None) / 3
+    np.testing.assert_allclose(y, np.tile([1.0, -1.0], 8) / math.sqrt(2), rtol=1e-12)
+
+
 def test_gelu_of_bfloat16_is_computed_in_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(0, 2, 10_000), jnp.bfloat16)
     wide = np.asarray(x, np.float64)

@@ -12,6 +12,7 @@ from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.train import train
 from trialgpt_jax.training.program import Program
 
+pytestmark = pytest.mark.slow
 STEPS, WARMUP, PEAK = 100, 10, 3e-3
 
 

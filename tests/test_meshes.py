@@ -59,6 +59,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_fifty_steps_are_equal_on_every_mesh_and_each_continues_what_another_saved(tmp_path):
     _, env = command("train", devices=8)
     env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compilation

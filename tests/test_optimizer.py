@@ -139,6 +139,27 @@ def test_adamw_equals_torchs_with_nanogpts_decay_groups():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_without_eps_a_gradient_of_zero_or_nearly_zero_gives_a_bounded_update(name, dtype):
+    """1e-30 has a square of 0 in float32. A zero is what padding rows get, and ids that no batch has."""
+    params = {"wte": {"embedding": np.ones((3, 2), dtype)}, "blocks": {"c_fc": {"kernel": np.ones((2, 4, 4), dtype)}}}
+    small = np.array([[0.0, 1e-30], [1e-20, -1e-19], [1e-18, 1.0]], dtype)
+    kernel = np.zeros((2, 4, 4), dtype)
+    kernel[1, 0] = [0.0, 1e-30, 1e-20, 1.0]
+    changes = {"name": name, "eps": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "schedule": "constant"}
+    optimizer = make_optimizer(optim(**changes), STEPS)
+    with jax.enable_x64(dtype == np.float64):
+        gradient = {"wte": {"embedding": jnp.asarray(small)}, "blocks": {"c_fc": {"kernel": jnp.asarray(kernel)}}}
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(gradient, state, params)
+            for path, update in named(updates).items():
+                assert update.dtype == dtype and np.abs(update).max() < 0.11, path  # the learning rate is 0.1
+        assert updates["wte"]["embedding"][0, 0] == 0 and not np.asarray(updates["blocks"]["c_fc"]["kernel"][0]).any()
+        np.testing.assert_allclose(updates["wte"]["embedding"][2], [-0.1, -0.1], rtol=0.2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_matrices_decay(name):
     params = random_params(CONFIG)
     config = optim(name=name, warmup_steps=0, schedule="constant", muon_learning_rate=0.05)

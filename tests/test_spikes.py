@@ -54,6 +54,20 @@ def test_the_rule_equals_a_float64_reference(seed):
     assert int(window.good_steps) == 500 - sum(expected)
 
 
+@pytest.mark.parametrize("row", [0, 1], ids=["loss", "gradient norm"])
+def test_the_limit_is_the_mean_plus_population_standard_deviations_of_a_full_window(row):
+    """128 values of mean 2 and population standard deviation 1; with n - 1 in the denominator it would be 1.004."""
+    values = np.zeros((2, 128), np.float32)
+    values[row] = [1.0, 3.0] * 64
+    window = spikes.Window(jnp.asarray(values), jnp.int32(128))
+    for sigmas in (2.0, 6.0):
+        for value, expected in ((2 + sigmas - 0.001, False), (2 + sigmas + 0.005, True), (-9.0, False)):
+            pair = [0.0, 0.0]
+            pair[row] = value
+            assert bool(spikes.is_spike(window, *map(jnp.float32, pair), sigmas)) == expected, (sigmas, value)
+            assert not spikes.is_spike(spikes.Window(window.values, jnp.int32(127)), *map(jnp.float32, pair), sigmas)
+
+
 def test_the_compiled_step_skips_spikes_and_no_other_step():
     config = small_config("unused")
     config.optim.update({"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant"})

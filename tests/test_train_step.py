@@ -1,5 +1,6 @@
 """The compiled step: golden numbers, accumulation, remat, dropout, steps that are not finite, and meshes."""
 
+import functools
 import json
 import platform
 import subprocess
@@ -11,11 +12,14 @@ import numpy as np
 import optax
 import pytest
 from conftest import command, small_config
+from model_options import random_params, reference_logits
 
 from trialgpt_jax import UserError
+from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
 from trialgpt_jax.training.program import Program
+from trialgpt_jax.training.train_step import eval_step, nonfinite, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -133,12 +137,113 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
     np.testing.assert_allclose(metrics["lr"], 3e-3 * 2 / 6, rtol=1e-6)
 
 
+def test_finite_gradients_with_an_update_that_is_not_finite_change_nothing_and_are_counted():
+    """NaN or infinite updates, a finite update whose sum with the parameter overflows, and a moment that overflows."""
+    config = small_config("unused")
+    config.model.vocab_size = 500  # row 505 is padding, so the loss does not depend on it
+    program = Program(config, devices=jax.devices()[:1])
+
+    def update(updates, state, params):
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        zeros["wte"]["embedding"] = zeros["wte"]["embedding"].at[505, 3].set(state["update"])
+        return zeros, state | {"moment": state["moment"].at[1].multiply(100)}
+
+    program.optimizer = optax.GradientTransformation(lambda params: {"update": 0.0, "moment": jnp.zeros(3)}, update)
+    state = program.init_state()
+    embedding = np.array(state.params["wte"]["embedding"])
+    embedding[505, 3] = 3e38
+    for value, moment in ((np.nan, 1.0), (np.inf, 1.0), (-np.inf, 1.0), (1e38, 1.0), (0.0, 1e37), (0.0, np.nan)):
+        opt_state = {"update": jnp.float32(value), "moment": jnp.full(3, moment, jnp.float32)}
+        params = state.params | {"wte": {"embedding": jnp.asarray(embedding)}}
+        before = copied(state.replace(params=params, opt_state=opt_state))
+        rows = put_batch(batch() % 500, batch_sharding(program.mesh))
+        state, metrics = program.train_step(jax.tree.map(jnp.asarray, before), rows)
+        assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and not metrics["update_finite"]
+        jax.tree.map(np.testing.assert_array_equal, before.params, copied(state.params))
+        jax.tree.map(np.testing.assert_array_equal, before.opt_state, copied(state.opt_state))
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (6, 6, 6)
+    fine = {"update": jnp.float32(1.0), "moment": jnp.ones(3)}
+    state, metrics = program.train_step(state.replace(opt_state=fine), rows)
+    assert metrics["update_finite"] and int(metrics["skipped_in_a_row"]) == 0 and state.opt_state["moment"][1] == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("muon", {"eps": 0.0}), ("adamw", {"learning_rate": 1e30})], ids=["eps", "rate"]
+)
+def test_extreme_settings_keep_every_value_finite(name, changes):
+    config = small_config("unused")
+    config.model.update({"vocab_size": 300, "tie_embeddings": False})  # 84 padding rows, and ids that no batch has
+    config.optim.update({"name": name, "warmup_steps": 0, "clip_norm": 0.0} | changes)
+    program, state, put = build(config)
+    for k in range(4):
+        state, metrics = program.train_step(state, put(batch(k) % 200))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(copied(state))), f"step {k}"
+    assert (int(metrics["skipped"]) == 0) == (name == "muon")
+    assert not np.asarray(state.params["wte"]["embedding"][300:]).any()
+
+
+def test_nonfinite_names_each_array_and_counts_its_values():
+    state = copied(build(small_config("unused"))[1])
+    assert nonfinite(state) == {}
+    rng = np.random.default_rng(0)
+    for value in (np.nan, np.inf, -np.inf):
+        for size in (1, 7, 1000, 100_000):  # one value anywhere, because a vectorised reduction treats the ends apart
+            array = np.zeros(size, np.float32)
+            array[rng.integers(size)] = value
+            assert nonfinite({"a": np.arange(5), "b": array, "c": np.ones((2, 0))}) == {"b": 1}
+    state.params["ln_f"]["scale"][[0, 31]] = np.nan
+    state.params["wte"]["embedding"][7, 3] = -np.inf
+    bad = jax.tree.map(lambda x: np.full_like(x, np.nan) if x.ndim else x, state.opt_state)
+    found = nonfinite(state.replace(opt_state=bad))
+    assert (found.pop("params/ln_f/scale"), found.pop("params/wte/embedding")) == (2, 1)
+    assert len(found) == 2 * len(jax.tree.leaves(state.params)) and all(n.startswith("opt_state/") for n in found)
+    assert sum(found.values()) == 2 * sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def test_every_microbatch_has_its_own_dropout():
+    losses = []
+    for n_equal in (1, 2):
+        config = small_config("unused")
+        config.model.update({"n_layer": 1, "dropout": 0.5})
+        config.train.update({"batch_size": 4 * n_equal, "accumulate_steps": n_equal})
+        program, state, put = build(config)
+        rows = put(np.tile(batch()[:1], (4 * n_equal, 1)))  # equal sequences: microbatches differ in dropout only
+        losses.append(float(program.train_step(state, rows)[1]["loss"]))
+    assert abs(losses[1] - losses[0]) > 1e-4
+
+
+def test_gradients_of_microbatches_are_added_in_float32():
+    config = small_config("unused")
+    config.train.update({"dtype": "bfloat16", "accumulate_steps": 4})
+    program, state, _ = build(config)
+    step = functools.partial(train_step, config=program.gpt, optimizer=program.optimizer, accumulate_steps=4, seed=0)
+    jaxpr = jax.make_jaxpr(step)(state, batch()).jaxpr
+    (loop,) = (e for e in jaxpr.eqns if e.primitive.name in ("scan", "while") and "bf16[4,33]" not in str(e.outvars))
+    carried = [v.aval for v in loop.outvars if v.aval.ndim == 3]
+    assert len(carried) == 6 and all(aval.dtype == jnp.float32 for aval in carried)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_evaluation_equals_the_numpy_model_and_leaves_out_rows_that_are_not_valid(softcap):
+    config = GPTConfig(vocab_size=61, block_size=8, n_layer=1, n_head=2, n_embd=16, logit_softcap=softcap)
+    params = random_params(config)
+    tokens_BxU = np.random.default_rng(0).integers(0, 61, (4, 9)).astype(np.int32)
+    valid_B = np.array([True, True, False, True])
+    total, count = jax.jit(functools.partial(eval_step, config=config))(params, tokens_BxU, valid_B)
+    logits = reference_logits(params, config, tokens_BxU[valid_B, :-1])
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p, tokens_BxU[valid_B, 1:, None], -1).sum()
+    assert int(count) == 3 * 8
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
 _MESHES = """
 import collections, json, re, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
 from conftest import small_config
 from test_train_step import batch, build, copied
+from trialgpt_jax.training.train_step import nonfinite
 results = {}
 for data, fsdp, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)):
     config = small_config("unused")
@@ -153,7 +258,10 @@ for data, fsdp, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)
             losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         shard = state.params["blocks"]["mlp"]["c_fc"]["kernel"].addressable_shards[0].data.size
         kinds = collections.Counter(re.findall(r" (all-to-all|collective-permute)[.(]", program.train_step.as_text()))
-        results[f"{data}x{fsdp}x{tensor} {name}"] = [losses, shard, dict(kinds)]
+        finite = nonfinite(state)
+        state.params["wte"]["embedding"] = state.params["wte"]["embedding"].at[5].set(np.nan)
+        counted = [finite, nonfinite(state)]
+        results[f"{data}x{fsdp}x{tensor} {name}"] = [losses, shard, dict(kinds), counted]
 print(json.dumps(results))
 """
 
@@ -164,13 +272,14 @@ def test_every_mesh_gives_the_same_losses_and_splits_the_state():
     script = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert script.returncode == 0, script.stderr[-2000:]
     results = json.loads(script.stdout.splitlines()[-1])
-    for mesh, (losses, shard, kinds) in results.items():
+    for mesh, (losses, shard, kinds, counted) in results.items():
         sizes, name = mesh.split()
         _, fsdp, tensor = map(int, sizes.split("x"))
-        whole, shard_of_one, _ = results[f"1x1x1 {name}"]
+        whole, shard_of_one, *_ = results[f"1x1x1 {name}"]
         np.testing.assert_allclose(losses, whole, rtol=2e-5, err_msg=mesh)
         assert shard * fsdp * tensor == shard_of_one, mesh
         assert "all-to-all" not in kinds, (mesh, kinds)
+        assert counted == [{}, {"params/wte/embedding": 32}], (mesh, counted)
 
 
 def test_on_cpu_a_command_waits_for_each_step():

@@ -8,8 +8,12 @@ With --from_hf, the model comes from the folder, and the other config fields fro
 `train` on that workdir starts at step 0 with a fresh optimizer and may change every field but the model's.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, cli
@@ -20,14 +24,15 @@ from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.model import hf
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.sharding import single_device
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, lock
 from trialgpt_jax.training import workdir as workdir_lib
-from trialgpt_jax.training.checkpoint import Checkpoints
+from trialgpt_jax.training.checkpoint import Checkpoints, state_bytes
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.start import load_params
+from trialgpt_jax.training.train_step import check_finite, describe_nonfinite
 
 
-def to_hf(config: ConfigDict, workdir: str, folder: str, step: int = -1) -> int:
+def to_hf(config: ConfigDict, workdir: str, folder: str, step: int = -1, allow_nonfinite: bool = False) -> int:
     """Writes a checkpoint and its tokenizer in the format of transformers' GPT-2, without the vocabulary's padding.
 
     Args:
@@ -35,12 +40,14 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int = -1) -> int:
       workdir: of a run.
       folder: new or empty.
       step: of the checkpoint; -1 = the newest whole one.
+      allow_nonfinite: also convert NaN and infinite values.
 
     Returns:
       The step.
 
     Raises:
-      UserError: options that GPT-2 does not have, no such or a damaged checkpoint, a folder that is not empty.
+      UserError: options that GPT-2 does not have, no such or a damaged checkpoint, values that are not finite, a folder
+        that is not empty.
     """
     config = config.copy_and_resolve_references()
     config.train.update({"attention": "xla", "dtype": "auto", "remat": "none"})  # nothing is computed here
@@ -49,26 +56,29 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int = -1) -> int:
     _check_empty(folder, "--to_hf")
     tokenizer = tokenizer_lib.load(config.data.tokenizer, workdir)
     program = Program(config, mesh=single_device())
-    params, step = load_params(workdir, program.params_layout, step)
-    _make_empty(folder, "--to_hf")
-    hf_tokenizer.write(tokenizer, folder, program.gpt.block_size)
-    hf.write(folder, params, program.gpt, tokenizer.eot_id)
+    params, step = load_params(workdir, program.params_layout, step, allow_nonfinite=True)
+    if not allow_nonfinite:
+        check_finite(f"checkpoint {step} of {workdir}", params, _WAY_OUT)
+    with _new_folder(folder, "--to_hf", keep_lock=False):
+        hf_tokenizer.write(tokenizer, folder, program.gpt.block_size)
+        hf.write(folder, params, program.gpt, tokenizer.eot_id)
     return step
 
 
-def from_hf(config: ConfigDict, folder: str, workdir: str) -> ConfigDict:
+def from_hf(config: ConfigDict, folder: str, workdir: str, allow_nonfinite: bool = False) -> ConfigDict:
     """Creates a workdir whose checkpoint 0 has the parameters of a Hugging Face folder.
 
     Args:
       config: of the new workdir; `model`, and `data.tokenizer` if the folder has one, are taken from the folder.
       folder: with config.json and safetensors.
       workdir: new or empty.
+      allow_nonfinite: also convert NaN and infinite values.
 
     Returns:
       The config that the workdir now has.
 
     Raises:
-      UserError: not a GPT-2, unexpected tensors, a pickle, or a workdir that is not empty.
+      UserError: not a GPT-2, unexpected tensors, a pickle, values that are not finite, or a workdir that is not empty.
     """
     config = config.copy_and_resolve_references()
     config.model.update(hf.read_config(folder))
@@ -85,20 +95,27 @@ def from_hf(config: ConfigDict, folder: str, workdir: str) -> ConfigDict:
         config.data.tokenizer = tokenizer.name
     config_lib.enable_x64(config)
     gpt = GPTConfig(**config.model, param_dtype=config.train.param_dtype)
-    params = hf.from_hf(hf.SafetensorsFolder(folder), gpt)
-    _make_empty(workdir, "--workdir")
-    workdir_lib.save_snapshot(config, workdir)
-    if tokenizer is not None:
-        tokenizer.save(workdir)
-        files.write_json(workdir_lib.tokenizer_path(workdir), tokenizer.id._asdict())
+    tensors = hf.SafetensorsFolder(folder)
+    params = hf.from_hf(tensors, gpt)
+    if not allow_nonfinite:
+        counts = {name: int(np.sum(~np.isfinite(tensors[name]))) for name in tensors}
+        if counts := {name: n for name, n in counts.items() if n}:
+            raise UserError(f"{folder} has {describe_nonfinite(counts)}{_WAY_OUT}")
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, params)})
-    checkpoints.wait()
+    checkpoints.check_before_saving(state_bytes(params))
+    with _new_folder(workdir, "--workdir"):
+        workdir_lib.save_snapshot(config, workdir)
+        if tokenizer is not None:
+            tokenizer.save(workdir)
+            files.write_json(workdir_lib.tokenizer_path(workdir), tokenizer.id._asdict())
+        checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, params)}, allow_nonfinite=allow_nonfinite)
+        checkpoints.wait()
     return config
 
 
 def verify(workdir: str) -> list[tuple[int, str | None]]:
-    """Every step that has a checkpoint, and its problem (None = whole); reads every byte.
+    """Every step that has a checkpoint, and its problem (None = whole); reads every byte. Steps that a run beside this
+    process removes meanwhile are left out.
 
     Raises:
       UserError: there are none.
@@ -106,7 +123,9 @@ def verify(workdir: str) -> list[tuple[int, str | None]]:
     checkpoints = Checkpoints(workdir)
     if not checkpoints.steps():
         raise UserError(f"{workdir} has no checkpoints")
-    return [(step, checkpoints.problem(step)) for step in checkpoints.steps()]
+    results = [(step, checkpoints.problem(step)) for step in checkpoints.steps()]
+    there = checkpoints.steps()
+    return [(step, problem) for step, problem in results if problem is None or step in there]
 
 
 def _guess_tokenizer(vocab_size: int) -> str:
@@ -115,19 +134,21 @@ def _guess_tokenizer(vocab_size: int) -> str:
 
 def _check_empty(folder: str, flag: str) -> None:
     """Refuses a folder that is not empty, because nothing is overwritten."""
-    if found := files.names(folder):
+    if found := [name for name in files.names(folder) if name != "lock" and not name.endswith(".part")]:
         raise UserError(f"{flag}={folder} already holds {found[0]}; name a new or an empty folder")
 
 
-def _make_empty(folder: str, flag: str) -> None:
-    """Creates `folder` if it does not exist, and refuses one that is not empty."""
+@contextlib.contextmanager
+def _new_folder(folder: str, flag: str, keep_lock: bool = True) -> Iterator[None]:
+    """Creates `folder` if it does not exist, refuses one that is not empty, and holds its lock."""
     _check_empty(folder, flag)
-    try:
-        files.make_folder(folder)
-    except OSError as error:
-        raise UserError(f"{flag}={folder} cannot be written: {error.strerror}; choose another folder") from None
+    with lock.hold(folder, flag=flag, keep_file=keep_lock):
+        files.remove_parts(folder)
+        _check_empty(folder, flag)  # another process may have filled it meanwhile
+        yield
 
 
+_WAY_OUT = "; --allow_nonfinite converts them all the same"
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 FLAGS = {
@@ -136,6 +157,7 @@ FLAGS = {
     "from_hf": (None, "folder of Hugging Face files"),
     "checkpoint_step": (-1, "with --to_hf: which checkpoint; -1 = the newest whole one"),
     "step": (-1, "short for --checkpoint_step"),
+    "allow_nonfinite": (False, "also convert weights that have NaN or infinite values"),
     "verify": (False, "check every checkpoint against its checksums"),
 }
 
@@ -155,11 +177,12 @@ def main(argv: list[str]) -> int:
                 print(f"checkpoint {step}: " + (f"damaged: {problem}" if problem else "whole"))
             return int(any(problem for _, problem in results))
         if flags.from_hf:
-            model = from_hf(config, flags.from_hf, workdir).model
+            model = from_hf(config, flags.from_hf, workdir, flags.allow_nonfinite).model
             sizes = ", ".join(f"{name}={model[name]}" for name in _SIZES)
             print(f"{workdir}: checkpoint 0, {sizes}")
             return 0
-        step = to_hf(config, workdir, flags.to_hf, max(flags.step, flags.checkpoint_step))
+        step = max(flags.step, flags.checkpoint_step)
+        step = to_hf(config, workdir, flags.to_hf, step, flags.allow_nonfinite)
         print(f"{flags.to_hf}: checkpoint {step} for transformers' GPT2LMHeadModel and GPT2TokenizerFast")
         return 0
 

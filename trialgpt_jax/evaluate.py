@@ -5,6 +5,7 @@ Loss and bits per byte over the whole validation split, every window once. With 
 
 import json
 import math
+import sys
 
 import jax
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from trialgpt_jax.data.token_store import SPLITS, open_store
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.training.metrics import bits_per_byte
+from trialgpt_jax.training.metrics import bits_per_byte, finite
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.start import load_params
 from trialgpt_jax.training.workdir import check_tokenizer
@@ -33,7 +34,8 @@ def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0,
       split: "val" or "train".
 
     Returns:
-      step, split, loss (nats per token), perplexity, bits_per_byte (None if the store has no byte counts), tokens.
+      step, split, loss (nats per token), perplexity, bits_per_byte (None if the store has no byte counts), tokens. None
+      also stands for a loss, perplexity or bits_per_byte that is not finite.
 
     Raises:
       UserError: no or a damaged checkpoint, or a token store that was made with another tokenizer.
@@ -45,12 +47,13 @@ def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0,
     params, step = load_params(workdir, program.params_layout, step)
     text = store.split(split)
     loss, n_tokens = program.evaluate(params, program.eval_batches(text, batches))
+    per_byte = bits_per_byte(loss, text.n_tokens, text.n_bytes)
     return {
         "step": step,
         "split": split,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": bits_per_byte(loss, text.n_tokens, text.n_bytes),
+        "loss": finite(loss),
+        "perplexity": math.exp(loss) if loss < math.log(sys.float_info.max) else None,
+        "bits_per_byte": None if per_byte is None else finite(per_byte),
         "tokens": n_tokens,
     }
 
@@ -66,10 +69,11 @@ def _mesh_sizes(config: ConfigDict) -> dict[str, int]:
 
 def format_result(result: dict) -> str:
     """One line for a reader."""
-    per_byte = result["bits_per_byte"]
+    loss, perplexity, per_byte = (result[name] for name in ("loss", "perplexity", "bits_per_byte"))
     return (
         f"checkpoint {result['step']}, {result['split']} split, {result['tokens']:,} tokens: "
-        f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}"
+        + (f"loss {loss:.4f}" if loss is not None else "the loss is not finite")
+        + (f", perplexity {perplexity:.2f}" if perplexity is not None else "")
         + (f", {per_byte:.4f} bits per byte" if per_byte is not None else "")
     )
 

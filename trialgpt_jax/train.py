@@ -147,8 +147,6 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> i
             if stopped:
                 break
         checkpoints.wait()
-    except SaveError as error:
-        raise UserError(str(error)) from None
     except FloatingPointError as error:  # too many skipped steps, or a state that is not saved
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}") from None
     finally:

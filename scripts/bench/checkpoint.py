@@ -2,9 +2,10 @@
 
     python scripts/bench/checkpoint.py    # writes scripts/bench/results/checkpoint.json; some minutes, 8 GB of memory
 
-A save blocks the loop while the state is copied. Then files are written, and read again for their checksums, while
-steps continue; on a CPU these share the cores and slow the steps down. Both costs are measured against the steps
-between saves and added up to the share of a run that saves every five minutes.
+A save blocks the loop while the state is copied. Then files are written, synced to the disk and read again for their
+checksums, while steps continue; on a CPU these share the cores and slow the steps down. Both costs are measured against
+the steps between saves and added up to the share of a run that saves every five minutes. Every other save leaves out
+the syncs of the checkpoint's files, for comparison; each begins when the disk has nothing to write.
 """
 
 import json
@@ -19,6 +20,7 @@ import report
 
 from trialgpt_jax.config import default_config
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch, single_device
+from trialgpt_jax.storage import files
 from trialgpt_jax.training.checkpoint import Checkpoints, state_bytes
 from trialgpt_jax.training.program import Program
 
@@ -28,7 +30,7 @@ BLOCK_SIZE = 64  # tokens per step: about a second per step on two cores, so tha
 
 def main() -> None:
     parser = report.parser(__doc__, "checkpoint")
-    parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--saves", type=int, default=4, help="with syncs, and as many without")
     parser.add_argument("--folder", default=None, help="where the checkpoints are written; default: a temporary folder")
     given = parser.parse_args()
 
@@ -49,10 +51,18 @@ def main() -> None:
 
     for _ in range(3):
         one_step()
-    saves = []
+    saves, sync_tree, sync_seconds = [], files.sync_tree, []
+
+    def timed_sync(folder: str) -> None:
+        began = time.perf_counter()
+        sync_tree(folder)
+        sync_seconds.append(time.perf_counter() - began)
+
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         checkpoints = Checkpoints(folder)
-        for _ in range(given.saves):
+        for i in range(1 + 2 * given.saves):
+            files.sync_tree = timed_sync if i % 2 else lambda folder: sync_seconds.append(0.0)
+            os.sync()
             usual = statistics.median(one_step() for _ in range(12))
             held_up = checkpoints.save(number, state)
             began = time.perf_counter()
@@ -66,21 +76,27 @@ def main() -> None:
             save = {
                 "held_up_seconds": held_up,
                 "written_after_seconds": written,
+                "syncs_seconds": sync_seconds[-1],
                 "checksums_after_seconds": behind,
                 "step_seconds_usual": usual,
                 "step_seconds_meanwhile": statistics.mean(steps),
                 "lost_in_steps_seconds": sum(steps) - usual * len(steps),
             }
             saves.append(save)
-            print(json.dumps(save), flush=True)
-    saves = saves[1:]  # the first one creates the folder and orbax's manager
-    median = {name: round(statistics.median(save[name] for save in saves), 3) for name in saves[0]}
-    lost = median["held_up_seconds"] + max(0.0, median["lost_in_steps_seconds"])
+            print(json.dumps({"synced": bool(i % 2)} | save), flush=True)
+    saves, without = saves[1::2], saves[2::2]  # the first one creates the folder and orbax's manager
+    median, median_without = (
+        {name: round(statistics.median(save[name] for save in group), 3) for name in group[0]}
+        for group in (saves, without)
+    )
+    lost, lost_without = (m["held_up_seconds"] + max(0.0, m["lost_in_steps_seconds"]) for m in (median, median_without))
     versions = ", ".join(f"{name} {v}" for name, v in report.versions("jax", "orbax-checkpoint").items())
     figures = {
         "what": f"saving GPT-2 124M with AdamW's state, {n_bytes / 1e9:.2f} GB; medians of {len(saves)} saves",
         "machine": f"{report.machine()}, {versions}",
         **median,
+        "without_syncs": median_without
+        | {"share_of_a_run_that_saves_every_5_minutes": round(lost_without / EVERY_SECONDS, 5)},
         "share_of_a_run_that_saves_every_5_minutes": round(lost / EVERY_SECONDS, 5),
         "share_of_it_that_only_holds_the_loop_up": round(median["held_up_seconds"] / EVERY_SECONDS, 5),
         "saves": [{name: round(value, 3) for name, value in save.items()} for save in saves],

@@ -27,7 +27,7 @@ _ITEM = "state"
 _CHUNK_BYTES = 16 * 2**20  # small enough that a host of another mesh reads its own part and not whole arrays
 
 
-class SaveError(Exception):
+class SaveError(UserError):
     """A checkpoint could not be written, for a reason outside this program; earlier checkpoints are unchanged."""
 
 

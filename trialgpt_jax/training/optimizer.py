@@ -55,11 +55,15 @@ def schedule(optim: ConfigDict, steps: int, peak: float) -> optax.Schedule:
 
 # ---- optimizers: (config.optim, steps) -> optax.GradientTransformation, without clipping
 
+# AdamW's eps is at least this. Squares of smaller gradients underflow to 0 in float32. With eps=0 the update of a row
+# that never had a gradient, such as the padding of the vocabulary, would be 0 / 0, and that of a tiny one infinite.
+_LEAST_EPS = float(jnp.finfo(jnp.float32).tiny) ** 0.5  # 1.1e-19
+
 
 def _adamw(optim, steps):
     rate = schedule(optim, steps, optim.learning_rate)
     decays = {"weight_decay": optim.weight_decay, "mask": lambda params: _by_path(params, _is_matrix)}
-    return optax.adamw(rate, optim.b1, optim.b2, optim.eps, **decays)
+    return optax.adamw(rate, optim.b1, optim.b2, max(optim.eps, _LEAST_EPS), **decays)
 
 
 def _muon(optim, steps):

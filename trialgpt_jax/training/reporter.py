@@ -76,13 +76,19 @@ class Reporter:
         if not skipped:
             return
         loss, norm = float(values["loss"]), float(values["grad_norm"])
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
-        why = f"are a spike (train.skip_spikes={train.skip_spikes:g})" if is_finite else "are not finite"
-        say(f"step {step}: loss {loss:.4g} or gradients {norm:.4g} of batch {step - 1} {why}; the update is skipped")
+        pair = {f"loss {loss:.4g}": loss, f"gradient norm {norm:.4g}": norm}
+        if bad := [text for text, value in pair.items() if not math.isfinite(value)]:
+            why = f"{' and '.join(bad)} of batch {step - 1} {'is' if len(bad) == 1 else 'are'} not finite"
+        elif not values["update_finite"]:
+            why = f"{' and '.join(pair)} of batch {step - 1} give new parameters that are not finite"
+        else:
+            spike = f"are a spike (train.skip_spikes={train.skip_spikes:g})"
+            why = f"{' or '.join(pair)} of batch {step - 1} {spike}"
+        say(f"step {step}: {why}; the update is skipped")
         if skipped >= train.max_skipped:
             raise FloatingPointError(
-                f"{skipped} steps in a row were skipped (train.max_skipped), up to step {step}; the last good "
-                "state is in the newest checkpoint. Lower the learning rate, or look at the batches"
+                f"{skipped} steps in a row were skipped (train.max_skipped), up to step {step}. Lower the learning "
+                "rate, or look at the batches"
             )
 
     def evaluate(self, step: int, params) -> float | None:

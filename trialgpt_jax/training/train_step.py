@@ -4,6 +4,7 @@ Shapes: B sequences of a batch, U = T + 1 ids of a window, T block_size.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import GPT, cast_matrices, head
 from trialgpt_jax.model.loss import cross_entropy_sum
@@ -80,6 +82,9 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step: gradients averaged over the microbatches, clipped, and applied if they are good.
 
+    A step is good if loss, gradients, new parameters and new optimizer state are finite, and if it is not a spike.
+    Any other step changes neither parameters nor optimizer state.
+
     Args:
       state: donated by the compiled step.
       tokens_BxU: int32 [B, T + 1], the global batch of step `state.step`.
@@ -90,8 +95,8 @@ def train_step(
       learning_rate: the optimizer's schedule, for the metric `lr`; None = no such metric.
 
     Returns:
-      The next state, and float32/int32 scalars: loss (mean over tokens, nats), grad_norm (before clipping), skipped,
-      skipped_in_a_row, lr.
+      The next state, and scalars: loss (mean over tokens, nats), grad_norm (before clipping), update_finite (whether
+      the new parameters and optimizer state are), skipped, skipped_in_a_row, lr.
     """
     B = tokens_BxU.shape[0]
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -109,13 +114,15 @@ def train_step(
     loss, gradients = accumulated(tokens_BxU, jnp.arange(B))
 
     grad_norm = optax.global_norm(gradients)
-    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Finite gradients can give an update that is not: 0 / 0 in the optimizer, or p + u overflows.
+    update_finite = all_finite((params, opt_state))
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & update_finite
     window = state.window
     if skip_spikes:
         good &= ~spikes.is_spike(window, loss, grad_norm, skip_spikes)
         window = spikes.push(window, loss, grad_norm, good)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
 
     def keep(new, old):
         return jnp.where(good, new, old)
@@ -132,6 +139,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
+        "update_finite": update_finite,
         "skipped": next_state.skipped,
         "skipped_in_a_row": skipped_in_a_row,
     }
@@ -146,3 +154,60 @@ def eval_step(params, tokens_BxU: jax.Array, valid_B: jax.Array, *, config: GPTC
     labels = jnp.where(valid_B[:, None], tokens_BxU[:, 1:], -1)
     total = cross_entropy_sum(hidden, head(params, config), labels, config.vocab_size, config.logit_softcap)
     return total, jnp.sum(labels >= 0)
+
+
+def all_finite(tree) -> jax.Array:
+    """Whether no float in `tree` is NaN or infinite, bool []; for compiled code."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    # not isfinite(max(x)): XLA's maximum loses NaNs on CPU
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
+def nonfinite(tree) -> dict[str, int]:
+    """The arrays of a state or of parameters that have NaN or infinite values: name -> number of such values.
+
+    Every process of the job calls it, because the arrays may be split over all of them. It compiles once per layout.
+
+    Args:
+      tree: of arrays; those that are not of floating point are ignored.
+
+    Returns:
+      Names such as `params/wte/embedding`; {} = all values are finite.
+    """
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+    arrays = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    # On CPU the counts of GPT-2 124M's state take 0.9 s, and the question whether all values are finite takes 0.36 s.
+    if not arrays or _all_finite(arrays):
+        return {}
+    return {name: int(n) for name, n in jax.device_get(_count_nonfinite(arrays)).items() if n}
+
+
+def check_finite(source: str, tree, way_out: str = "") -> None:
+    """Refuses weights with NaN or infinite values; called by every process, as `nonfinite`.
+
+    Args:
+      source: what has the weights, for the message.
+      tree: of arrays.
+      way_out: what the message ends with.
+
+    Raises:
+      UserError: with the number of values, and the names of the first three arrays.
+    """
+    if counts := nonfinite(tree):
+        raise UserError(f"{source} has {describe_nonfinite(counts)}{way_out}")
+
+
+def describe_nonfinite(counts: Mapping[str, int]) -> str:
+    """A phrase for a result of `nonfinite`: the number of values, and the names of the first three arrays."""
+    names = ", ".join(f"{name} ({n:,})" for name, n in list(counts.items())[:3])
+    more = f" and {len(counts) - 3} more arrays" if len(counts) > 3 else ""
+    return f"{sum(counts.values()):,} values that are not finite, in {names}{more}"
+
+
+_all_finite = jax.jit(all_finite)
+
+
+@jax.jit
+def _count_nonfinite(arrays):
+    return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32), arrays)
