@@ -16,6 +16,7 @@ def inputs(dtype=np.float32):
     hidden = rng.normal(size=(B, T, C)).astype(dtype)
     head = rng.normal(size=(V, C)).astype(dtype)
     labels = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
+    labels[0, :2] = 0, VOCAB - 1  # the first and the last id
     labels[1, 3:] = -1  # ignored
     return hidden, head, labels
 

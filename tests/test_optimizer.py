@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import small_config
 from model_options import random_params
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.training.optimizer import make_optimizer, schedule
+from trialgpt_jax.parallel.sharding import single_device
+from trialgpt_jax.training import train_step
+from trialgpt_jax.training.optimizer import always_finite, make_optimizer, schedule
+from trialgpt_jax.training.program import Program
 
 # Every kind of parameter: an untied head, biases, two norms per layer and one on the embeddings.
 CONFIG = GPTConfig(
@@ -251,3 +255,47 @@ def test_muon_updates_are_nearly_orthogonal():
 def test_unknown_names_are_refused_also_for_library_callers(changes, message):
     with pytest.raises(UserError, match=message):
         make_optimizer(optim(**changes), STEPS)
+
+
+def test_updates_need_no_check_only_where_they_are_bounded():
+    assert always_finite(optim(name="adamw")) and always_finite(optim(name="muon"))
+    assert always_finite(default_config().optim)
+    for changes in (
+        {"learning_rate": 1.1},
+        {"muon_learning_rate": 1e30},
+        {"weight_decay": 1e3, "learning_rate": 0.01},
+        {"b1": 0.99, "b2": 0.98},  # the second moment forgets faster than the first
+        {"b2": 1.0 - 1e-7},  # 1 in float32
+        {"b1": 1.0 - 1e-7},
+        {"name": "lion"},
+    ):
+        assert not always_finite(optim(**changes)), changes
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.95), (0.9, 0.999), (0.0, 0.5), (0.97, 0.95)])
+def test_adamws_update_has_the_bound_on_which_that_relies(b1, b2):
+    """The gradients of the worst case: each smaller than the one before by b1 / b2."""
+    bound = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
+    optimizer = make_optimizer(
+        optim(b1=b1, b2=b2, eps=0.0, weight_decay=0.0, warmup_steps=0, schedule="constant", learning_rate=1.0), STEPS
+    )
+    largest = 0.0
+    with jax.enable_x64(True):
+        params = {"wte": {"embedding": np.zeros((1, 1))}}
+        for ratio in (b1 / b2 or 0.1, 0.5, 1.0, 1.5):
+            state, update = optimizer.init(params), jax.jit(optimizer.update)
+            for i in range(60):
+                updates, state = update({"wte": {"embedding": jnp.full((1, 1), ratio**-i)}}, state, params)
+                largest = max(largest, float(jnp.abs(updates["wte"]["embedding"]).max()))
+    assert largest <= max(1.0, bound) * (1 + 1e-6)
+    assert largest > 0.2 * bound  # less than 1 because of the bias corrections
+
+
+@pytest.mark.parametrize(("learning_rate", "checked"), [(3e-3, False), (2.0, True)])
+def test_the_step_looks_at_its_update_only_where_that_is_needed(learning_rate, checked, monkeypatch):
+    config, calls = small_config("unused"), []
+    config.optim.learning_rate = learning_rate
+    config.model.n_layer = 1
+    monkeypatch.setattr(train_step, "all_finite", lambda tree: calls.append(tree) or jnp.array(True))
+    Program(config, mesh=single_device()).train_step  # noqa: B018 - compiles
+    assert bool(calls) == checked

@@ -141,6 +141,7 @@ def test_finite_gradients_with_an_update_that_is_not_finite_change_nothing_and_a
     """NaN or infinite updates, a finite update whose sum with the parameter overflows, and a moment that overflows."""
     config = small_config("unused")
     config.model.vocab_size = 500  # row 505 is padding, so the loss does not depend on it
+    config.optim.learning_rate = 2.0  # beyond what `always_finite` has a bound for
     program = Program(config, devices=jax.devices()[:1])
 
     def update(updates, state, params):

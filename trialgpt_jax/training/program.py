@@ -31,7 +31,7 @@ from trialgpt_jax.parallel.sharding import (
 )
 from trialgpt_jax.training import train_step as steps
 from trialgpt_jax.training.metrics import flops_per_token, parameter_count
-from trialgpt_jax.training.optimizer import make_optimizer, schedule
+from trialgpt_jax.training.optimizer import always_finite, make_optimizer, schedule
 from trialgpt_jax.training.train_step import TrainState
 
 
@@ -103,6 +103,7 @@ class Program:
             seed=config.seed,
             skip_spikes=train.skip_spikes,
             learning_rate=schedule(config.optim, train.steps, config.optim.learning_rate),
+            check_update=not always_finite(config.optim),
         )
         layout = self.layout
         shardings = jax.tree.map(lambda leaf: leaf.sharding, layout), replicated(self.mesh)
