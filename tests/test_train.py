@@ -181,6 +181,7 @@ def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(reference
     assert_same_bits(final_state(workdir), final_state(reference[0]))
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_losses(config, tmp_path, default_file):
     assert train(config, tmp_path / "one", file=default_file).returncode == 0
     config.mesh.update({"data": 1, "fsdp": 4, "tensor": 2})
