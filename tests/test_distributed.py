@@ -276,7 +276,7 @@ _BROKEN = (
     ],
     ids=["slow start", "slow step", "broken", "Ctrl-C", "mistake", "closed stdout"],
 )
-def test_the_other_processes_are_told_no_more_than_is_known(error, status, words):
+def test_the_message_to_other_processes_claims_no_death_that_is_not_known(error, status, words):
     """The first three with the messages of JAX and Gloo; a death and a slow start give the same one."""
     got, own, others = processes._describe(error)
     assert got == status and words in others and others.startswith("error: process 0 of 1")

@@ -15,7 +15,7 @@ from trialgpt_jax.storage import files
 
 
 class Disk:
-    """What a disk is told to keep, in order: `events` are ("fsync", path), ("rename", from, to) and ("mkdir", path)."""
+    """The order in which writes become durable: `events` are ("fsync", path), ("rename", from, to) and ("mkdir", path)."""
 
     def __init__(self, monkeypatch):
         self.events = []

@@ -45,7 +45,7 @@ def merge(config: ConfigDict) -> dict:
     """Joins the finished shares in `config.data.dir` into a token store, and returns the manifest.
 
     Raises:
-      UserError: as `prepare.merge`, or a share is still running; the same call continues when that is mended.
+      UserError: as `prepare.merge`, or a share is still running; the same call continues when that is fixed.
     """
     if not files.names(config.data.dir):
         raise UserError(f"data.dir={config.data.dir} holds no shares to merge; run preprocess with --worker=i/n first")

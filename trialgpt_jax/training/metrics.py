@@ -175,7 +175,7 @@ class MetricsLog:
         try:
             if self._wandb:
                 self._wandb.log(numbers, step=line["step"])
-        except Exception as error:  # noqa: BLE001 - it raises many types, and none of them may end the run
+        except Exception as error:  # noqa: BLE001 - it raises many types; a failed log does not end the run
             say(f"log.wandb is off from step {line['step']} on: {type(error).__name__}: {error}")
             self._wandb = None
 
