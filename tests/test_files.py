@@ -15,7 +15,10 @@ from trialgpt_jax.storage import files
 
 
 class Disk:
-    """The order in which writes become durable: `events` are ("fsync", path), ("rename", from, to) and ("mkdir", path)."""
+    """The order in which writes become durable.
+
+    `events` are ("fsync", path), ("rename", from, to) and ("mkdir", path).
+    """
 
     def __init__(self, monkeypatch):
         self.events = []
