@@ -29,7 +29,10 @@ def aot_compile(*arguments):
     return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 4, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param((4, 1, 1), marks=pytest.mark.slow), pytest.param((1, 4, 1), marks=pytest.mark.slow), (1, 2, 2)],
+)
 def test_the_step_compiles_for_v5e(mesh, tmp_path):
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
     axes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]

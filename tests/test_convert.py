@@ -50,6 +50,7 @@ def assert_equal(ours, expected):
         np.testing.assert_array_equal(mine, want)
 
 
+@pytest.mark.slow
 def test_transformers_evaluates_the_export_to_the_same_loss(world, store):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

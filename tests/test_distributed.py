@@ -317,7 +317,7 @@ def test_a_process_that_compiles_40_seconds_longer_is_waited_for(config, tmp_pat
     assert [r.returncode for r in results] == [0, 0], [r.stderr for r in results]
 
 
-@pytest.mark.parametrize("why", ["a time limit", "Ctrl-C"])
+@pytest.mark.parametrize("why", [pytest.param("a time limit", marks=pytest.mark.slow), "Ctrl-C"])
 def test_a_time_limit_and_ctrl_c_stop_all_processes_too(train, config, tmp_path, monkeypatch, why):
     """All save by the clock of process 0: here always two steps after the step at which the last save was seen."""
     config = config.copy_and_resolve_references()

@@ -134,6 +134,7 @@ def test_axes_that_do_not_fit_the_devices_of_a_host_are_refused():
         make_mesh({"data": 3, "fsdp": 2, "tensor": 2}, hosts(2, 6))
 
 
+@pytest.mark.slow
 def test_the_fsdp_step_on_16_chips_splits_the_state_and_no_activation_spans_the_batch():
     devices = topology("v5e:4x4")
     config = small_config("unused")

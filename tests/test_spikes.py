@@ -110,6 +110,7 @@ def test_without_skip_spikes_neither_state_nor_program_has_a_window():
         assert (f"f32[2,{spikes.WINDOW}]" in program.train_step.as_text()) == bool(sigmas)
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_of_a_window_is_exact(config, tmp_path, default_file):
     config.train.update({"steps": 200, "skip_spikes": 1.5})
     config.optim.learning_rate = 1e-5  # then the loss varies with the batch only, and often exceeds 1.5 sigma
