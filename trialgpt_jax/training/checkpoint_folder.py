@@ -287,7 +287,7 @@ class CheckpointFolder:
 
     @contextlib.contextmanager
     def _removing(self, name: str) -> Iterator[None]:
-        """Reports that a checkpoint cannot be removed: a reason to warn, and none to end a run."""
+        """Turns an error of a removal into a warning, because the save before it has succeeded."""
         try:
             yield
         except OSError as error:

@@ -189,7 +189,7 @@ def check_finite(source: str, tree, way_out: str = "") -> None:
     """Refuses weights with NaN or infinite values; called by every process, as `nonfinite`.
 
     Args:
-      source: what has the weights, for the message.
+      source: the checkpoint or folder that the weights are from, for the message.
       tree: of arrays.
       way_out: what the message ends with.
 
