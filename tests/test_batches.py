@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data import batches, shard_writer, token_store
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import json_files
 
 
 @pytest.fixture
@@ -204,6 +204,6 @@ def test_invalid_mixtures_are_refused(tmp_path, mixture, text, message):
     writer.append(np.array([1, 299]), 1, 5)
     manifest = {"format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0"}, "vocab_size": 300, "eot_id": 299}
     manifest |= {"dtype": "uint16", "shards": [writer.finish()]}
-    files.write_json(str(tmp_path / "other" / "manifest.json"), manifest)
+    json_files.write(str(tmp_path / "other" / "manifest.json"), manifest)
     with pytest.raises(UserError, match=message):
         token_store.open_store(text.format(tmp_path))

@@ -223,7 +223,7 @@ def test_a_failed_save_raises_once_and_leaves_the_other_checkpoints_unchanged(wh
         error = ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 6 [os_error_code='28']")
         target = "orbax.checkpoint.CheckpointManager.wait_until_finished"
     else:
-        target = f"trialgpt_jax.storage.files.{'write_json' if where == 'checksums' else 'make_folder'}"
+        target = f"trialgpt_jax.storage.{'json_files.write' if where == 'checksums' else 'files.make_folder'}"
 
     def full(*_):
         raise error

@@ -11,7 +11,7 @@ import pytest
 from trialgpt_jax.data.shard_writer import ShardWriter
 from trialgpt_jax.model import hf
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files
 
 
 class Disk:
@@ -61,11 +61,11 @@ def disk(monkeypatch):
 
 def test_write_syncs_the_contents_then_renames_then_syncs_the_folder(tmp_path, disk):
     path = str(tmp_path / "a.json")
-    files.write_json(path, {"a": 1})
+    json_files.write(path, {"a": 1})
     (_, part), (_, source, target), (_, folder) = disk.events
     assert [kind for kind, *_ in disk.events] == ["fsync", "rename", "fsync"]
     assert (source, target, folder) == (part, path, str(tmp_path))
-    assert os.listdir(tmp_path) == ["a.json"] and files.read_json(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"] and json_files.read(path) == {"a": 1}
 
 
 def test_a_shard_is_synced_before_and_its_folder_after_it_gets_its_name(tmp_path, disk):

@@ -30,6 +30,7 @@ from trialgpt_jax.data.documents import Document, read_documents
 from trialgpt_jax.data.prepare import merge
 from trialgpt_jax.preprocess import describe, preprocess, show
 from trialgpt_jax.preprocess import merge as merge_command
+from trialgpt_jax.storage import json_files
 
 
 def make_config(folder, source="files", **changes):
@@ -443,7 +444,7 @@ def test_a_share_removes_the_unfinished_files_of_its_own_killed_runs_and_of_no_o
 
 
 def test_what_progress_and_manifest_name_is_durable_before_they_are(tmp_path, corpus, monkeypatch):
-    disk, checked, write_json = Disk(monkeypatch), [], prepare.write_json
+    disk, checked, write = Disk(monkeypatch), [], json_files.write
     config = make_config(tmp_path / "store", path=corpus, on_error="skip", shard_tokens=60_000, tokenizer="bpe:300")
 
     def check_and_write(path, value):
@@ -455,9 +456,9 @@ def test_what_progress_and_manifest_name_is_durable_before_they_are(tmp_path, co
             renamed = [i for i, event in enumerate(disk.events) if event[0] == "rename" and event[2].endswith(name)]
             assert renamed and folder in disk.events[renamed[-1] :], f"{path} names {name}"
         checked.extend([path] * bool(named))
-        write_json(path, value)
+        write(path, value)
 
-    monkeypatch.setattr(prepare, "write_json", check_and_write)
+    monkeypatch.setattr(json_files, "write", check_and_write)
     for share in ("0/2", "1/2"):
         preprocess(config, share)
     disk.assert_durable()

@@ -12,7 +12,7 @@ from conftest import call, command, metrics, overrides, refused, run
 from gcs_server import serve
 
 from trialgpt_jax import UserError
-from trialgpt_jax.storage import files, lease, lock
+from trialgpt_jax.storage import files, json_files, lease, lock
 
 pytest.importorskip("gcsfs", reason="the extra `gs`")
 
@@ -41,8 +41,8 @@ def test_files_are_written_listed_and_removed_as_on_disk(bucket, tmp_path):
         files.make_folder(root)
         path = os.path.join(root, "x.json")
         assert not files.exists(path) and files.names(os.path.join(root, "nothing")) == []
-        files.write_json(path, {"a": 1})
-        assert files.read_json(path) == {"a": 1} and files.exists(path)
+        json_files.write(path, {"a": 1})
+        assert json_files.read(path) == {"a": 1} and files.exists(path)
         files.make_folder(os.path.join(root, "sub"))
         files.write(os.path.join(root, "sub", "y"), b"123")
         files.write(path, b"again")

@@ -8,7 +8,7 @@ import pytest
 from trialgpt_jax import UserError
 from trialgpt_jax.data import shard_writer, token_store
 from trialgpt_jax.data.tokenizer import TokenizerId
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import json_files
 
 
 def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
@@ -25,7 +25,7 @@ def write_store(folder, shards=((10, 7, 13), (9,)), vocab=300, seed=0):
             ids[split] += data.tolist()
     manifest = {"format_version": 1, "tokenizer": {"name": "bpe:300", "hash": "0" * 64}, "vocab_size": vocab}
     manifest |= {"eot_id": vocab - 1, "dtype": "uint16", "shards": records}
-    files.write_json(str(folder / "manifest.json"), manifest)
+    json_files.write(str(folder / "manifest.json"), manifest)
     return ids
 
 

@@ -24,7 +24,7 @@ from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.model import hf
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.sharding import single_device
-from trialgpt_jax.storage import files, lock
+from trialgpt_jax.storage import files, json_files, lock
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint import Checkpoints, state_bytes
 from trialgpt_jax.training.program import Program
@@ -107,7 +107,7 @@ def from_hf(config: ConfigDict, folder: str, workdir: str, allow_nonfinite: bool
         workdir_lib.save_snapshot(config, workdir)
         if tokenizer is not None:
             tokenizer.save(workdir)
-            files.write_json(workdir_lib.tokenizer_path(workdir), tokenizer.id._asdict())
+            json_files.write(workdir_lib.tokenizer_path(workdir), tokenizer.id._asdict())
         checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, params)}, allow_nonfinite=allow_nonfinite)
         checkpoints.wait()
     return config

@@ -10,7 +10,7 @@ import os
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data.tokenizer import END_OF_TEXT, Tokenizer, byte_characters, load
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -89,7 +89,7 @@ def read(folder: str) -> Tokenizer | None:
         if os.path.exists(path):
             vocab, pairs = _read_whole(path)
         elif os.path.exists(path := os.path.join(folder, "vocab.json")):
-            vocab = files.read_json(path)
+            vocab = json_files.read(path)
             with open(path := os.path.join(folder, "merges.txt"), encoding="utf-8") as file:
                 lines = file.read().split("\n")
             pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -110,7 +110,7 @@ def read(folder: str) -> Tokenizer | None:
 
 def _read_whole(path: str) -> tuple[dict[str, int], list[list[str]]]:
     """Vocabulary and merges in a `tokenizer.json`; ValueError if it is not GPT-2's kind of tokenizer."""
-    whole = files.read_json(path)
+    whole = json_files.read(path)
     model = whole["model"]
     kind = model.get("type", "BPE"), whole["normalizer"], whole["pre_tokenizer"]["type"]
     if kind != ("BPE", None, "ByteLevel") or whole["pre_tokenizer"]["add_prefix_space"]:

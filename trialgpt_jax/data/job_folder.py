@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.data import corpora, token_store
-from trialgpt_jax.storage import files, lock
+from trialgpt_jax.storage import files, json_files, lock
 
 _PROGRESS = "progress_*_of_*.json"
 _UNIT_SHARD = re.compile(r"[a-z]+_(\d+)_\d+\.bin")  # the number is that of the group
@@ -97,7 +97,7 @@ def load_progress(data: ConfigDict, index: int, count: int) -> dict:
 def read_progress(data: ConfigDict, path: str) -> dict:
     """Loads a progress file in `data.dir`. Raises UserError if it is damaged or was written with another config."""
     try:
-        progress = files.read_json(path)
+        progress = json_files.read(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove {data.dir} and run preprocess again") from None
     _check_settings(data, progress["settings"])

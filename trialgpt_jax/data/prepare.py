@@ -20,7 +20,8 @@ from trialgpt_jax.data.documents import InputFile, count_rows
 from trialgpt_jax.data.encoders import check_encoder
 from trialgpt_jax.data.tokenizer import Tokenizer
 from trialgpt_jax.data.units import Job, Task
-from trialgpt_jax.storage.files import sync_file, sync_folder, write_json
+from trialgpt_jax.storage import json_files
+from trialgpt_jax.storage.files import sync_file, sync_folder
 
 TRAINING_CHARACTERS = 256 << 20  # a `bpe:N` tokenizer is trained on the first training documents, up to this much text
 SAMPLE_CHARACTERS = 2 << 20  # a fast encoder is compared with tiktoken on this much of them
@@ -46,7 +47,7 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
         progress["files"] = corpora.list_files(data.source, data.source_options)
         if data.split == "nanogpt":
             progress["rows"] = [count_rows(file) for file in progress["files"]]
-        write_json(path, progress)
+        json_files.write(path, progress)
     listed = [InputFile(*entry) for entry in progress["files"]]
     val_rows = _nanogpt_rows(listed, progress["rows"], data) if data.split == "nanogpt" else {}
     only_text = data.split == "hash" and len(listed) == 1 and listed[0].is_text
@@ -55,7 +56,7 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
     job_folder.remove_parts(data.dir, index, count)
     tokenizer = _tokenizer(job, groups)
     progress["tokenizer"] = {name: getattr(tokenizer, name) for name in ("hash", "vocab_size", "eot_id", "dtype")}
-    write_json(path, progress)
+    json_files.write(path, progress)
     check_encoder(tokenizer, data.encoder, _training_texts(job, groups, SAMPLE_CHARACTERS))
 
     tasks = []
@@ -68,7 +69,7 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
     def finish(record: dict) -> None:
         progress["units"].append(record)
         progress["units"].sort(key=_ORDER)
-        write_json(path, progress)
+        json_files.write(path, progress)
 
     with workers.progress_bar(sum(file.size for task in tasks for file in task.files)) as report:
         workers.run(job, tasks, finish, report)
@@ -102,7 +103,7 @@ def merge(data: ConfigDict) -> dict:
         "sources": _sum_sources(records),
         "shards": _rename_shards(data.dir, records),
     }
-    write_json(os.path.join(data.dir, token_store.MANIFEST), manifest)
+    json_files.write(os.path.join(data.dir, token_store.MANIFEST), manifest)
     job_folder.remove_leftovers(data.dir)
     return manifest
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data.tokenizer import TokenizerId
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -192,7 +192,7 @@ def verify(folder: str) -> list[dict]:
 
 def _read_manifest(path: str) -> dict:
     try:
-        manifest = files.read_json(path)
+        manifest = json_files.read(path)
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format version {manifest['format_version']}, but this program reads {FORMAT_VERSION}"

@@ -21,7 +21,7 @@ import tiktoken
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files
 
 END_OF_TEXT = "<|endoftext|>"
 RANKS_FILE = "tokenizer.tiktoken"  # a trained BPE in its token store; one line per token: base64 bytes and rank
@@ -167,7 +167,7 @@ def from_store(folder: str) -> Tokenizer:
     path = os.path.join(folder, "manifest.json")
     if not os.path.exists(path):
         return load("gpt2")  # nanoGPT's and llm.c's files hold GPT-2 ids and record no tokenizer
-    saved = files.read_json(path)["tokenizer"]
+    saved = json_files.read(path)["tokenizer"]
     stored = TokenizerId(saved["name"], saved["hash"])
     tokenizer = load(stored.name, folder)
     if not tokenizer.id.matches(stored):

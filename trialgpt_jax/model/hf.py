@@ -21,7 +21,7 @@ from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.layers import EPS
 from trialgpt_jax.schema import specs
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files
 
 WEIGHTS = "model.safetensors"
 
@@ -163,7 +163,7 @@ def read_config(folder: str) -> dict:
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder; it must hold config.json and {WEIGHTS}")
     try:
-        theirs = files.read_json(path)
+        theirs = json_files.read(path)
         if not isinstance(theirs, dict):
             raise TypeError("it does not hold an object")
     except (OSError, ValueError, TypeError) as error:
@@ -187,7 +187,7 @@ def read_config(folder: str) -> dict:
 def is_hf_folder(folder: str) -> bool:
     """Whether a folder's config.json describes a Hugging Face model, and not a workdir."""
     try:
-        return not isinstance(files.read_json(os.path.join(folder, "config.json")).get("model"), dict)
+        return not isinstance(json_files.read(os.path.join(folder, "config.json")).get("model"), dict)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -256,7 +256,7 @@ class SafetensorsFolder(Mapping):
             shards = [WEIGHTS]
         elif os.path.exists(index):
             try:
-                shards = sorted(set(files.read_json(index)["weight_map"].values()))
+                shards = sorted(set(json_files.read(index)["weight_map"].values()))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{index} cannot be read as an index of shards: {error!r}") from None
             if outside := [name for name in shards if not files.is_plain_name(name)]:

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -77,21 +76,6 @@ def open_file(path: str, mode: str = "rb") -> IO:
     return _fs(path).open(path, mode) if is_remote(path) else open(path, mode)
 
 
-def read_json(path: str) -> object:
-    """The contents of a JSON file.
-
-    Raises:
-      OSError: it cannot be read.
-      ValueError: it is not JSON, is nested too deeply, or is not UTF-8.
-    """
-    with open_file(path) as file:
-        data = file.read()
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def write(path: str, data: bytes | str) -> None:
     """Writes a small file and syncs it to the disk, whole or not at all.
 
@@ -142,9 +126,9 @@ def remove_parts(folder: str, which: Callable[[str], object] = lambda name: True
             remove(os.path.join(folder, name))
 
 
-def write_json(path: str, value: object) -> None:
-    """Writes JSON as `write` does."""
-    write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is a pointer that Git LFS left in place of the file."""
+    return head.startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def sync_folder(folder: str) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files
 
 RECORD = "checksums.json"
 
@@ -48,7 +48,7 @@ def write_record(folder: str, about: dict) -> None:
       about: JSON values to keep with the checksums, under other names than `files` and `sha256`.
     """
     record = about | {"files": list_files(folder)}
-    files.write_json(record_path(folder), record | {"sha256": _digest(record)})
+    json_files.write(record_path(folder), record | {"sha256": _digest(record)})
 
 
 def read_record(folder: str) -> dict:
@@ -59,7 +59,7 @@ def read_record(folder: str) -> dict:
     """
     path = record_path(folder)
     try:
-        record = files.read_json(path)
+        record = json_files.read(path)
         digest = record.pop("sha256")
         good = all(type(size) is int and isinstance(sha256, str) for size, sha256 in record["files"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,7 +12,7 @@ from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.data.tokenizer import TokenizerId
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files
 
 
 def config_path(workdir: str) -> str:
@@ -52,7 +52,7 @@ def tensorboard_path(workdir: str) -> str:
 
 def save_snapshot(config: ConfigDict, workdir: str) -> None:
     """Writes the resolved config to `<workdir>/config.json`, whole or not at all."""
-    files.write_json(config_path(workdir), config.to_dict())
+    json_files.write(config_path(workdir), config.to_dict())
 
 
 def load_snapshot(workdir: str) -> dict:
@@ -63,7 +63,7 @@ def load_snapshot(workdir: str) -> dict:
     """
     path = config_path(workdir)
     try:
-        saved = files.read_json(path)
+        saved = json_files.read(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; --workdir must be a folder that `train` or `convert` has written"
@@ -87,7 +87,7 @@ def keep_tokenizer(store: TokenStore, workdir: str) -> None:
         return
     if store.tokenizer_id.name != "gpt2":
         tokenizer_lib.from_store(store.folder).save(workdir)
-    files.write_json(path, store.tokenizer_id._asdict())
+    json_files.write(path, store.tokenizer_id._asdict())
 
 
 def check_tokenizer(store: TokenStore, workdir: str) -> None:
@@ -98,7 +98,7 @@ def check_tokenizer(store: TokenStore, workdir: str) -> None:
     """
     path = tokenizer_path(workdir)
     try:
-        saved = files.read_json(path)
+        saved = json_files.read(path)
         trained = TokenizerId(saved["name"], saved["hash"])
     except FileNotFoundError:
         return  # not trained yet
@@ -114,7 +114,7 @@ def check_tokenizer(store: TokenStore, workdir: str) -> None:
 
 def keep_data(store: TokenStore, workdir: str) -> None:
     """Writes the digests of the run's token store, of a mixture those of all members."""
-    files.write_json(data_path(workdir), [list(member) for member in store.members])
+    json_files.write(data_path(workdir), [list(member) for member in store.members])
 
 
 def check_data(store: TokenStore, workdir: str, allowed: bool) -> None:
@@ -130,7 +130,7 @@ def check_data(store: TokenStore, workdir: str, allowed: bool) -> None:
     """
     path = data_path(workdir)
     try:
-        kept = [(str(folder), str(digest)) for folder, digest in files.read_json(path)]
+        kept = [(str(folder), str(digest)) for folder, digest in json_files.read(path)]
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError) as error:
