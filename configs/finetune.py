@@ -1,11 +1,13 @@
-"""Fine-tunes GPT-2 124M on your own text, starting from a workdir or a Hugging Face folder.
+"""Fine-tunes GPT-2 on your own text, starting from the Hugging Face hub, a folder of its files, or a workdir.
 
     python -m trialgpt_jax.preprocess --config=configs/finetune.py --config.data.source_options.path=my_texts/
-    python -m trialgpt_jax.train --config=configs/finetune.py --config.train.init_from=gpt2/ --workdir=runs/finetuned
+    python -m trialgpt_jax.train --config=configs/finetune.py --workdir=runs/finetuned
 
-`gpt2/` holds config.json and model.safetensors, for example those of https://huggingface.co/openai-community/gpt2. For
-another model, set its sizes with --config.model.n_layer and so on; a mismatch is an error that names the field. With a
-shorter --config.model.block_size the first positions are used, and less memory.
+The weights are those of https://huggingface.co/openai-community/gpt2 (548 MB), kept in the hub's cache. Others are
+named with --config.train.init_from: hf:openai-community/gpt2-xl, a folder with config.json and model.safetensors, or a
+workdir. The model's fields come from there. With a shorter --config.model.block_size the first positions are used, and
+less memory; --config.model.dropout is free. The text is preprocessed with the tokenizer of the weights; if that is not
+GPT-2's, with --config.data.tokenizer=from:FOLDER.
 
 Hardware: one chip; on a small one raise train.accumulate_steps. Learning rate, schedule and tokens per step are those
 of nanoGPT's finetune_shakespeare, which makes 20 steps.
@@ -17,13 +19,13 @@ from trialgpt_jax.config import default_config
 
 
 def get_config():
-    c = default_config()  # the model is GPT-2 124M
+    c = default_config()  # every field of c.model that is not set comes from train.init_from
     c.data.dir = "data/finetune"
     c.data.source = "files"
     c.data.source_options.path = "texts/*.txt"
     c.data.val_fraction = 0.1
 
-    c.train.init_from = "gpt2"  # parameters only; the optimizer starts from zero
+    c.train.init_from = "hf:openai-community/gpt2"  # parameters only; the optimizer starts from zero
     c.train.steps = 200
     c.train.batch_size = 32  # 32,768 tokens per step
     c.train.accumulate_steps = 4

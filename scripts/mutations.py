@@ -65,9 +65,10 @@ MUTATIONS = [
     Mutation("data/shard_writer.py", "        os.fsync(self._file.fileno())\n", "", "power_loss preprocess"),
     Mutation("data/units.py", 'job.data["split_seed"].to_bytes', "int(0).to_bytes", "preprocess"),
     Mutation("data/units.py", "if unit.tokens >= shard_tokens:", "if unit.tokens > shard_tokens:", "preprocess"),
-    Mutation(
-        "data/units.py", "whole = np.append(next(ids), np.uint32(tokenizer.eot_id))", "whole = next(ids)", "preprocess"
-    ),
+    Mutation("data/units.py", "whole = np.append(whole, np.uint32(tokenizer.eot_id))", "pass", "preprocess"),
+    Mutation("data/foreign_store.py", "split.check_id(int(ids.max()), name)", "pass", "token_store"),
+    Mutation("data/library_tokenizer.py", "library.encode_special_tokens = True", "pass", "tokenizer_source"),
+    Mutation("data/char_tokenizer.py", "def find_class(", "def _find_class(", "char"),
     Mutation("data/batches.py", "(seed + number * 0x9E3779B97F4A7C15) % 2**64", "seed", "batches"),
     Mutation(
         "data/batches.py",
@@ -83,7 +84,7 @@ MUTATIONS = [
         "batches",
     ),
     Mutation(
-        "data/token_store.py",
+        "data/splits.py",
         "max(0, (self.n_tokens - 1) // block_size)",
         "max(0, self.n_tokens // block_size)",
         "token_store batches",

@@ -1,6 +1,7 @@
 """Shared by the tests: a small token store of real text, a small config, and the commands as a user runs them."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -76,6 +77,24 @@ def small_config(store):
     c.eval.update({"every_steps": 10, "batches": 2})
     c.log.update({"every_steps": 1, "tensorboard": False})
     return c
+
+
+@contextlib.contextmanager
+def train_step_compiled_once():
+    """Runs of this block must have one model, batch size and schedule: the first one's train step serves all."""
+    from trialgpt_jax.training.program import Program
+
+    compile_step, compiled = Program.train_step.func, []
+
+    def train_step(program):
+        compiled[:] = compiled or [compile_step(program)]
+        return compiled[0]
+
+    shared = functools.cached_property(train_step)
+    shared.__set_name__(Program, "train_step")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "train_step", shared)
+        yield
 
 
 def overrides(config):

@@ -1,4 +1,4 @@
-"""A local HTTP server with the part of the Hugging Face hub's API that datasets use, and injected faults."""
+"""A local HTTP server with the part of the Hugging Face hub's API that datasets and models use, and injected faults."""
 
 import hashlib
 import http.server
@@ -12,7 +12,7 @@ COMMIT = "79d93d786212f7344586290adb811d4ae6a1762c"
 
 
 class HubServer(http.server.ThreadingHTTPServer):
-    """Serves `files` (URL path -> bytes): `/owner/name/path` as hub datasets, `/plain/...` as plain files.
+    """Serves `files` (URL path -> bytes): `/owner/name/path` as hub datasets and models, `/plain/...` as plain files.
 
     Attributes:
       url: its address.
@@ -44,16 +44,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         self.server.log.append((self.command, path, self.headers.get("Range")))
-        if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._file(f"/{match[1]}/{match[3]}", commit=True)
         if path.startswith("/plain/"):
             return self._file(path, commit=False)
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/revision/[^/]+)?", path):
+        if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             if not self._paths(match[1]):
                 return self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             siblings = [{"rfilename": name} for name in self._paths(match[1])]
             return self._json({"id": match[1], "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
+        if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
             inside = match[2] + "/" if match[2] else ""
             names = [name for name in self._paths(match[1]) if name.startswith(inside)]
             if "recursive=True" not in self.path and "recursive=true" not in self.path:
@@ -75,7 +75,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.log.append((self.command, path, None))
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/[^/]+", path):
+        if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/paths-info/[^/]+", path):
             if self.headers.get("Content-Type", "").startswith("application/json"):
                 asked = json.loads(body)["paths"]
             else:

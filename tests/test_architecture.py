@@ -10,12 +10,13 @@ PACKAGE = ROOT / "trialgpt_jax"
 COMMANDS = ("preprocess", "train", "evaluate", "infer", "convert")
 # From the bottom. `data` and `model` are on one level and import neither each other nor anything above.
 LAYERS = (
-    ("__init__", "console", "schema"),
+    ("__init__", "aliases", "console", "faults", "schema"),
     ("storage",),
     ("parallel",),
     ("data", "model"),
     ("training",),
     ("config",),
+    ("arguments", "config_file"),
     ("cli",),
     COMMANDS,
 )

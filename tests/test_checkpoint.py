@@ -122,11 +122,16 @@ def test_a_missing_list_of_checksums_is_damage_too(saved):
 
 
 def test_none_whole_stops_rather_than_starting_over(saved):
+    # follows: restore one from a backup, or train into another workdir
     checkpoints, folder, _ = saved
+    shutil.copytree(folder / "2", folder.parent / "backup")
     for step in "123":
         flip(biggest_file(folder / step))
-    with pytest.raises(UserError, match="none of the checkpoints"):
+    with pytest.raises(UserError, match="none of the checkpoints .* restore one from a backup"):
         checkpoints.newest_whole()
+    shutil.rmtree(folder / "2")
+    shutil.copytree(folder.parent / "backup", folder / "2")
+    assert checkpoints.newest_whole() == 2
 
 
 def test_no_checkpoints_is_step_zero(tmp_path):

@@ -1,14 +1,18 @@
 """A wrong config is refused in one line that names the field and what would be right."""
 
+import errno
 import glob
 import json
+import os
+import re
+import socket
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, refused, run
+from conftest import ROOT, call, refused, run
 
-from trialgpt_jax import UserError, cli
+from trialgpt_jax import UserError, aliases, cli, faults
 from trialgpt_jax.config import (
     Config,
     check_resumable,
@@ -22,6 +26,7 @@ from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.schema import check, specs
 from trialgpt_jax.training.workdir import save_snapshot
 
+INFER = {"workdir": (None, ""), "prompt": (None, ""), "max_new_tokens": (200, ""), "batches": (0, "")}
 OPTIONS = {"workdir": (None, "folder"), "count": (3, "a number")}
 
 
@@ -175,6 +180,110 @@ def get_config():
     return c
 """
 
+# What is given -> what the message proposes. The proposal is followed: it is accepted, and sets the field or flag.
+PROPOSALS = {
+    "--max_iters=100": "--config.train.steps=100",
+    "--max_iters": "--config.train.steps=VALUE",
+    "-max_iters=100": "--config.train.steps=100",
+    "max_iters=100": "--config.train.steps=100",
+    "--learning_rate=1e-3": "--config.optim.learning_rate=1e-3",
+    "--learning-rate=1e-3": "--config.optim.learning_rate=1e-3",
+    "--batch_size=4": "--config.train.batch_size=4",
+    "--gradient_accumulation_steps=4": "--config.train.accumulate_steps=4",
+    "--beta2=0.9": "--config.optim.b2=0.9",
+    "--grad_clip=1": "--config.optim.clip_norm=1",
+    "--eval_interval=5": "--config.eval.every_steps=5",
+    "--min_lr=1e-5": "--config.optim.min_lr_ratio=0.1",
+    "--out_dir=out": "--workdir=out",
+    "--train.steps=5": "--config.train.steps=5",
+    "train.steps=5": "--config.train.steps=5",
+    "--wandb_log=True": "--config.log.wandb=VALUE",
+    "--dataset=shakespeare": "--config.data.dir=VALUE",
+    "--init_from=gpt2-xl": "--config.train.init_from=FOLDER",
+    "--wrokdir=x": "--workdir=x",
+    "--cuont=3": "--count=3",
+    "count=3": "--count=3",
+    "--workdir": "--workdir=VALUE",
+    "--config.train.steps": "--config.train.steps=VALUE",
+    "--config.out_dir=x": "--workdir=VALUE",
+    "--config.log.wandb=None": "--config.log.wandb=",
+}
+
+
+@pytest.mark.parametrize("given", PROPOSALS)
+def test_the_flag_that_a_message_proposes_is_accepted(default_file, given):
+    # follows: is given without a value; write --
+    # follows: ; write --config.
+    # follows: is the text 'None'; for none write --config.
+    proposal = PROPOSALS[given]
+    message = refusal(parse, f"--config={default_file}", given)
+    assert proposal in message, message
+    parse(f"--config={default_file}", proposal.replace("VALUE", "3"))
+
+
+def test_every_name_of_another_trainer_leads_to_a_field_or_flag_of_ours(default_file):
+    known = fields(default_config())
+    for name in (*aliases._FIELDS, *aliases._FLAGS, *aliases._ADVICE):
+        message = refusal(cli.parse, ["program", f"--config={default_file}", f"--{name}=x"], "doc", INFER)
+        written = re.search(r"--([\w.]+)=", message)
+        assert written is None or written[1].removeprefix("config.") in known or written[1] in INFER, message
+        assert written or name in aliases._ADVICE, message
+    assert set(aliases._FIELDS.values()) <= set(known)
+
+
+def test_flags_and_fields_may_be_followed_by_their_value(default_file):
+    for dashes in ("--", "-"):
+        given = [f"{dashes}config", default_file, f"{dashes}workdir", "w", f"{dashes}config.train.steps", "7"]
+        flags, c = parse(*given, f"{dashes}config.mesh.fsdp", "-1", f"{dashes}count", "4")
+        assert (flags.workdir, flags.count, c.train.steps, c.mesh.fsdp) == ("w", 4, 7, -1)
+    message = refusal(parse, f"--config={default_file}", "--config=other.py")
+    assert "twice" in message and "other.py" in message
+    # follows: --config is given without a file; write --config=FILE
+    assert "write --config=FILE" in refusal(parse, "--config")
+    given = ["program", "--config", default_file, "--config.seed=1337", "--config.data.dir=x", "--count=3"]
+    assert cli.given_fields(given, OPTIONS) == {"seed", "data.dir"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e3", 1000), ("1_000", 1000), ("1000.0", 1000), ("1e-1", None), ("None", None), ("", None), ("true", None)]
+    + [("nan", None), ("inf", None), ("9" * 5000, None)],
+)
+def test_an_integer_on_the_command_line_may_be_written_as_a_float(default_file, text, value):
+    arguments = f"--config={default_file}", f"--config.train.steps={text}"
+    if value is None:
+        message = refusal(parse, *arguments)
+        assert "`train.steps`" in message and "an integer" in message and len(message) < 200
+    else:
+        assert parse(*arguments)[1].train.steps == value
+
+
+def test_booleans_take_no_value_or_true_or_false(default_file):
+    for arguments, value in (
+        (["--config.data.shuffle"], True),
+        (["--config.data.shuffle", "false"], False),
+        (["--config.data.shuffle=FALSE"], False),
+        (["--config.data.shuffle", "--count=3"], True),
+    ):
+        assert parse(f"--config={default_file}", *arguments)[1].data.shuffle is value
+
+
+def test_a_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.py").write_text(CONFIG_FILE.format("c.data.dir = '~/a:0.7, ~/b:0.3'; c.train.init_from = '~/i'"))
+    options = {"workdir": (None, ""), "to_hf": (None, ""), "from_hf": (None, ""), "prompt": (None, "")}
+    given = ["p", "--config", "~/x.py", "--workdir=~/w", "--to_hf=~/t", "--from_hf", "~/f", "--prompt=FILE:~/p"]
+    given += ["--config.data.source_options.path=~/*.txt", "--config.data.tokenizer=from:~/r"]
+    flags, c = cli.parse(given, "doc", options)
+    home = str(tmp_path)
+    assert (flags.workdir, flags.to_hf, flags.from_hf) == (f"{home}/w", f"{home}/t", f"{home}/f")
+    assert flags.prompt == f"FILE:{home}/p" and c.data.tokenizer == f"from:{home}/r"
+    assert (c.data.source_options.path, c.train.init_from) == (f"{home}/*.txt", f"{home}/i")
+    assert [member.strip() for member in c.data.dir.split(",")] == [f"{home}/a:0.7", f"{home}/b:0.3"]
+    assert cli.parse([*given, "--prompt=~ is a tilde"], "doc", options)[0].prompt == "~ is a tilde"
+    monkeypatch.setenv("HOME", "")
+    assert "HOME" in refusal(parse, "--config=~/x.py") and not (ROOT / "~").exists()
+
 
 def test_config_files_that_are_wrong_are_refused(tmp_path):
     assert "configs/" in refusal(parse)
@@ -189,13 +298,148 @@ def test_config_files_that_are_wrong_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(:", ("{}:1: invalid syntax",)),
+        ("\nimport nosuch", ("{}:2: ModuleNotFoundError", "nosuch")),
+        ("x = 1\n1 / 0", ("{}:2: ZeroDivisionError",)),
+        ("raise SystemExit", ("{}:1:", "ends the program")),
+        (b"x = '\xff'", ("{}:1:", "utf-8")),
+        (b"x = '\0'", ("{}", "null bytes")),
+        ("x = 1", ("{} defines no get_config()",)),
+        ("get_config = 1", ("{} defines no get_config()",)),
+        ("def get_config(size): pass", ("get_config(size)", "--config={}:VALUE")),
+        ("def get_config(a, b): pass", ("(a, b)", "no argument or one")),
+        ("def get_config(): pass", ("returns nothing",)),
+        ("def get_config(): return {}", ("returns dict",)),
+        ("def get_config():\n    return 1 / 0", ("{}:2: ZeroDivisionError: division by zero",)),
+        ("def get_config():\n    return input", ("returns builtin_function",)),
+        (CONFIG_FILE.format("c.train.steps = 1.5"), ("{}:5", "`steps` is 1.5 (float)", "int")),
+        (CONFIG_FILE.format("c.data.dir = ['a']"), ("{}:5", "`dir` is ['a'] (list)", "str")),
+        (CONFIG_FILE.format("c.train.steps = None"), ("{}", "`train.steps` is None", "600000")),
+        (CONFIG_FILE.format("c.train.steps = True"), ("{}", "`train.steps` is True", "600000")),
+        (CONFIG_FILE.format("c.train = 3"), ("{}:5",)),
+    ],
+)
+def test_what_is_wrong_with_a_config_file_is_one_line_with_its_place(tmp_path, text, words):
+    path = tmp_path / "c.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refusal(parse, f"--config={path}")
+    for word in words:
+        assert word.format(path) in message, message
+    if "VALUE" in message:
+        assert "get_config(size)" not in refusal(parse, f"--config={path}:VALUE")
+
+
+def test_a_config_that_is_no_python_file_is_refused(tmp_path):
+    assert "is a folder" in refusal(parse, f"--config={tmp_path}")
+    (tmp_path / "c.yaml").write_text("steps: 3")
+    assert "not a Python file" in refusal(parse, f"--config={tmp_path}/c.yaml")
+    # follows: a workdir is read with --workdir
+    save_snapshot(default_config(), str(tmp_path))
+    assert "read with --workdir" in refusal(parse, f"--config={tmp_path}/config.json")
+    assert fields(parse(f"--workdir={tmp_path}")[1]) == fields(default_config())
+
+
+def test_a_nanogpt_config_is_met_with_our_names_for_its_assignments(tmp_path):
+    # follows: write {}{}
+    path = tmp_path / "train_shakespeare.py"
+    path.write_text("learning_rate = 1e-3\nmax_iters = 5000\nbeta2 = 0.99\nn_layer = 6\n")
+    message = refusal(parse, f"--config={path}")
+    pairs = re.findall(r"c\.([\w.]+) for (\w+)", message)
+    assert len(pairs) == 4, message
+    lines = "; ".join(f"c.{ours} = {value}" for (ours, _), value in zip(pairs, ("1e-3", 5000, 0.99, 6), strict=True))
+    path.write_text(CONFIG_FILE.format(lines))
+    _, c = parse(f"--config={path}")
+    assert (c.optim.learning_rate, c.train.steps, c.optim.b2, c.model.n_layer) == (1e-3, 5000, 0.99, 6)
+
+
+def test_numbers_of_a_config_file_may_be_integral_floats_or_numpys(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        CONFIG_FILE.format(
+            "import numpy as np; c.train.steps = 1e3; c.seed = np.int64(5); c.optim.b1 = np.float32(0.5)"
+        )
+    )
+    _, c = parse(f"--config={path}")
+    assert (c.train.steps, c.seed, c.optim.b1) == (1000, 5, 0.5)
+    assert [type(x) for x in (c.train.steps, c.seed, c.optim.b1)] == [int, int, float]
+
+
+# ---- errors of the outside world
+
+
+class JaxRuntimeError(RuntimeError):
+    """As jax.errors.JaxRuntimeError, which is recognised by its name."""
+
+
+OUTSIDE = [
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.ENOTDIR, "Not a directory", "/x"),
+    PermissionError(errno.EACCES, "Permission denied", "/x"),
+    FileNotFoundError(errno.ENOENT, "No usable temporary directory found"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/train_00001.bin"),
+    socket.gaierror(-2, "Name or service not known"),
+    MemoryError(),
+    RuntimeError("can't start new thread"),
+    UnicodeEncodeError("ascii", "\xe4.txt", 0, 1, "ordinal not in range(128)"),
+    JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"),
+    JaxRuntimeError("INTERNAL: CUDA_ERROR_NO_DEVICE"),
+]
+OURS = [
+    OSError(errno.EBADF, "Bad file descriptor"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", aliases.__file__ + "x"),
+    JaxRuntimeError("INVALID_ARGUMENT: shapes"),
+    RuntimeError("x"),
+    ValueError("x"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"),
+    KeyError("x"),
+    ZeroDivisionError(),
+]
+
+
+@pytest.mark.parametrize("error", OUTSIDE, ids=str)
+def test_an_error_of_the_outside_world_is_one_line_with_status_2(monkeypatch, error):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr("trialgpt_jax.evaluate.main", main)
+    refused(call("evaluate"))
+
+
+def test_what_is_proposed_against_want_of_memory_and_of_an_encoding_exists(default_file):
+    # follows: out of memory: {}; {}; for `infer`, lower --num_samples
+    # follows: cannot be written in {}; set PYTHONUTF8=1
+    from trialgpt_jax.infer import FLAGS
+
+    proposed = re.findall(r"(train\.\w+|mesh\.\w+)(?:=([\w-]+))?", faults.LEVERS)
+    assert len(proposed) == 3 and "num_samples" in FLAGS
+    _, c = parse(f"--config={default_file}", *(f"--config.{name}={value or 2}" for name, value in proposed))
+    validate(c)
+    code = "import sys; print('\\xe4'.encode(sys.getfilesystemencoding()))"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "1"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("error", OURS, ids=repr)
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, error):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr("trialgpt_jax.evaluate.main", main)
+    with pytest.raises(type(error)):
+        cli.run(main)
+    assert faults.explain(error) is None
+
+
+@pytest.mark.parametrize(
     ("field", "value", "words"),
     [
         ("model.n_head", 5, ("model.n_embd=768", "model.n_head=5")),
         ("model.n_kv_head", 5, ("model.n_head=12", "model.n_kv_head=5")),
         ("model.norm", "layrnorm", ("model.norm", "layernorm")),
         ("model.dropout", 1.0, ("model.dropout", "[0, 1)")),
-        ("model.block_size", 0, ("model.block_size", "at least 1")),
+        ("model.block_size", 0, ("model.block_size", "outside [1, ")),
         ("optim.learning_rate", float("nan"), ("optim.learning_rate", "finite")),
         ("optim.b2", 1.0, ("optim.b2",)),
         ("optim.name", "adam", ("optim.name", "adamw")),
@@ -285,6 +529,7 @@ def test_resume_takes_harmless_changes_and_refuses_others_by_name():
     new.log.every_steps, new.mesh.fsdp = 3, 2
     assert {change.split("`")[1] for change in check_resumable(new, old)} == {"mesh.fsdp", "log.every_steps"}
     new.optim.learning_rate = 1.0
+    # follows: use that, another --workdir, or --allow_config_change=
     message = refusal(check_resumable, new, old)
     assert "optim.learning_rate" in message and "--allow_config_change=optim.learning_rate" in message
     assert len(check_resumable(new, old, ("optim.learning_rate",))) == 3

@@ -117,6 +117,23 @@ def test_results_on_an_ascii_terminal_are_escaped(monkeypatch):
     assert (result.returncode, result.stdout) == (0, "\\xe4 result\n")
 
 
+@pytest.mark.parametrize(
+    ("variables", "written"),
+    [
+        ({"PYTHONIOENCODING": "ascii:strict"}, b"\\xe4 \xff\n"),
+        ({"PYTHONIOENCODING": "utf-8:strict"}, b"\xc3\xa4 \xff\n"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"\\xe4 \xff\n"),
+    ],
+)
+def test_no_encoding_of_stdout_loses_text_or_ends_the_command(variables, written):
+    """A character that the encoding lacks is escaped; a byte of an argument that is not UTF-8 is written as it was."""
+    script = "from trialgpt_jax import console; console.guard(); print('\\xe4 \\udcff')"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
+    env |= {"PYTHONPATH": str(ROOT)} | variables
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout) == (0, written), result.stderr
+
+
 def test_training_whose_log_is_closed_ends_with_the_last_step_saved(config, tmp_path, default_file):
     """As real commands, both at once: piped into `head`, and without stdout and stderr."""
     started = []

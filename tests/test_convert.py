@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, metrics, refused, run, small_config, tree
+from conftest import ROOT, call, metrics, refused, run, small_config, tree
+from safetensors.numpy import load_file, save_file
 
 from trialgpt_jax import UserError, convert
 from trialgpt_jax.config import load_snapshot
@@ -21,6 +24,7 @@ from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.storage import lock
 from trialgpt_jax.train import train
+from trialgpt_jax.training import start
 from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.start import load_params, load_weights
@@ -116,6 +120,8 @@ def test_a_model_without_a_tokenizer_is_imported_and_says_so(tmp_path, capsys, n
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(tmp_path / "hf")
     config = convert.from_hf(small_config("nowhere"), str(tmp_path / "hf"), str(tmp_path / "run"))
     assert config.data.tokenizer == {101: "gpt2", 300: "bpe:300"}[n_ids]
+    identity = json.loads((tmp_path / "run/tokenizer.json").read_text())  # decided at import, and compared always
+    assert identity["name"] == config.data.tokenizer
     captured = capsys.readouterr()
     assert "has no tokenizer" in captured.out + captured.err
     params = params_of(tmp_path / "run")
@@ -308,3 +314,152 @@ def test_a_new_folder_is_held_while_it_is_filled_and_what_a_kill_left_there_is_n
     with pytest.raises(UserError, match=f"--to_hf={folder} already holds config.json"):
         convert._new_folder(str(folder), "--to_hf").__enter__()
     assert tree(folder) == before
+
+
+# ---- mistakes, as whole commands
+
+BOTH = "give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--from_hf={run} --workdir={new}", ["run is a workdir of trialgpt_jax, not a Hugging Face folder"]),
+        ("--from_hf={store} --workdir={new}", ["has no config.json (it is a token store)"]),
+        ("--from_hf={file} --workdir={new}", ["is not a folder; it must hold config.json and model.safetensors"]),
+        ("--from_hf={new} --workdir={new}", ["new: there is no such folder"]),
+        ("--from_hf=gs://bucket/model --workdir={new}", ["gs://bucket/model is not a folder"]),
+        ("--from_hf={hf} --workdir={run}", ["--workdir=", "already holds", "name a new or an empty folder"]),
+        ("--from_hf={hf} --workdir={file}", ["file is a file; name a new or an empty folder"]),
+        ("--from_hf={hf} --workdir={new} --step=5", ["--step and --checkpoint_step choose a checkpoint for --to_hf"]),
+        (
+            "--from_hf={hf} --workdir={new} --config.model.n_layer=2",
+            ["config field `model.n_layer` comes from the folder of"],
+        ),
+        ("--from_hf={hf} --workdir={new} --config.data.tokenizer=from:{other}", ["has tokenizer bpe:512", "is gpt2"]),
+        ("--to_hf={file} --workdir={run}", ["file is a file; name a new or an empty folder"]),
+        ("--to_hf={run} --workdir={run}", ["already holds", "name a new or an empty folder"]),
+        ("--to_hf=gs://bucket/model --workdir={run}", ["--to_hf=gs://bucket/model is not a folder on this machine"]),
+        ("--to_hf=hf:owner/model --workdir={run}", ["--to_hf=hf:owner/model is not a folder on this machine"]),
+        ("--to_hf={new} --from_hf={hf} --workdir={new}", [BOTH]),
+        ("--to_hf={new} --verify --workdir={run}", [BOTH]),
+        ("--to_hf={new} --workdir={run} --step=7", ["no checkpoint of step 7; it has 5, 10"]),
+        ("--to_hf={new} --workdir={run} --step=-5", ["--step must be the number of a checkpoint, or -1"]),
+        ("--to_hf={new} --workdir={new}", ["config.json does not exist; --workdir must be a folder that"]),
+        ("--to_hf={new} --workdir={hf}", ["is a Hugging Face folder, not a workdir"]),
+        ("--verify --workdir={new}", ["config.json does not exist; --workdir must be a folder that"]),
+        ("--verify --workdir={hf}", ["is a Hugging Face folder, not a workdir"]),
+        ("--verify --workdir={run} --step=5", ["--step and --checkpoint_step choose a checkpoint for --to_hf"]),
+    ],
+)
+def test_mistakes_as_whole_commands(world, store, tmp_path, arguments, words):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    shutil.copy(world / "run/config.json", tmp_path / "other/config.json")
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps({"name": "gpt2", "hash": None}))
+    names = {"run": world / "run", "hf": world / "hf", "store": store, "new": tmp_path / "new"}
+    names |= {"file": tmp_path / "file", "other": tmp_path / "other"}
+    before = tree(world)
+    refused(call("convert", *arguments.format(**names).split()), *words)
+    assert tree(world) == before and not (tmp_path / "new").exists()
+
+
+def test_a_hugging_face_folder_given_as_workdir_is_converted_as_the_message_says(world, tmp_path, monkeypatch):
+    # follows: is a Hugging Face folder, not a workdir; make a workdir of it
+    monkeypatch.chdir(tmp_path)
+    result = call("infer", f"--workdir={world / 'hf'}", "--prompt=We")
+    refused(result, "is a Hugging Face folder, not a workdir")
+    proposed = shlex.split(re.search(r"python -m trialgpt_jax.convert (.*)", result.stderr)[1])
+    assert call("convert", *proposed).returncode == 0
+    assert_equal(params_of(tmp_path / "NEW_FOLDER"), params_of(world / "run"))
+
+
+def test_one_of_the_three_flags_is_given_as_the_message_says(world, tmp_path):
+    # follows: give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify
+    refused(call("convert", f"--workdir={world / 'run'}"), BOTH)
+    for flag, workdir in ((f"--to_hf={tmp_path / 'a'}", world / "run"), ("--verify", world / "run")):
+        assert call("convert", flag, f"--workdir={workdir}").returncode == 0
+    assert call("convert", f"--from_hf={world / 'hf'}", f"--workdir={tmp_path / 'b'}").returncode == 0
+
+
+def test_a_new_folder_is_used_as_the_message_says(world, tmp_path):
+    refused(call("convert", f"--to_hf={world / 'hf'}", f"--workdir={world / 'run'}"), "name a new or an empty folder")
+    for name in ("new", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert call("convert", f"--to_hf={tmp_path / name}", f"--workdir={world / 'run'}").returncode == 0
+
+
+def test_weights_that_are_not_finite_are_converted_as_the_message_says(world, tmp_path):
+    shutil.copytree(world / "hf", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["transformer.ln_f.bias"][0] = np.nan
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    command = f"--from_hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'new'}"
+    refused(call("convert", *command), "has 1 values that are not finite", "; --allow_nonfinite converts them all")
+    assert call("convert", *command, "--allow_nonfinite").returncode == 0
+
+
+def test_evaluate_without_data_says_what_to_give(world, store, tmp_path, monkeypatch):
+    # follows: does not exist; make a token store with this model's tokenizer
+    monkeypatch.chdir(tmp_path)
+    assert call("convert", f"--from_hf={world / 'hf'}", "--workdir=imported").returncode == 0
+    result = call("evaluate", "--workdir=imported")
+    refused(result, "data.dir=data/openwebtext does not exist", "--config.data.tokenizer=from:imported")
+    refused(
+        call("evaluate", "--workdir=imported", "--config.data.dir=nowhere"), "data.dir=nowhere does not exist; make"
+    )
+    shutil.copytree(store.parent / "texts", "TEXTS")
+    preprocess = shlex.split(re.search(r"python -m trialgpt_jax.preprocess (.*?STORE)\.", result.stderr)[1])
+    made = call("preprocess", *preprocess)
+    assert made.returncode == 0, made.stderr
+    proposed = re.search(r"Then give (--config\S+), and to evaluate (--split=train)", result.stderr).groups()
+    found = call("evaluate", "--workdir=imported", "--batches=1", "--config.train.batch_size=8", *proposed)
+    assert found.returncode == 0 and "train split" in found.stdout, found.stderr
+
+
+def test_a_store_of_another_tokenizer_is_refused_after_an_import_without_one(world, store, tmp_path):
+    """An import without tokenizer files has the identity that follows from its number of ids."""
+    shutil.copytree(world / "hf", tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"))
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["transformer.wte.weight"] = np.zeros((50257, 32), np.float32)
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 50257}))
+    result = call("convert", f"--from_hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 0 and "its 50257 ids are taken for those of gpt2" in result.stderr
+    result = call("evaluate", f"--workdir={tmp_path / 'run'}", f"--config.data.dir={store}")
+    refused(result, "was made with tokenizer bpe:512", "was trained with gpt2")
+
+
+def test_parameters_beyond_the_memory_of_the_machine_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(start.accelerators, "memory_bytes", lambda device: 1000)
+    result = call("convert", f"--from_hf={world / 'hf'}", f"--workdir={tmp_path / 'new'}")
+    refused(result, "the parameters take 0.0 GiB, but the CPU of this machine has 0.0 GiB of memory")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_with_added_tokens_is_imported_with_them(world, tmp_path):
+    """As a fine-tuned GPT-2 with resized embeddings."""
+    pytest.importorskip("tokenizers")
+    shutil.copytree(world / "hf", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    old = tensors["transformer.wte.weight"]
+    tensors["transformer.wte.weight"] = np.concatenate([old, np.ones((2, 32), np.float32)])
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    for name, changes in (
+        ("config.json", lambda value: value.update(vocab_size=514)),
+        ("tokenizer.json", lambda value: value["added_tokens"].extend(added("<|user|>", 512) + added("<|pad|>", 513))),
+    ):
+        value = json.loads((tmp_path / "hf" / name).read_text())
+        changes(value)
+        (tmp_path / "hf" / name).write_text(json.dumps(value))
+    config = convert.from_hf(small_config("nowhere"), str(tmp_path / "hf"), str(tmp_path / "run"))
+    assert config.model.vocab_size == 514 and config.data.tokenizer.startswith("hf:")
+    tokenizer = tokenizer_lib.from_workdir(str(tmp_path / "run"), config.data.tokenizer)
+    assert tokenizer.decode([512]) == "<|user|>"
+    assert np.all(params_of(tmp_path / "run")["wte"]["embedding"][512:514] == 1)
+
+
+def added(content, i):
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": i, "content": content, "special": True} | off]

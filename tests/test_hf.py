@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import jax
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data import hf_tokenizer, tokenizer
-from trialgpt_jax.model import hf
+from trialgpt_jax.model import hf, hf_folder
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.schema import field, specs
 
@@ -35,7 +36,7 @@ def exported(folder, config=CONFIG, **theirs):
 
 
 def imported(folder, config=CONFIG):
-    return hf.from_hf(hf.SafetensorsFolder(str(folder)), config)
+    return hf.from_hf(hf_folder.SafetensorsFolder(str(folder)), config)
 
 
 def assert_equal(ours, expected):
@@ -62,7 +63,7 @@ def test_transformers_loads_every_tensor_and_we_read_back_what_it_saves(tmp_path
     assert model.config.vocab_size == 101 and model.generation_config.eos_token_id == 100
     model.save_pretrained(tmp_path / "theirs")
     assert_equal(imported(tmp_path / "theirs", config), params)
-    fields = hf.read_config(str(tmp_path / "theirs"))
+    fields = hf_folder.read_config(str(tmp_path / "theirs"))
     assert GPTConfig(**fields) == config
 
 
@@ -202,25 +203,65 @@ def test_a_copy_of_the_tied_head_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
+        # sizes that would take all memory, with the limit
+        ({"n_layer": 10**9}, "n_layer is 1000000000, but must be at least 1 and at most 10000$"),
+        ({"n_embd": 10**7}, "n_embd is 10000000, but must be at least 1 and at most 131072$"),
+        ({"vocab_size": 2**31 - 1}, "vocab_size is 2147483647, but must be at least 1 and at most 16777216$"),
+        ({"n_positions": 2**40}, "n_positions is 1099511627776, but must be at least 1 and at most 16777216$"),
+        ({"n_head": 0}, "n_head is 0, but must be at least 1"),
+        ({"n_layer": -(10**30)}, "n_layer is -1000"),
+        # other types
+        ({"n_layer": 3.0}, "n_layer: Expected int, got float"),
+        ({"n_layer": None}, "n_layer: Expected int, got null"),
+        ({"vocab_size": True}, "vocab_size: Expected int, got bool"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: Expected bool | null, got str"),
+        ({"scale_attn_weights": "true"}, "scale_attn_weights: Expected bool, got str"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon: Expected float, got str"),
+        ({"n_inner": "64"}, r"n_inner: Expected int | null, got str"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised .quantization_config 'bitsandbytes'"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu', but only GPT-2's 'gelu_new'"),  # by erf
+        ({"model_type": None}, "model_type is None, but only GPT-2's 'gpt2'"),
+        ({"model_type": "llama", "n_head": None}, "model_type is 'llama'"),
         ({"model_type": "llama"}, "model_type is 'llama', but only GPT-2's 'gpt2'"),
         ({"activation_function": "relu"}, "activation_function is 'relu', but only GPT-2's 'gelu_new'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_inner": 100}, r"n_inner is 100, but only 4 \* n_embd"),
-        ({"n_layer": "3"}, "n_layer is '3', but must be a whole number"),
+        ({"n_layer": "3"}, "n_layer: Expected int, got str"),
         ({"n_head": 3}, "n_embd=16 is not divisible by n_head=3"),
     ],
 )
 def test_configurations_that_are_not_gpt2_are_refused(tmp_path, theirs, message):
     exported(tmp_path, **theirs)
     with pytest.raises(UserError, match=message):
-        hf.read_config(str(tmp_path))
+        hf_folder.read_config(str(tmp_path))
+
+
+def test_the_other_names_of_sizes_that_transformers_accepts(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "max_position_embeddings": 99}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    found = hf_folder.read_config(str(tmp_path))
+    names = "n_embd", "n_layer", "n_head", "block_size"
+    assert [found[name] for name in names] == [32, 5, 4, 99]
+    assert transformers_sizes(str(tmp_path)) == [32, 5, 4, 99]
+
+
+def transformers_sizes(folder):
+    config = pytest.importorskip("transformers").GPT2Config.from_pretrained(folder)
+    return [config.n_embd, config.n_layer, config.n_head, config.n_positions]
+
+
+@pytest.mark.parametrize("tied", [None, True, False])
+def test_ties_that_are_null_are_those_of_the_tensors(tmp_path, tied):
+    """null is read as if it were left out; a head that differs is then refused instead of dropped."""
+    exported(tmp_path, tie_word_embeddings=tied)
+    assert hf_folder.read_config(str(tmp_path))["tie_embeddings"] is (tied is not False)
 
 
 def test_sizes_that_a_configuration_leaves_out_are_those_of_gpt2(tmp_path):
     """transformers' defaults, for which it writes no line: the smallest GPT-2."""
     (tmp_path / "config.json").write_text("{}")
-    found = hf.read_config(str(tmp_path))
+    found = hf_folder.read_config(str(tmp_path))
     assert {name: found[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")} == {
         "vocab_size": 50257,
         "block_size": 1024,
@@ -234,23 +275,225 @@ def test_sizes_that_a_configuration_leaves_out_are_those_of_gpt2(tmp_path):
 def test_damaged_files_and_pickles_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04never read")
     with pytest.raises(UserError, match=r"no model.safetensors; pytorch_model.bin is a pickle.*save_pretrained"):
-        hf.SafetensorsFolder(str(tmp_path))
+        hf_folder.SafetensorsFolder(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(UserError, match="model.safetensors cannot be read as safetensors"):
-        hf.SafetensorsFolder(str(tmp_path))
+        hf_folder.SafetensorsFolder(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"wte.weight": "../outside.safetensors"}}))
     with pytest.raises(UserError, match="not a plain file name"):
-        hf.SafetensorsFolder(str(tmp_path))
+        hf_folder.SafetensorsFolder(str(tmp_path))
     index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(UserError, match="model-00001-of-00002.safetensors cannot be read"):
-        hf.SafetensorsFolder(str(tmp_path))
+    with pytest.raises(UserError, match="names the shard model-00001-of-00002.safetensors, which is not there"):
+        hf_folder.SafetensorsFolder(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="config.json cannot be read as the configuration"):
-        hf.read_config(str(tmp_path))
+    with pytest.raises(UserError, match="config.json cannot be read as the configuration of a GPT-2"):
+        hf_folder.read_config(str(tmp_path))
     with pytest.raises(UserError, match="is not a folder"):
-        hf.read_config(str(tmp_path / "nowhere"))
+        hf_folder.read_config(str(tmp_path / "nowhere"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 548105171\n" % (b"0" * 64)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_named_and_the_file_in_its_place_is_read(tmp_path, name):
+    # follows: is a pointer of Git LFS, not the file; run `git lfs pull` in
+    params = exported(tmp_path)
+    if name == hf_folder.INDEX:
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+        weight_map = dict.fromkeys(
+            load_file(tmp_path / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors"
+        )
+        (tmp_path / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    file = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(
+        UserError, match=f"{name} is a pointer of Git LFS, not the file; run `git lfs pull` in {tmp_path}"
+    ):
+        hf_folder.read_config(str(tmp_path))
+        imported(tmp_path)
+    (tmp_path / name).write_bytes(file)  # what `git lfs pull` does
+    hf_folder.read_config(str(tmp_path))
+    assert_equal(imported(tmp_path), params)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("tied", [True, False])
+def test_prefixes_of_wrappers_are_understood(tmp_path, prefix, tied):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    params = exported(tmp_path, config)
+    save_file(
+        {prefix + k: v for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "model.safetensors"
+    )
+    assert_equal(imported(tmp_path, config), params)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda k: "_orig_mod." + k if ".h.0." in k else k,
+        lambda k: k.removeprefix("transformer.") if ".h.1." in k else k,
+        lambda k: "module." + k if "lm_head" in k else k,
+    ],
+)
+def test_names_with_and_without_a_prefix_are_refused(tmp_path, rename):
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    exported(tmp_path, config)
+    save_file(
+        {rename(k): v for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(UserError, match="^tensors `.*` and `.*` have different prefixes$"):
+        imported(tmp_path, config)
+
+
+def test_an_unknown_prefix_is_an_unknown_tensor(tmp_path):
+    exported(tmp_path)
+    save_file(
+        {"net." + k: v for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=f"^{tmp_path}: the model has no tensor"):
+        imported(tmp_path)
+
+
+def test_quantised_tensors_are_refused_by_name(tmp_path):
+    exported(tmp_path)
+    edited(tmp_path, lambda t: t.update({WPE: t[WPE].astype(np.int8)}))
+    with pytest.raises(UserError, match=f"tensor `{WPE}` is of I8, as quantised weights are; only the floats F64, F32"):
+        imported(tmp_path)
+
+
+def test_weights_of_nn_linear_are_said_to_be_transposed(tmp_path):
+    exported(tmp_path)
+    name = "transformer.h.0.attn.c_attn.weight"
+    edited(tmp_path, lambda t: t.update({name: t[name].T.copy()}))
+    with pytest.raises(UserError, match=r"\(48, 16\), but config.json asks for \(16, 48\); it is transposed"):
+        imported(tmp_path)
+
+
+def test_shapes_are_compared_before_a_tensor_is_read(tmp_path, monkeypatch):
+    exported(tmp_path)
+    edited(tmp_path, lambda t: t.update({WPE: np.zeros((1, 1), np.float32)}))
+
+    def read(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(hf_folder.SafetensorsFolder, "__getitem__", read)
+    with pytest.raises(UserError, match=r"has shape \(1, 1\), but config.json asks for \(16, 16\)"):
+        imported(tmp_path)
+
+
+def header(tensors):
+    data = json.dumps(tensors).encode()
+    return len(data).to_bytes(8, "little") + data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (header({"wte.weight": {"dtype": "F32", "shape": [50000, 50000], "data_offsets": [0, 10**10]}}), "metadata"),
+        ((2**60).to_bytes(8, "little") + b"{}", "header too large"),
+        (header({"wte.weight": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 16]}}) + bytes(16), "verflow"),
+        (header({}) + b"x", "cannot be read as safetensors"),
+        (b"", "cannot be read as safetensors"),
+        (
+            (17 << 20).to_bytes(8, "little") + b"{" * (18 << 20),
+            "header has 17825792 bytes, but must have at most 16777216",
+        ),
+    ],
+)
+def test_files_that_claim_more_than_they_hold_are_refused(tmp_path, data, message):
+    exported(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=f"^{tmp_path}/model.safetensors.*{message}"):
+        imported(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["model.gguf"], "model.gguf is in llama.cpp's format, and only safetensors are read"),
+        (["flax_model.msgpack"], "flax_model.msgpack is in flax's format"),
+        (["tf_model.h5"], "tf_model.h5 is in TensorFlow's format"),
+        (["model.onnx"], "model.onnx is in ONNX"),
+        (["ckpt.pt"], "ckpt.pt is a pickle and is not read"),
+        (["pytorch_model-00001-of-00002.bin"], "is a pickle and is not read, because unpickling executes code. If"),
+        (["training_args.bin", "optimizer.pt"], "optimizer.pt is a pickle"),
+        ([], "has no model.safetensors$"),
+    ],
+)
+def test_weights_in_another_format_are_named(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=f"{tmp_path} has no model.safetensors.*{message}|{message}"):
+        hf_folder.SafetensorsFolder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "no config.json but adapter_config.json .a PEFT adapter",
+        ),
+        (["tokenizer.json", "vocab.json"], "no config.json, only a tokenizer"),
+        (["ckpt.pt"], "no config.json .ckpt.pt is a pickle and is not read"),
+        (["manifest.json", "train_00000.bin"], "no config.json .it is a token store"),
+        ([], "no config.json; a Hugging Face model is config.json and model.safetensors"),
+    ],
+)
+def test_a_folder_without_a_configuration_says_what_it_is(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=f"^{tmp_path} has {message}"):
+        hf_folder.read_config(str(tmp_path))
+
+
+def test_a_pickle_is_converted_as_the_message_says(tmp_path, monkeypatch):
+    # does as the message says: . If you trust it, convert it with transformers
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    params = exported(tmp_path)
+    tensors = {k: torch.from_numpy(v) for k, v in load_file(tmp_path / "model.safetensors").items()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError) as error:
+        imported(tmp_path)
+    advice = str(error.value).split("convert it with transformers: ")[1]
+    new = str(tmp_path / "new")
+    eval(advice, {"GPT2LMHeadModel": transformers.GPT2LMHeadModel, "NEW_FOLDER": new})
+    assert_equal(imported(tmp_path / "new"), params)
+
+
+def test_one_file_is_read_rather_than_shards(tmp_path, capsys):
+    params = exported(tmp_path)
+    (tmp_path / hf_folder.INDEX).write_text("{}")
+    assert_equal(imported(tmp_path), params)
+    assert "the first is read" in capsys.readouterr().err
+
+
+def test_a_head_that_differs_is_read_as_the_message_says(tmp_path):
+    # follows: set tie_word_embeddings=false
+    exported(tmp_path)
+    edited(tmp_path, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
+    with pytest.raises(UserError, match="set tie_word_embeddings=false"):
+        imported(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    config = GPTConfig(**hf_folder.read_config(str(tmp_path)))
+    read = imported(tmp_path, config)
+    np.testing.assert_array_equal(read["lm_head"]["embedding"][:101], read["wte"]["embedding"][:101] + 1)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_all_exported_files_have_the_same_mode(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        exported(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
 
 
 # ---- tokenizers
@@ -317,13 +560,12 @@ def test_tokenizers_saved_by_transformers_are_read_back(pair, tmp_path):
     ("edit", "message"),
     [
         (lambda t: t["model"].update(type="Unigram"), "it is Unigram after ByteLevel"),
-        (lambda t: t["added_tokens"].append({"id": 512, "content": "<pad>"}), "the added token '<pad>'"),
-        (lambda t: t["model"]["merges"].reverse(), "its merges are not in the order of its ids"),
-        (lambda t: t["model"]["vocab"].update({"<|endoftext|>": 600}), "<|endoftext|> has id 600"),
-        (lambda t: t.pop("model"), "'model' is not what it should hold"),
+        (lambda t: t["added_tokens"].append({"id": 512, "content": "<pad>"}), "missing field `single_word`"),
+        (lambda t: t["model"]["vocab"].update({"<|endoftext|>": 600}), "the ids of added tokens must follow"),
+        (lambda t: t.pop("model"), "missing required field model"),
     ],
 )
-def test_tokenizers_that_are_not_gpt2s_kind_are_refused(store, tmp_path, edit, message):
+def test_tokenizers_that_are_damaged_or_of_another_kind_are_refused(store, tmp_path, edit, message):
     hf_tokenizer.write(tokenizer.load("bpe:512", str(store)), str(tmp_path), 64)
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
     edit(whole)

@@ -131,7 +131,7 @@ def test_wrong_fields_on_the_command_line(made, data):
     folder, flags = made
     known = fields(default_config())
     bad = {
-        int: st.sampled_from(["x", "1.5", "", "-9", "1e3", "nan", "0x", "9" * 30, "None", "\u0663\u0663\u0663x"]),
+        int: st.sampled_from(["x", "1.5", "", "-9", "1e-3", "nan", "0x", "9" * 30, "None", "\u0663\u0663\u0663x"]),
         float: st.sampled_from(["x", "", "nan", "inf", "-inf", "-1e-3", "1e999", "0..1", "None"]),
         bool: st.sampled_from(["maybe", "2", "", "None", "[]"]),
     }

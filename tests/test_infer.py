@@ -81,10 +81,21 @@ def test_prompt_from_a_file_and_checkpoint_by_step(workdir, tmp_path):
 
 
 def test_wrong_requests_are_refused(workdir, tmp_path):
+    # follows: leave it out to start a new document, or give some text
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    with open(tmp_path / "huge.txt", "wb") as file:
+        file.truncate(1 << 40)  # sparse
     for arguments, words in (
         (("--prompt=",), ("prompt", "empty")),
         (("--prompt=" + "word " * 100,), ("prompt", "block_size=32")),
+        (("--prompt=" + "\udcff" * 100,), ("prompt", "block_size=32")),
+        (("--prompt=FILE:",), ("--prompt='FILE:'",)),
+        (("--prompt=FILE:a\0b",), ("--prompt='FILE:a\\x00b'", "cannot be read")),
+        (("--prompt=FILE:" + "a" * 5000,), ("cannot be read: File name too long",)),
+        ((f"--prompt=FILE:{tmp_path}",), ("cannot be read: Is a directory",)),
+        ((f"--prompt=FILE:{tmp_path}/empty.txt",), ("prompt", "empty")),
+        ((f"--prompt=FILE:{tmp_path}/huge.txt",), ("huge.txt", "more than 16 MiB")),
         ((f"--prompt=FILE:{tmp_path}/none.txt",), ("none.txt",)),
         ((f"--prompt=FILE:{tmp_path}/latin1.txt",), ("latin1.txt", "byte 3")),
         (("--temperature=-1",), ("temperature",)),
@@ -98,4 +109,5 @@ def test_wrong_requests_are_refused(workdir, tmp_path):
     ):
         refused(infer(workdir, *arguments), *words)
     refused(infer(tmp_path), "config.json", "--workdir")
+    assert infer(workdir, "--max_new_tokens=5", "--prompt=a\udcff\0b").stdout.startswith("a")
     refused(call("evaluate", f"--workdir={workdir}", "--config.data.dir=nowhere"), "nowhere", "preprocess")

@@ -5,12 +5,13 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import types
 
 import pytest
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, cli
 from trialgpt_jax.config import default_config
 from trialgpt_jax.console import say
 from trialgpt_jax.parallel.accelerators import chip
@@ -231,6 +232,36 @@ def test_lines_that_cannot_be_written_stay_in_memory_until_the_next_save(tmp_pat
     log.sync()
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
     log.close()
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+    class Wandb(types.ModuleType):
+        def init(self, **_):
+            raise RuntimeError("api_key not configured\n(no-tty)")
+
+    # follows: set WANDB_MODE=offline, or give
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    c = default_config()
+    c.log.update({"wandb": "project", "tensorboard": False})
+    with pytest.raises(UserError, match=r"log\.wandb=project cannot be started: RuntimeError.*--config\.log\.wandb= "):
+        MetricsLog(str(tmp_path), c.log, 0, c)
+    _, none = cli.parse(
+        ["train", "--config.log.wandb=", "--config.log.tensorboard=false"],
+        "",
+        {"workdir": (None, "")},
+        new_workdir=True,
+    )
+    MetricsLog(str(tmp_path), none.log, 0, none).close()
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "a-b", "x" * 64])
+def test_a_plain_name_is_the_id_of_the_wandb_run(name):
+    assert metrics.wandb_id(name) == name
+
+
+def test_other_names_get_ids_that_wandb_takes_and_that_differ():
+    ids = {metrics.wandb_id(name) for name in ("a b", "a/b", "\xfc", "\xf6", "\udcff", "v1.2", "", "x" * 65, "x" * 66)}
+    assert len(ids) == 9 and all(re.fullmatch("[A-Za-z0-9_-]{1,64}", each) for each in ids)
 
 
 def test_copies_of_the_log_that_fail_are_turned_off_with_a_line(tmp_path, monkeypatch, capsys):

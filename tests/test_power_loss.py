@@ -233,9 +233,9 @@ class Restart:
     def __init__(self, config, monkeypatch):
         self.config, self.program, self.step, self.state = config, Program(config), None, None
         self.program.train_batches = lambda *_: iter(())
-        self.program.memory_plan = lambda: "not compiled"
         self.program.init_state = lambda: "new"
         monkeypatch.setattr(train_module, "Program", lambda _: self.program)
+        monkeypatch.setattr(train_module.plan, "check_memory", lambda *_, **__: "not compiled")
         monkeypatch.setattr(train_module, "_loop", self._loop)
         monkeypatch.setattr(Checkpoints, "restore", self._restore(Checkpoints.restore))
         self.restored, self.snapshots = {}, {}

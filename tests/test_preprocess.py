@@ -3,15 +3,20 @@ import fcntl
 import filecmp
 import gzip
 import hashlib
+import http.server
 import importlib.util
 import json
 import multiprocessing
 import os
+import pathlib
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,12 +24,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import call, refused
 from hub_server import HubServer
 from test_files import Disk
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
-from trialgpt_jax.data import corpora, encoders, hub, job_folder, prepare, token_store, units
+from trialgpt_jax.data import corpora, encoders, hub, job_folder, network, prepare, progress, token_store, units
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.documents import Document, read_documents
 from trialgpt_jax.data.prepare import merge
@@ -119,6 +125,7 @@ def test_shares_of_several_machines_merge_into_the_same_store(tmp_path, corpus, 
     shared = make_config(tmp_path / "shared", **common)
     for index in reversed(range(1, machines)):
         preprocess(shared, f"{index}/{machines}")
+        # follows: run preprocess with --worker=i/n first; it is missing; run it, and merge again
         with pytest.raises(UserError, match=r"shares; --worker=0/\d is missing"):
             merge(shared.data)
     with pytest.raises(UserError, match="is an unfinished token store"):
@@ -135,6 +142,7 @@ def test_shares_made_in_separate_folders_by_command_line(tmp_path, corpus):
     for index in (0, 1):
         config = make_config(tmp_path / f"machine{index}", **common)
         done = subprocess.run([*command(config), f"--worker={index}/2"], capture_output=True, text=True, check=True)
+        # follows: is done; after the last one, run the same command with --merge, not --worker
         assert f"share {index}/2 is done; after the last one, run the same command with --merge" in done.stdout
         for path in (tmp_path / f"machine{index}").iterdir():
             path.rename(tmp_path / "joined" / path.name)
@@ -155,6 +163,13 @@ def test_shares_of_different_jobs_are_refused(tmp_path, corpus):
     preprocess(config, "0/2")
     with pytest.raises(UserError, match=r"was begun with another number of workers \(progress_0_of_2.json\)"):
         preprocess(config, "1/3")
+    preprocess(config, "1/2")  # follows: continue with that number
+    path = tmp_path / "store" / "progress_1_of_2.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"units": whole["units"][:-1]}))
+    with pytest.raises(UserError, match=r"group \d+ is unfinished; run --worker=1/2 again"):
+        merge(config.data)
+    preprocess(config, "1/2")  # follows: is unfinished; run --worker=
     with pytest.raises(UserError, match="made with data.tokenizer='gpt2', but this config has 'bpe:300'"):
         preprocess(make_config(tmp_path / "store", tokenizer="bpe:300", **common), "0/2")
 
@@ -210,7 +225,8 @@ def test_a_killed_worker_stops_the_others_with_one_line_and_the_same_call_contin
             preprocess(config)
         killing.result()
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
-    preprocess(config)
+    # follows: e.g. out of memory); lower data.num_workers
+    preprocess(make_config(tmp_path / "killed", num_workers=1, **common))
     preprocess(make_config(tmp_path / "whole", **common))
     assert_same_folders(tmp_path / "whole", tmp_path / "killed")
 
@@ -231,11 +247,11 @@ def test_a_finished_store_is_not_touched_and_a_changed_field_is_refused_by_name(
     for change, message in (
         ({"split_seed": 1}, r"was made with data.split_seed=2357, but this config has 1"),
         ({"tokenizer": "bpe:300"}, r"was made with data.tokenizer='gpt2', but this config has 'bpe:300'"),
-        ({"on_error": "skip"}, r"data.source_options.on_error='stop', but this config has 'skip'"),
     ):
         with pytest.raises(UserError, match=message):
             preprocess(make_config(tmp_path / "store", **({"path": corpus / "c.jsonl"} | change)))
     preprocess(make_config(tmp_path / "store", path=corpus / "c.jsonl", num_workers=3))  # does not change the bytes
+    preprocess(make_config(tmp_path / "store", path=corpus / "c.jsonl", on_error="skip"))  # nothing was unusable
 
 
 def test_the_split_depends_on_the_document_only_not_on_files_or_order(tmp_path, speeches):
@@ -335,14 +351,7 @@ def test_the_end_of_text_string_in_a_document_does_not_become_the_special_id(tmp
 
 
 def test_a_changed_input_a_mixture_a_url_and_a_folder_in_use_are_refused(tmp_path, corpus):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 1000}) + "\n{broken\n")
-    config = make_config(tmp_path / "store", path=tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match="malformed JSON"):
-        preprocess(config)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "y" * 999}) + "\n")
-    with pytest.raises(UserError, match="a.jsonl has changed since .* was begun"):
-        preprocess(config)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "y" * 999}) + "\n{broken\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 1000}) + "\n")
     with pytest.raises(UserError, match=r"data.dir=a:1,b:1 is a mixture"):
         preprocess(make_config("a:1,b:1", path=tmp_path / "a.jsonl"))
     with pytest.raises(UserError, match=r"data.dir=gs://bucket/store is a URL"):
@@ -450,7 +459,7 @@ def test_what_progress_and_manifest_name_is_durable_before_they_are(tmp_path, co
     def check_and_write(path, value):
         named = [shard["file"] for unit in value.get("units", []) for shard in unit["shards"]]
         named += [shard["file"] for shard in value.get("shards", [])]
-        named += ["tokenizer.tiktoken"] if value["tokenizer"] else []
+        named += ["tokenizer.tiktoken"] if value.get("tokenizer") else []
         folder = ("fsync", config.data.dir)
         for name in named:
             renamed = [i for i, event in enumerate(disk.events) if event[0] == "rename" and event[2].endswith(name)]
@@ -498,7 +507,7 @@ def test_a_full_disk_stops_with_one_line_and_finished_work_is_kept(tmp_path, cor
     result = subprocess.run(command(config), capture_output=True, text=True, check=False, preexec_fn=limit)
     assert result.returncode == 2 and "finished work is kept" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
-    preprocess(config)
+    preprocess(config)  # follows: free some space and run the same command again
     preprocess(make_config(tmp_path / "whole", **common))
     assert_same_folders(tmp_path / "whole", tmp_path / "store")
 
@@ -524,6 +533,393 @@ def test_the_command_line(tmp_path, corpus):
         [*base[:3], f"--config.data.dir={tmp_path}/no", "--verify"], capture_output=True, text=True, check=False
     )
     assert empty.returncode == 2 and "does not exist; run" in empty.stderr
+
+
+def write_texts(folder, texts):
+    folder.mkdir(exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    return folder
+
+
+def stop_after_units(folder, texts, **changes):
+    """A store with finished units that an unusable document has stopped: latin-1 text after `texts`."""
+    corpus = write_texts(folder / "corpus", texts)
+    (corpus / "z.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    config = make_config(folder / "store", path=corpus, val_fraction=0.0, shard_tokens=100, **changes)
+    with pytest.raises(
+        UserError, match="z.txt: invalid UTF-8.*; data.source_options.on_error=skip skips such documents"
+    ):
+        preprocess(config)
+    return config
+
+
+def test_what_was_begun_with_stop_goes_on_with_skip_and_gives_the_same_bytes(tmp_path, speeches):
+    config = stop_after_units(tmp_path, [speech[:2000] for speech in speeches[:5]])
+    assert finished_units(tmp_path / "store") > 2
+    first = (tmp_path / "store" / "train_00000_0000.bin").stat().st_mtime_ns
+    # follows: data.source_options.on_error=skip skips such documents
+    config.data.source_options.on_error = "skip"
+    manifest = preprocess(config)
+    assert manifest["skipped"] == {"invalid UTF-8": 1}
+    assert (tmp_path / "store" / "train_00000.bin").stat().st_mtime_ns == first, "finished units are kept"
+    preprocess(
+        make_config(tmp_path / "skip", path=tmp_path / "corpus", val_fraction=0.0, shard_tokens=100, on_error="skip")
+    )
+    assert_same_folders(tmp_path / "store", tmp_path / "skip")
+
+
+@pytest.mark.parametrize(
+    ("change", "worker"),
+    [
+        ({"tokenizer": "bpe:300"}, "0/1"),
+        ({"split_seed": 5}, "0/1"),
+        ({"on_error": "stop"}, "0/1"),
+        ({}, "0/2"),
+        ({"text": "good"}, "0/1"),
+        ({"other": "another file"}, "0/1"),
+    ],
+)
+def test_a_store_without_finished_documents_is_begun_anew_with_any_settings(tmp_path, change, worker):
+    corpus = write_texts(tmp_path / "corpus", [])
+    (corpus / "a.txt").write_bytes(b"text \xe9")
+    begun = {"path": corpus, "tokenizer": "bpe:270", "val_fraction": 0.0}
+    (tmp_path / "store").mkdir()
+    with pytest.raises(UserError, match="a.txt: invalid UTF-8"):
+        preprocess(make_config(tmp_path / "store", **begun))
+    (tmp_path / "store" / "tokenizer.tiktoken").write_text("YQ== 0\n")  # as a killed run leaves them
+    (tmp_path / "store" / "train_00000_0000.bin").write_bytes(b"1234")
+    (tmp_path / "store" / "notes.txt").write_text("mine")
+    (corpus / "a.txt").write_text(" ".join(f"word{i} and {i * i}" for i in range(300)))
+    if "other" in change:
+        (corpus / "b.txt").write_text(change["other"])
+    settings = {name: value for name, value in change.items() if name in ("tokenizer", "split_seed", "on_error")}
+    for folder in ("store", "fresh"):
+        preprocess(make_config(tmp_path / folder, **(begun | settings)), worker)
+    (tmp_path / "store" / "notes.txt").unlink()
+    for path in (tmp_path / "store").glob("progress*"):  # a share; its path is that of the corpus
+        assert json.loads(path.read_text())["units"]
+    assert_same_folders(tmp_path / "fresh", tmp_path / "store")
+
+
+def test_a_store_is_not_begun_anew_while_another_share_runs_or_after_one_has_finished_documents(tmp_path, corpus):
+    common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
+    config = make_config(tmp_path / "store", **common)
+    other = make_config(tmp_path / "store", split_seed=7, **common)
+    (tmp_path / "store").mkdir()
+    json_files.write(
+        str(tmp_path / "store" / "progress_1_of_2.json"), progress.new(1, 2, job_folder.job_settings(config.data))
+    )
+    with job_folder.locked(config.data.dir, 1, 2):
+        with pytest.raises(UserError, match="is in use by"):
+            preprocess(other, "0/2")
+        assert (tmp_path / "store" / "progress_1_of_2.json").exists()
+    preprocess(config, "1/2")
+    with pytest.raises(UserError, match="was made with data.split_seed=2357, but this config has 7; choose another"):
+        preprocess(other, "0/2")
+    # follows: choose another data.dir or remove the folder
+    preprocess(make_config(tmp_path / "another", split_seed=7, **common), "0/2")
+    shutil.rmtree(tmp_path / "store")
+    preprocess(other, "0/2")
+
+
+def edit_keeping_size(path, old, new):
+    """Changes a file as an editor that keeps the times does."""
+    before, data = os.stat(path), path.read_bytes()
+    assert old in data and len(old) == len(new)
+    path.write_bytes(data.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_corpus_edited_with_names_and_sizes_unchanged_is_named(tmp_path, speeches, capsys):
+    texts = write_texts(tmp_path / "corpus", ["short", "x" * 100_000, "y" * 500_000 + " end"])
+    config = make_config(tmp_path / "store", path=texts)
+    manifest = preprocess(config)
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["input"]["left_out"] == {}
+
+    def warnings():
+        capsys.readouterr()
+        assert preprocess(config) == manifest
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+    assert warnings() == []
+    for name, old, new in (
+        ("0.txt", b"short", b"shOrt"),
+        ("1.txt", b"xxx", b"xzx"),
+        ("2.txt", b" end", b" eND"),
+    ):
+        edit_keeping_size(texts / name, old, new)
+        (line,) = warnings()
+        assert f"({name}: its contents differ, though its size is the same)" in line and "remove" in line
+        edit_keeping_size(texts / name, new, old)
+    assert warnings() == []
+    os.utime(texts / "0.txt", ns=(5, 5))
+    assert warnings() == [], "a short file is compared wholly"
+    os.utime(texts / "2.txt", ns=(5, 5))
+    (line,) = warnings()
+    assert "2.txt has another modification time" in line and "is taken to be the same" in line
+    for change, what in (
+        (lambda: (texts / "0.txt").write_text("longer text"), "0.txt: it had 5 bytes and has 11"),
+        (lambda: (texts / "0.txt").unlink(), "0.txt: it is gone"),
+        (lambda: (texts / "00.txt").write_text("new"), "0.txt: it is gone (and 1 more)"),
+    ):
+        change()
+        (line,) = warnings()
+        assert f"({what})" in line
+    # follows: to rebuild it
+    shutil.rmtree(tmp_path / "store")
+    assert preprocess(config)["input"]["files"] == 3
+    shutil.rmtree(texts)
+    assert preprocess(config) and "warning" not in capsys.readouterr().err, "the input may be deleted"
+
+
+def test_the_input_of_unfinished_work_may_not_change_but_be_a_copy(tmp_path, speeches, capsys):
+    texts = [speech[:2000] for speech in speeches[:5]] + ["long " * 50_000]
+    config = stop_after_units(tmp_path, texts, on_error="stop")
+    edit_keeping_size(tmp_path / "corpus" / "3.txt", b"e", b"E")
+    with pytest.raises(
+        UserError, match="3.txt: its contents differ, .* has changed since .*/store was begun; restore it"
+    ):
+        preprocess(config)
+    # follows: restore it, or remove
+    edit_keeping_size(tmp_path / "corpus" / "3.txt", b"E", b"e")
+    (tmp_path / "corpus" / "3.txt").write_text(texts[3])
+    config.data.source_options.on_error = "skip"
+    os.utime(tmp_path / "corpus" / "5.txt", ns=(5, 5))
+    preprocess(config)
+    assert "warning: 5.txt has another modification time" in capsys.readouterr().err
+    edit_keeping_size(tmp_path / "corpus" / "3.txt", b"e", b"E")
+    config = stop_after_units(tmp_path / "corpus", texts[:3])
+    (tmp_path / "corpus" / "corpus" / "1.txt").write_text("other")
+    with pytest.raises(UserError, match="has changed since"):
+        preprocess(config)
+    shutil.rmtree(config.data.dir)
+    with pytest.raises(UserError, match="invalid UTF-8"):
+        preprocess(config)
+
+
+def test_shares_on_machines_with_copies_of_other_times_and_paths_merge_and_other_contents_do_not(tmp_path, speeches):
+    texts = [speech[:3000] for speech in speeches[:6]] + ["long " * 50_000]
+    for machine in (0, 1):
+        write_texts(tmp_path / f"machine{machine}", texts)
+        os.utime(tmp_path / f"machine{machine}" / "6.txt", ns=(machine, machine))
+    (tmp_path / "joined").mkdir()
+    common = {"val_fraction": 0.2, "shard_tokens": 500}
+
+    def share(machine):
+        os.chdir(tmp_path / f"machine{machine}")
+        preprocess(make_config("../store", path=".", **common), f"{machine}/2")
+
+    before = os.getcwd()
+    try:
+        share(0)
+        share(1)
+        merge_command(make_config("../store", path=".", **common))
+        assert len(token_store.verify("../store")) > 2
+        shutil.rmtree("../store")
+        share(0)
+        edit_keeping_size(tmp_path / "machine1" / "2.txt", b"e", b"E")
+        share(1)
+        with pytest.raises(UserError, match="its files differ from those of .*; all workers must see the same input"):
+            merge_command(make_config("../store", path=".", **common))
+    finally:
+        os.chdir(before)
+
+
+def test_stores_and_progress_of_earlier_versions_are_known(tmp_path, capsys, speeches):
+    """Without `manifest_input.json`, `left_out`, `contents` and the options that came later."""
+    texts = write_texts(tmp_path / "done", ["text"])
+    config = make_config(tmp_path / "old", path=texts)
+    preprocess(config)
+    (tmp_path / "old" / "manifest_input.json").unlink()
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    del manifest["input"]["left_out"]
+    for name in ("extensions", "max_document_bytes"):
+        del manifest["source_options"][name]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    preprocess(config)
+    assert "warning" not in capsys.readouterr().err
+    assert describe(config.data.dir).startswith("1 file\n")
+    (texts / "0.txt").write_text("longer text")
+    preprocess(config)
+    assert "(a name or size)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="made with data.source_options.extensions='', but this config has '.py'"):
+        preprocess(make_config(tmp_path / "old", path=texts, extensions=".py"))
+    (tmp_path / "old" / "manifest_input.json").write_text('{"files": [["a", -1]]}')
+    preprocess(config)
+    assert "manifest_input.json is damaged (files[0]" in capsys.readouterr().err
+
+    config = stop_after_units(tmp_path, [speech[:2000] for speech in speeches[:4]])
+    path = tmp_path / "store" / "progress_0_of_1.json"
+    begun = json.loads(path.read_text())
+    del begun["contents"], begun["left_out"], begun["settings"]["source_options"]["extensions"]
+    path.write_text(json.dumps(begun))
+    config.data.source_options.on_error = "skip"
+    assert preprocess(config)["input"]["left_out"] == {}
+
+
+_UNIT = "units", 0
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("worker",), [1, 1], "worker: share 1 of 1"),
+        (("worker",), [0, 2], "worker: share 0 of 2"),
+        (("worker",), [-1, 1], "worker[0]: "),
+        (("worker",), 3, "worker: "),
+        (("settings",), [], "settings: "),
+        (("files",), [["a.txt", 1]], "files[0]: "),
+        (("files", 0, 1), -4, "files[0][1]: "),
+        (("files", 0, 0), None, "files[0][0]: "),
+        (("contents",), [], None),
+        (("contents",), [["a", 1]], "contents: 1 of 6 files"),
+        (("rows",), [1], "rows: 1 of 6 files"),
+        (("left_out",), {"hidden": "1"}, "left_out"),
+        (("tokenizer",), {}, "tokenizer: missing"),
+        (("tokenizer", "dtype"), "int8", "tokenizer.dtype: "),
+        ((*_UNIT, "next"), 5, "units[0].next: "),
+        ((*_UNIT, "next"), [1], "units[0].next: "),
+        ((*_UNIT, "next"), [9, 0], "group 0, next [9, 0]"),
+        ((*_UNIT, "group"), 99, "file 'train_00000_0000.bin', not 'train_00099_0000.bin'"),
+        ((*_UNIT, "part"), 1, "not 'train_00000_0001.bin'"),
+        ((*_UNIT, "shards", 0, "file"), "../../x.bin", "file '../../x.bin'"),
+        ((*_UNIT, "shards", 0, "split"), "test", "units[0].shards[0].split"),
+        ((*_UNIT, "shards", 0, "tokens"), 1.5, "units[0].shards[0].tokens"),
+        ((*_UNIT, "skipped"), None, "units[0].skipped"),
+        ((*_UNIT, "sources"), {"": [1, 2]}, "units[0].sources"),
+        (("units",), {}, "units: "),
+        ((), [], "it: "),
+        ((), {}, "it: "),
+    ],
+)
+def test_progress_that_parses_and_is_wrong_is_one_line(tmp_path, speeches, where, value, message):
+    config = stop_after_units(tmp_path, [speech[:2000] for speech in speeches[:5]], on_error="stop")
+    path = tmp_path / "store" / "progress_0_of_1.json"
+    whole = {"": json.loads(path.read_text())}
+    inner, last = whole, ""
+    for step in where:
+        inner, last = inner[last], step
+    inner[last] = value
+    path.write_text(json.dumps(whole[""]))
+    config.data.source_options.on_error = "skip"
+    if message is None:  # as earlier versions wrote it
+        preprocess(config)
+        return
+    for command_ in (preprocess, merge_command):
+        with pytest.raises(
+            UserError, match=rf"progress_0_of_1.json is damaged \(.*{re.escape(message)}.*; remove"
+        ) as error:
+            command_(config)
+        assert "\n" not in str(error.value)
+    # follows: and run preprocess again
+    shutil.rmtree(config.data.dir)
+    preprocess(config)
+
+
+def test_the_number_of_files_and_of_those_left_out_is_printed_and_recorded(tmp_path):
+    corpus = write_texts(tmp_path / "corpus", ["one text", "two texts", "three texts"])
+    (corpus / "notes.pdf").write_text("x")
+    (corpus / "gone.txt").symlink_to("nowhere")
+    (corpus / "README.md").write_text("---\nlicense: mit\n---\n")
+    flags = command(make_config(corpus / "store", path=corpus, val_fraction=0.0))[3:]
+    refused(call("preprocess", *flags), "gone.txt cannot be read: No such file", "data.source_options.on_error=skip")
+    # follows: leaves such files out
+    flags.append("--config.data.source_options.on_error=skip")
+    line = "3 files, 4 left out: 1 dataset card, 1 in a token store, 1 other ending, 1 unreadable"
+    done = call("preprocess", *flags)
+    assert done.returncode == 0 and line in done.stdout.splitlines() and line in done.stderr.splitlines()
+    manifest = json.loads((corpus / "store" / "manifest.json").read_text())
+    assert manifest["input"]["left_out"] == {
+        "dataset card": 1,
+        "in a token store": 1,
+        "other ending": 1,
+        "unreadable": 1,
+    }
+    again = call("preprocess", *flags)
+    assert "already complete" in again.stdout and line in again.stdout and "warning" not in again.stderr
+    assert line in call("preprocess", f"--config.data.dir={corpus}/store", "--show=1").stdout
+    share = call("preprocess", *flags, f"--config.data.dir={tmp_path}/share", "--worker=1/2")
+    assert share.stdout.startswith("3 files, 6 left out: 3 in a token store, 1 dataset card"), share
+
+
+def test_a_file_that_becomes_unreadable_while_the_job_runs(tmp_path, monkeypatch):
+    corpus = write_texts(tmp_path / "corpus", ["one text " * 50, "two texts " * 50, "three texts " * 50])
+    config = make_config(tmp_path / "store", path=corpus, val_fraction=0.0, shard_tokens=50)
+    real, bad = open, str(corpus / "1.txt")
+
+    def refuse(path, *arguments, **named):
+        if path == bad:
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match="1.txt .*Permission denied.*; data.source_options.on_error=skip"):
+        preprocess(config)
+    real_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: (refuse if path == bad else real_open)(path, *a, **k))
+    config.data.source_options.on_error = "skip"  # now it is unreadable from the beginning
+    manifest = preprocess(config)
+    assert manifest["input"]["files"] == 3 and sum(manifest["skipped"].values()) == 1
+    assert sum(record["documents"] for record in manifest["shards"]) == 2
+
+
+def test_a_corpus_without_training_documents_is_refused_and_the_advice_works(tmp_path):
+    corpus = write_texts(tmp_path / "corpus", ["one"])
+    (corpus / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+    config = make_config(tmp_path / "store", path=corpus, val_fraction=0.9999)
+    with pytest.raises(UserError, match="no training documents: 3 are validation documents and 0 were skipped; give"):
+        preprocess(config)
+    # follows: or set data.val_fraction=0
+    config.data.val_fraction = 0.0
+    assert sum(record["documents"] for record in preprocess(config)["shards"]) == 3
+
+
+def test_names_that_are_not_utf_8_are_files_and_folders_as_others(tmp_path):
+    corpus, store = os.fsdecode(os.fsencode(tmp_path) + b"/c\xe9"), os.fsdecode(os.fsencode(tmp_path) + b"/s\xff")
+    os.mkdir(corpus)
+    for name in (b"\xe9.txt", "\u00e9.txt".encode(), b"\xe9 2.txt"):
+        with open(os.path.join(os.fsencode(corpus), name), "wb") as file:
+            file.write(b"text" * 100)
+    done = call("preprocess", *command(make_config(store, path=corpus, val_fraction=0.0, shard_tokens=50))[3:])
+    assert done.returncode == 0, done.stderr
+    with open(os.path.join(os.fsencode(store), b"manifest.json"), "rb") as file:
+        manifest = json.loads(file.read().decode("utf-8"))
+    assert manifest["input"]["files"] == 3 and manifest["source_options"]["path"] == corpus
+    assert len(token_store.verify(store)) == 3
+    again = call("preprocess", *command(make_config(store, path=corpus, val_fraction=0.0, shard_tokens=50))[3:])
+    assert again.returncode == 0 and "already complete" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--worker=1"], ["--worker=1 is not i/n"]),
+        (["--worker=\u00b2/3"], ["is not i/n"]),
+        (["--worker=-1/2"], ["is not i/n"]),
+        (["--worker=0/99999999999"], ["is not i/n"]),
+        (["--config.data.dir="], ["`data.dir` is empty"]),
+        (["--config.data.dir=", "--merge"], ["`data.dir` is empty"]),
+        (["--config.data.dir={}/file"], ["/file cannot be written: File exists"]),
+        (["--config.data.dir={}/file/below"], ["cannot be written: "]),
+        (["--config.data.dir={}/nothing", "--show=3"], ["nothing does not exist"]),
+        (["--config.data.dir={}/corpus", "--show=3"], ["corpus holds no token store"]),
+        (["--config.data.dir={}/new", "--merge"], ["holds no shares to merge"]),
+        (["--config.data.dir=gs://b/x", "--merge"], ["is a URL"]),
+        (["--config.data.source_options.path={}/nothing"], ["nothing: no such file or folder"]),
+        (["--config.data.source_options.path=['{}/corpus']"], ["has no files"]),
+        (["--config.data.source_options.path={}/corpus,{}/corpus"], ["no such file"]),
+        (["--config.data.source_options.path=/dev/null"], ["neither a file nor a folder"]),
+        (["--config.data.source=hf:owner/"], ["should be hf:owner/name"]),
+    ],
+)
+def test_wrong_commands_are_one_line(tmp_path, flags, words):
+    write_texts(tmp_path / "corpus", ["text"])
+    (tmp_path / "file").write_text("x")
+    config = make_config(tmp_path / "store", path=tmp_path / "corpus")
+    refused(call("preprocess", *command(config)[3:], *(flag.replace("{}", str(tmp_path)) for flag in flags)), *words)
+    assert not (tmp_path / "new").exists()
 
 
 def parquet(texts):
@@ -553,9 +949,14 @@ def test_openwebtext_from_a_hub_that_fails_every_third_request(tmp_path, speeche
     common = {"split": "nanogpt", "val_fraction": 0.05, "num_workers": 2}
     with HubServer(files, faults=0.35) as server:
         config = make_config(tmp_path / "store", source="openwebtext", **common)
+        # follows: and HF_HUB_OFFLINE is set; unset it where the hub can be reached
+        # follows: cannot be written: {error.strerror}; set HF_HOME to a folder
         done = run_with_hub(config, server, tmp_path / "home")
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "3 files" in done.stdout.splitlines(), done.stderr
         assert server.failed > 0
+        for noise in ("thrown while requesting", "Retrying in", "Downloading", "Resolving", "unauthenticated"):
+            assert noise not in done.stderr
+    # follows: check the network and its proxy, or download the files and use data.source=files
     preprocess(make_config(tmp_path / "local", path=tmp_path / "plain_text", **common))
     assert_same_shards(tmp_path / "store", tmp_path / "local")
     assert not (tmp_path / "store" / "downloads").exists()
@@ -596,9 +997,149 @@ def test_a_hub_dataset_or_configuration_that_does_not_exist_is_refused(tmp_path)
             assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_without_a_connection_a_hub_corpus_is_given_up_with_one_line(tmp_path, monkeypatch, capfd):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(network, "FIRST_SECONDS", 0.3)
+    monkeypatch.setattr(network, "FIRST_DELAY", 0.05)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for source in ("openwebtext", "hf:owner/name", "dolma_v1_6_sample"):
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"hf:.* cannot be reached \(Connect.*\); check the network and its proxy"):
+            preprocess(make_config(tmp_path / "store", source=source))
+        assert time.monotonic() - started < 5
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(UserError, match="/file/hub, the cache of huggingface_hub, cannot be written: .*; set HF_HOME"):
+        preprocess(make_config(tmp_path / "store", source="hf:owner/name"))
+
+
+def test_the_first_request_is_given_up_in_time_even_where_it_hangs():
+    for action in (lambda: time.sleep(5), lambda: (_ for _ in ()).throw(ConnectionResetError("reset"))):
+        started = time.monotonic()
+        with pytest.raises(UserError, match="x cannot be reached"):
+            network.with_retries(action, "x", seconds=0.2)
+        assert time.monotonic() - started < 1
+    answers = iter([OSError("again"), 7])
+
+    def fails_once():
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    assert network.with_retries(fails_once, "x", seconds=5) == 7
+    with pytest.raises(ZeroDivisionError):
+        network.with_retries(lambda: 1 / 0, "x", seconds=5)
+
+
+def test_offline_mode_uses_the_cache_and_otherwise_says_so_at_once(tmp_path, monkeypatch, capfd):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = make_config(tmp_path / "store", source="hf:owner/name", val_fraction=0.0)
+    with pytest.raises(UserError, match="hf:owner/name is not in the cache, and HF_HUB_OFFLINE is set; unset it where"):
+        preprocess(config)
+    snapshot = tmp_path / "snapshot" / "79d93d786212f7344586290adb811d4ae6a1762c"
+    (snapshot / "data").mkdir(parents=True)
+    for i in range(2):
+        (snapshot / "data" / f"train-{i:05d}-of-00003.parquet").write_bytes(parquet([f"text {i}"]))
+    cached = {"snapshot_download": lambda *a, **k: str(snapshot)}
+    cached["try_to_load_from_cache"] = lambda repo, name, **k: str(snapshot / name)
+    for name, function in cached.items():
+        monkeypatch.setattr(huggingface_hub, name, function)
+    with pytest.raises(UserError, match="data/train-00002-of-00003.parquet is not in the cache"):
+        preprocess(config)
+    (snapshot / "data" / "train-00002-of-00003.parquet").write_bytes(parquet(["text 2"]))
+    assert preprocess(config)["input"]["files"] == 3
+    assert list(show(config.data.dir, 5)) == ["text 0", "text 1", "text 2"]
+    assert len(list((snapshot / "data").iterdir())) == 3, "the cache is left as it is"
+
+
+def list_with(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(hub, "_check_reachable", lambda *arguments: None)
+    monkeypatch.setattr(hub, "download", lambda *arguments: str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return hub.list_addresses("owner/lists", "list.txt", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file:///etc/passwd", "line 1: 'file:///etc/passwd' is not the http or https address of a file"),
+        ("# a comment\n\nftp://server/a.txt", "line 3: 'ftp://server/a.txt' is not"),
+        ("/etc/passwd", "line 1: '/etc/passwd' is not"),
+        ("https://server/", "line 1: 'https://server/' is not"),
+        ("https:///a.txt", "line 1: "),
+        ("https://server/a b.txt", "line 1: "),
+        ("version https://git-lfs.github.com/spec/v1", "line 1: "),
+        ("# nothing\n", "has no addresses"),
+        (b"http://server/\xe9.txt", "is not UTF-8 text"),
+    ],
+)
+def test_a_list_of_addresses_with_others_than_http_is_refused(tmp_path, monkeypatch, text, message):
+    with pytest.raises(UserError, match=f"the list of files list.txt of hf:owner/lists.*{re.escape(message)}"):
+        list_with(monkeypatch, tmp_path, text)
+
+
+def test_addresses_with_one_basename_are_two_files_and_an_address_twice_is_one(tmp_path, monkeypatch):
+    names = ("a/part.jsonl", "b/part.jsonl", "c.jsonl", "d.pdf")
+    files = {f"/plain/{name}": json.dumps({"text": name * 30}).encode() + b"\n" for name in names}
+    with HubServer(files) as server:
+        text = "# the list\n\n" + "".join(f"{server.url}{path}?v=1\n" for path in files)
+        text += f"{server.url}/plain/c.jsonl?v=1\n"
+        listed = list_with(monkeypatch, tmp_path, "\ufeff" + text)
+        where = server.url.removeprefix("http://") + "?v=1/plain"
+        assert [name for name, _, _ in listed] == [
+            f"{where}/a/part.jsonl",
+            f"{where}/b/part.jsonl",
+            "c.jsonl",
+            "d.pdf",
+            "c.jsonl",
+        ]
+        monkeypatch.undo()
+        paths = [pathlib.Path(hub.download(address, str(tmp_path / "x"))) for _, _, address in listed[:2]]
+        assert paths[0] != paths[1] and [path.read_bytes() for path in paths] == list(files.values())[:2]
+        monkeypatch.setattr(hub, "list_addresses", lambda *arguments: listed)
+        config = make_config(tmp_path / "store", source="dolma_v1_6_sample", val_fraction=0.0)
+        manifest = preprocess(config)
+    assert manifest["input"]["files"] == 3
+    assert manifest["input"]["left_out"] == {"another name of a file": 1, "other ending": 1}
+    assert list(show(config.data.dir, 5)) == [name * 30 for name in names[:3]]
+
+
+def test_a_redirection_to_a_file_of_this_machine_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(network, "FIRST_DELAY", 0.0)
+    monkeypatch.setattr(network, "ATTEMPTS", 1)
+
+    class Redirecting(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", self.server.target)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for server.target, why in (("file:///etc/hostname", "302"), ("ftp://127.0.0.1:9/x", "unknown url type: ftp")):
+            with pytest.raises(UserError, match=f"/a.txt .*{why}"):
+                hub.download(f"http://127.0.0.1:{server.server_port}/a.txt", str(tmp_path))
+        server.shutdown()
+
+
 def test_a_network_failure_stops_with_one_line_and_the_same_call_continues(tmp_path, monkeypatch, speeches):
-    monkeypatch.setattr(hub, "ATTEMPTS", 2)
-    monkeypatch.setattr(hub, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(network, "ATTEMPTS", 2)
+    monkeypatch.setattr(network, "FIRST_DELAY", 0.01)
     files = {f"/plain/{i}.txt": speech[:5000].encode() for i, speech in enumerate(speeches[:6])}
     with HubServer(files) as server:
         listed = [(path[7:], len(data), server.url + path) for path, data in files.items()]
@@ -620,7 +1161,7 @@ def test_a_network_failure_stops_with_one_line_and_the_same_call_continues(tmp_p
 
 
 def test_a_download_resumes_at_the_byte_where_it_broke(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(network, "FIRST_DELAY", 0.01)
     files = {f"/plain/{i}.bin": random.Random(i).randbytes(3_000_000) for i in range(8)}
     with HubServer(files, faults=0.6) as server:
         for path, data in files.items():
@@ -639,7 +1180,7 @@ def test_a_download_starts_over_if_the_file_has_changed_meanwhile(tmp_path, monk
         def replace(seconds):
             server.files["/plain/x.bin"], server.faults = new, 0.0
 
-        monkeypatch.setattr(hub.time, "sleep", replace)
+        monkeypatch.setattr(network.time, "sleep", replace)
         with open(hub.download(f"{server.url}/plain/x.bin", str(tmp_path)), "rb") as file:
             assert file.read() == new
         assert [span for _, _, span in server.log] == [None, "bytes=500000-"]
@@ -657,14 +1198,18 @@ def test_gigatoken_gives_the_same_bytes_and_is_refused_if_its_ids_differ(tmp_pat
         return lambda texts: [ids[1:] for ids in real(tokenizer)(texts)]
 
     monkeypatch.setitem(encoders.ENCODERS, "gigatoken", wrong)
+    # follows: differs from tiktoken on
     with pytest.raises(UserError, match="data.encoder=gigatoken differs from tiktoken on '.*; use data.encoder=tikto"):
         preprocess(make_config(tmp_path / "wrong", encoder="gigatoken", **common))
+    preprocess(make_config(tmp_path / "wrong", encoder="tiktoken", **common))
 
 
 def test_without_gigatoken_the_error_says_what_to_install(tmp_path, corpus, monkeypatch):
+    # follows: `pip install gigatoken`, or use data.encoder=tiktoken
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    with pytest.raises(UserError, match="data.encoder=gigatoken needs the extra `fast`"):
+    with pytest.raises(UserError, match="needs the extra `fast`: .* or use data.encoder=tiktoken"):
         preprocess(make_config(tmp_path / "store", path=corpus / "c.jsonl", encoder="gigatoken"))
+    preprocess(make_config(tmp_path / "store", path=corpus / "c.jsonl", encoder="tiktoken"))
 
 
 def test_preprocess_needs_no_jax():

@@ -7,7 +7,7 @@ import pytest
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data import shard_writer, token_store
-from trialgpt_jax.data.tokenizer import TokenizerId
+from trialgpt_jax.data.vocabulary import TokenizerId
 from trialgpt_jax.storage import json_files
 
 
@@ -142,6 +142,73 @@ def test_llm_c_shards_open(tmp_path):
         token_store.open_store(str(tmp_path))
     np.zeros(600, np.int32).tofile(tmp_path / "fineweb_train_000002.bin")
     with pytest.raises(UserError, match="is neither in a manifest nor an llm.c shard"):
+        token_store.open_store(str(tmp_path))
+
+
+def llmc(path, ids, magic=20240520, version=1):
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(ids)
+    path.write_bytes(header.tobytes() + ids.tobytes())
+
+
+SMALL = np.arange(600, dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda p: np.full(9, 50257, np.uint16).tofile(p),
+            "the training split has the token id 50257, but gpt2, the",
+        ),
+        (
+            lambda p: np.full(9, 65535, np.uint16).tofile(p),
+            "token id 65535, but gpt2, the tokenizer of such files, has",
+        ),
+        (lambda p: SMALL.astype(np.uint32).tofile(p), "holds uint32 ids, but nanoGPT's files hold uint16"),
+        (lambda p: SMALL.astype(np.int64).tofile(p), "holds uint32 ids, but nanoGPT's files hold uint16"),
+        (lambda p: np.save(p.open("wb"), SMALL), "train.bin is a .npy file of numpy"),
+        (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1"), "train.bin is a Git LFS pointer"),
+        (lambda p: llmc(p, SMALL.astype(np.uint32), 20240801, 7), "uint32 ids of Llama 3's tokenizer .magic 20240801"),
+        (lambda p: llmc(p, SMALL, 20240522), "an llm.c file of multiple-choice questions"),
+        (lambda p: p.write_bytes(b""), "is empty"),
+        (lambda p: p.write_bytes(b"abc"), "has 3 bytes, an odd number"),
+    ],
+)
+def test_foreign_files_that_contradict_their_tokenizer_or_format_are_refused_when_opened(tmp_path, write, message):
+    write(tmp_path / "train.bin")
+    SMALL.tofile(tmp_path / "val.bin")
+    with pytest.raises(UserError, match=message) as error:
+        token_store.open_store(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("magic", "version", "message"),
+    [
+        (20240801, 7, "uint32 ids of Llama 3's tokenizer"),
+        (20240520, 2, "is neither in a manifest nor an llm.c shard .*; it begins with 20240520, 2, 600"),
+        (7, 7, "it begins with 7, 7, 600"),
+    ],
+)
+def test_llm_c_shards_of_another_kind_are_refused_by_what_they_are(tmp_path, magic, version, message):
+    llmc(tmp_path / "x_train_000001.bin", SMALL, magic, version)
+    with pytest.raises(UserError, match=message):
+        token_store.open_store(str(tmp_path))
+
+
+def test_the_tokenizer_of_foreign_files_is_said(tmp_path, capsys):
+    llmc(tmp_path / "train.bin", SMALL)  # a shard of llm.c under nanoGPT's name
+    assert token_store.open_store(str(tmp_path)).split("train").read(0, 3).tolist() == [0, 1, 2]
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path} has no manifest.json; its ids are taken for those of the tokenizer gpt2\n"
+
+
+def test_an_id_beyond_the_vocabulary_is_found_in_a_large_file_without_reading_all_of_it(tmp_path):
+    ids = np.zeros(1 << 25, np.uint16)
+    ids[-5] = 50257
+    ids.tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match="token id 50257"):
         token_store.open_store(str(tmp_path))
 
 

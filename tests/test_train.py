@@ -163,6 +163,7 @@ def test_a_signal_during_a_write_to_stderr_requests_a_stop(monkeypatch, capfd):
 
 
 def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(reference, long_config, tmp_path, default_file):
+    # follows: which is saved; run the same command to continue
     workdir = tmp_path / "run"
     argv, env = command("train", f"--config={default_file}", *overrides(long_config), f"--workdir={workdir}")
     process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)

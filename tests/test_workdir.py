@@ -32,6 +32,8 @@ def stores(store, tmp_path):
 def test_a_store_rebuilt_under_a_run_is_refused_by_name_or_accepted_with_a_word(
     stores, mixture, config, tmp_path, default_file
 ):
+    # follows: restore that one, use another --workdir, or --allow_config_change=data.dir
+    # follows: it goes on with them (--allow_config_change=data.dir)
     def train(*arguments):
         flags = [f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / 'run'}", *arguments]
         return call("train", *flags)
@@ -86,3 +88,37 @@ def test_a_damaged_record_of_the_data_is_refused_by_its_name(config, store, tmp_
     (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
     (tmp_path / "run" / "data.json").write_text(text)
     refused(call("train", *flags), str(tmp_path / "run" / "data.json"))
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_relative_store_is_found_from_another_folder_and_after_it_has_moved(
+    stores, mixture, config, tmp_path, default_file, monkeypatch
+):
+    # follows: give the folder it has moved to:
+    config.data.dir = "a:0.5,b:0.5" if mixture else "a"
+    config.checkpoint.keep_last = 9
+    config.train.update({"steps": 8, "max_seconds": 1e-9})
+    config.eval.every_steps = 0
+    flags = [f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / 'run'}"]
+    monkeypatch.chdir(tmp_path)
+    assert call("train", *flags).returncode == 75
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    evaluate = "evaluate", f"--workdir={tmp_path / 'run'}", "--batches=1", "--json"
+    result = call(*evaluate)
+    assert result.returncode == 0, result.stderr
+    expected = json.loads(result.stdout)
+    for _ in range(2):  # also after a resumed run has written the record again
+        assert call("train", *flags).returncode == 75
+    refused(call(*evaluate, "--config.data.dir=a"), "data.dir=a does not exist")  # what is given is taken as it is
+    assert json.loads((tmp_path / "run" / "data.json").read_text())[0][0] == "a"
+
+    (tmp_path / "a").rename(tmp_path / "moved")
+    for command in (evaluate, ("train", *flags)):
+        refused(call(*command), "data.dir=a of the run", f"nor {tmp_path}/a", "--config.data.dir=FOLDER")
+    given = "--config.data.dir=" + (f"{tmp_path}/moved:0.5,{tmp_path}/b:0.5" if mixture else f"{tmp_path}/moved")
+    assert json.loads(call(*evaluate, given, "--checkpoint_step=1").stdout) == expected
+    result = call("train", *flags, given)
+    assert result.returncode == 75 and "`data.dir` changes" in result.stderr, result.stderr
+    if mixture:  # other weights are another run
+        refused(call("train", *flags, given.replace("0.5", "0.4")), "data.dir", "--allow_config_change=data.dir")

@@ -8,15 +8,14 @@ This module imports no JAX, so that `preprocess` starts without it.
 """
 
 import dataclasses
-import difflib
-import re
 
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, aliases
+from trialgpt_jax.data.vocabulary import TOKENIZERS, is_tokenizer
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.axes import mesh_sizes
-from trialgpt_jax.schema import check, field, specs
+from trialgpt_jax.schema import check, field, number, specs
 from trialgpt_jax.training.workdir import config_path
 from trialgpt_jax.training.workdir import load_snapshot as read_snapshot
 
@@ -24,8 +23,10 @@ from trialgpt_jax.training.workdir import load_snapshot as read_snapshot
 @dataclasses.dataclass
 class SourceOptions:
     path: str = field("", "for source `files`: a file, a folder or a glob")
-    text_field: str = field("text", "field of a JSON line or parquet row that holds the document")
+    extensions: str = field("", "more endings or file names that are read as text, `.py .rst LICENSE`")
+    text_field: str = field("text", "field of a JSON record or parquet row that holds the document; `a.b` is b of a")
     subset: str = field("", "comma-separated values of a row's `source` field; other rows are left out; empty = all")
+    max_document_bytes: int = field(64 << 20, "longest document, bytes of UTF-8; a longer one is unusable", at_least=1)
     on_error: str = field("stop", "at an unusable document; skipped ones are counted", choices=("stop", "skip"))
     config: str = field("", "for source `hf:owner/name`: configuration of the dataset; empty = its default")
     split: str = field("train", "for source `hf:owner/name`: split of the dataset")
@@ -37,12 +38,18 @@ class Data:
     dir: str = field("data/openwebtext", "token store; for training also a mixture of stores, `a:0.7,b:0.3`")
     source: str = field("openwebtext", "corpus by name (data/corpora.py); `files` reads source_options.path")
     source_options: SourceOptions
-    tokenizer: str = field("gpt2", "`gpt2`, or `bpe:N`: a byte-level BPE of N ids trained on the corpus")
+    tokenizer: str = field(
+        "gpt2",
+        "`gpt2`; `bpe:N`: a byte-level BPE of N ids trained on the corpus; `char`: its characters; `from:FOLDER`: that "
+        "of a workdir or token store; `file:PATH/tokenizer.json`: a byte-level BPE of the library `tokenizers`",
+    )
     val_fraction: float = field(0.0005, "share of the documents in the validation split", at_least=0, below=1)
     split: str = field("hash", "by a seeded hash of the document, or by row as nanoGPT", choices=("hash", "nanogpt"))
     split_seed: int = field(2357, "seed of the train/validation split", at_least=0)
     shard_tokens: int = field(100_000_000, "tokens per shard file", at_least=1)
-    num_workers: int = field(0, "tokenizer processes, which do not change the result; 0 = one per core", at_least=0)
+    num_workers: int = field(
+        0, "tokenizer processes, no matter for the result; 0 = one per core", at_least=0, at_most=1024
+    )
     encoder: str = field("tiktoken", "gigatoken must agree with it on a sample", choices=("tiktoken", "gigatoken"))
     shuffle: bool = field(True, "False: training windows in the order of the corpus")
 
@@ -85,7 +92,9 @@ class Train:
     scan_unroll: int = field(
         0, "layers per scan iteration; 0 = 1; all on GPU or up to 12 on CPU without remat", at_least=0
     )
-    init_from: str = field("", "workdir or Hugging Face folder whose weights start this run (fine-tuning)")
+    init_from: str = field(
+        "", "workdir, Hugging Face folder or hf:owner/name whose weights and model start this run (fine-tuning)"
+    )
     max_seconds: float = field(0.0, "save and exit with status 75 after this time; 0 = no limit", at_least=0)
     skip_spikes: float = field(  # see training/spikes.py
         0.0,
@@ -141,6 +150,14 @@ class Config:
 
 
 _SPECS = specs(Config)
+_MOST_TOKENS = 2**28  # of a step: 1 GiB of ids, of which several batches are prefetched
+
+
+class _Fields(ConfigDict):
+    """A ConfigDict that takes 1e3 for an integer, and numpy's numbers; otherwise a field keeps its type."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, number(value, self[key]) if key in self else value)
 
 
 def default_config() -> ConfigDict:
@@ -149,14 +166,16 @@ def default_config() -> ConfigDict:
     Returns:
       A locked ConfigDict: assigning a field that does not exist raises.
     """
-    nested = {}
+    config = _Fields()
     for name, (default, _) in _SPECS.items():
         *groups, leaf = name.split(".")
-        group = nested
+        group = config
         for inner in groups:
-            group = group.setdefault(inner, {})
+            if inner not in group:
+                group[inner] = _Fields()
+            group = group[inner]
         group[leaf] = default
-    return ConfigDict(nested).lock()
+    return config.lock()
 
 
 def fields(config: ConfigDict, prefix: str = "") -> dict[str, object]:
@@ -167,41 +186,17 @@ def fields(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-# Config field -> its names in other trainers, for "did you mean".
-_OTHER_NAMES = {
-    "optim.learning_rate": ("lr", "max_lr"),
-    "optim.min_lr_ratio": ("min_lr",),
-    "optim.schedule": ("decay_lr",),
-    "optim.warmup_steps": ("warmup", "warmup_iters"),
-    "optim.clip_norm": ("grad_clip", "clip"),
-    "optim.b1": ("beta1",),
-    "optim.b2": ("beta2",),
-    "train.steps": ("max_iters", "num_steps", "max_steps", "iters"),
-    "train.accumulate_steps": ("gradient_accumulation_steps", "grad_accum_steps"),
-    "train.scan_unroll": ("compile",),
-    "data.dir": ("out_dir",),
-    "data.source": ("dataset",),
-    "data.source_options.path": ("path",),
-    "eval.every_steps": ("eval_interval",),
-    "eval.batches": ("eval_iters",),
-    "log.every_steps": ("log_interval",),
-    "log.wandb": ("wandb_log", "wandb_project"),
-    "model.block_size": ("seq_len", "context", "max_seq_len"),
-    "model.n_embd": ("hidden_size", "d_model"),
-    "model.n_layer": ("num_layers",),
-    "model.n_head": ("num_heads",),
-    "checkpoint.every_steps": ("always_save_checkpoint",),
-}
-_ALIASES = {alias: field for field, aliases in _OTHER_NAMES.items() for alias in aliases}
+def set_field(config: ConfigDict, name: str, value: object) -> None:
+    """Sets the field `name`, such as "model.n_layer"."""
+    *groups, leaf = name.split(".")
+    for group in groups:
+        config = config[group]
+    config[leaf] = value
 
 
 def unknown_field(name: str) -> UserError:
-    """The error for a field that does not exist; suggests the nearest one that does."""
-    leaf = name.rsplit(".", 1)[-1]
-    by_leaf = {path.rsplit(".", 1)[-1]: path for path in _SPECS}
-    near = difflib.get_close_matches(name, _SPECS, 1, 0.75) or difflib.get_close_matches(leaf, by_leaf, 1, 0.6)
-    near = _ALIASES.get(leaf) or (near and by_leaf.get(near[0], near[0]))
-    return UserError(f"config field `{name}` does not exist" + (f"; did you mean `{near}`?" if near else ""))
+    """The error for a field that does not exist; suggests the one that is meant."""
+    return UserError(f"config field `{name}` does not exist{aliases.config_field(name, _SPECS)}")
 
 
 def validate(config: ConfigDict, n_devices: int | None = None) -> None:
@@ -218,8 +213,8 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
     for name, (_, spec) in _SPECS.items():
         check(name, flat[name], spec)
     tokenizer, train = config.data.tokenizer, config.train
-    if tokenizer != "gpt2" and not (re.fullmatch("bpe:[0-9]{1,9}", tokenizer) and int(tokenizer[4:]) > 256):
-        raise UserError(f"config field `data.tokenizer` is {tokenizer!r}, not `gpt2` or `bpe:N` with N ids, N > 256")
+    if not is_tokenizer(tokenizer):
+        raise UserError(f"config field `data.tokenizer` is {tokenizer!r}, not {TOKENIZERS}")
     if train.dtype == "float64" and train.param_dtype != "float64":
         raise UserError("config field `train.dtype` is float64, which needs train.param_dtype=float64 as well")
     gpt = GPTConfig(**config.model)
@@ -231,6 +226,11 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
     if train.batch_size % train.accumulate_steps:
         raise UserError(
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate_steps={train.accumulate_steps}"
+        )
+    if train.batch_size * gpt.block_size > _MOST_TOKENS:
+        raise UserError(
+            f"train.batch_size={train.batch_size} x model.block_size={gpt.block_size} are more than {_MOST_TOKENS} "
+            "tokens in a step; lower train.batch_size"
         )
     if n_devices is not None:
         _check_divisible(gpt, train.batch_size // train.accumulate_steps, mesh_sizes(config.mesh, n_devices))
@@ -267,10 +267,11 @@ def update(config: ConfigDict, values: dict, path: str, prefix: str = "") -> Non
         if name not in config:
             raise UserError(f"{path}: {unknown_field(prefix + name)}")
         old = config[name]
+        value = number(value, old)
         if isinstance(old, ConfigDict) and isinstance(value, dict):
             update(old, value, path, f"{prefix}{name}.")
-        elif type(value) is type(old) or (type(old) is float and type(value) is int and abs(value) < 1e300):
-            config[name] = type(old)(value)
+        elif type(value) is type(old):
+            config[name] = value
         else:
             wanted = "a group of fields" if isinstance(old, ConfigDict) else f"like {old!r}"
             raise UserError(f"{path}: config field `{prefix}{name}` is {value!r}, but should be {wanted}")
@@ -293,7 +294,11 @@ _HARMLESS += ("train.attention", "train.remat", "train.scan_unroll", "train.init
 
 
 def check_resumable(
-    config: ConfigDict, snapshot: ConfigDict, allowed: tuple[str, ...] = (), converted: bool = False
+    config: ConfigDict,
+    snapshot: ConfigDict,
+    allowed: tuple[str, ...] = (),
+    converted: bool = False,
+    same_data: bool = False,
 ) -> list[str]:
     """Compares the config of a resumed run with the one it was started with.
 
@@ -318,6 +323,8 @@ def check_resumable(
         harmless = name.startswith(_HARMLESS)
         if converted:
             harmless = name == "model.dropout" or not name.startswith("model.")
+        if name == "data.dir" and same_data:
+            harmless = harmless or _weights(new[name]) == _weights(old[name])
         if not harmless and name not in allowed:
             raise UserError(
                 f"config field `{name}` is {new[name]!r}, but this workdir's run was started with {old[name]!r}; "
@@ -325,6 +332,11 @@ def check_resumable(
             )
     lines = [f"config field `{name}` changes from {old[name]!r} to {new[name]!r}" for name in changed]
     return [] if converted else lines
+
+
+def _weights(data_dir: str) -> list[str]:
+    """The weights of a mixture, as they are written."""
+    return [member.rpartition(":")[2] for member in data_dir.split(",")] if "," in data_dir else []
 
 
 def enable_x64(config: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 The log never ends the work: lines that cannot be written are dropped. Results that cannot be written end the command.
 """
 
+import codecs
 import contextlib
 import io
 import os
@@ -109,6 +110,19 @@ class _Results(_Output):
             raise OutputError(error) from None
 
 
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of an argument or file name that are not UTF-8 are written as they were, other characters as escapes."""
+    text = error.object[error.start : error.end]
+    try:
+        return text.encode("ascii", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+_ESCAPE = "trialgpt_jax.escape"
+codecs.register_error(_ESCAPE, _escape)
+
+
 def _is_ours(stream: io.TextIOWrapper | None) -> bool:
     return isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Output)
 
@@ -117,7 +131,7 @@ def _text(raw: _Output, old: io.TextIOWrapper | None) -> io.TextIOWrapper:
     """A text file on `raw` with the encoding and buffering of `old`."""
     if old is None:  # the descriptor was closed
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
-    errors = "backslashreplace" if old.errors == "strict" else old.errors
+    errors = _ESCAPE if old.errors in ("strict", "surrogateescape") else old.errors
     buffered = io.BufferedWriter(raw)
     return io.TextIOWrapper(buffered, old.encoding, errors, line_buffering=old.line_buffering or old.write_through)
 

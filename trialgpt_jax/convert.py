@@ -1,7 +1,8 @@
 """Converts models between a workdir and Hugging Face's GPT-2 files, and verifies the checkpoints of a workdir.
 
     python -m trialgpt_jax.convert --workdir=runs/x --to_hf=out/     a folder for transformers' GPT2LMHeadModel
-    python -m trialgpt_jax.convert --from_hf=dir/ --workdir=runs/y   a workdir for infer, evaluate and train
+    python -m trialgpt_jax.convert --from_hf=dir/ --workdir=runs/y   a workdir for infer, evaluate and train; dir/ or
+                                                                     hf:owner/name of the hub
     python -m trialgpt_jax.convert --workdir=runs/x --verify         every byte of every checkpoint; status 1 if damaged
 
 With --from_hf, the model comes from the folder, and the other config fields from --config=FILE and --config.x.y=v.
@@ -9,6 +10,7 @@ With --from_hf, the model comes from the folder, and the other config fields fro
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import jax
@@ -18,17 +20,17 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.console import say
 from trialgpt_jax.data import hf_tokenizer
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.model import hf
+from trialgpt_jax.model import hf, hf_folder
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.sharding import single_device
-from trialgpt_jax.storage import files, json_files, lock
+from trialgpt_jax.storage import files, lock
+from trialgpt_jax.training import hub_model
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint import Checkpoints, state_bytes
 from trialgpt_jax.training.program import Program
-from trialgpt_jax.training.start import load_params
+from trialgpt_jax.training.start import check_memory, load_params
 from trialgpt_jax.training.train_step import check_finite, describe_nonfinite
 
 
@@ -54,7 +56,7 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int = -1, allow_n
     config_lib.enable_x64(config)
     hf.check_expressible(GPTConfig(**config.model))
     _check_empty(folder, "--to_hf")
-    tokenizer = tokenizer_lib.load(config.data.tokenizer, workdir)
+    tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
     program = Program(config, mesh=single_device())
     params, step = load_params(workdir, program.params_layout, step, allow_nonfinite=True)
     if not allow_nonfinite:
@@ -69,8 +71,9 @@ def from_hf(config: ConfigDict, folder: str, workdir: str, allow_nonfinite: bool
     """Creates a workdir whose checkpoint 0 has the parameters of a Hugging Face folder.
 
     Args:
-      config: of the new workdir; `model`, and `data.tokenizer` if the folder has one, are taken from the folder.
-      folder: with config.json and safetensors.
+      config: of the new workdir; `model` and `data.tokenizer` are taken from the folder. A data.tokenizer of
+        `from:FOLDER` or `file:PATH` is for a folder without a tokenizer.
+      folder: with config.json and safetensors, or `hf:owner/name`.
       workdir: new or empty.
       allow_nonfinite: also convert NaN and infinite values.
 
@@ -81,24 +84,19 @@ def from_hf(config: ConfigDict, folder: str, workdir: str, allow_nonfinite: bool
       UserError: not a GPT-2, unexpected tensors, a pickle, values that are not finite, or a workdir that is not empty.
     """
     config = config.copy_and_resolve_references()
-    config.model.update(hf.read_config(folder))
-    tokenizer = hf_tokenizer.read(folder)
-    if tokenizer is None:
-        config.data.tokenizer = _guess_tokenizer(config.model.vocab_size)
-        say(
-            f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); its "
-            f"{config.model.vocab_size} ids are taken for data.tokenizer={config.data.tokenizer}"
-        )
-    elif tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model {config.model.vocab_size}")
-    else:
-        config.data.tokenizer = tokenizer.name
+    _check_empty(workdir, "--workdir")
+    folder = hub_model.local_folder(folder, "--from_hf")
+    config.model.update(hf_folder.read_config(folder))
     config_lib.enable_x64(config)
     gpt = GPTConfig(**config.model, param_dtype=config.train.param_dtype)
-    tensors = hf.SafetensorsFolder(folder)
+    tensors = hf_folder.SafetensorsFolder(folder)
+    names = hf.check_tensors(tensors, gpt).values()
+    check_memory(folder, hf.parameter_bytes(gpt))
+    identity, tokenizer = hub_model.decide_tokenizer(folder, gpt.vocab_size, config.data.tokenizer)
+    config.data.tokenizer = identity.name
     params = hf.from_hf(tensors, gpt)
     if not allow_nonfinite:
-        counts = {name: int(np.sum(~np.isfinite(tensors[name]))) for name in tensors}
+        counts = {name: int(np.sum(~np.isfinite(tensors[name]))) for name in names}
         if counts := {name: n for name, n in counts.items() if n}:
             raise UserError(f"{folder} has {describe_nonfinite(counts)}{_WAY_OUT}")
     checkpoints = Checkpoints(workdir)
@@ -107,7 +105,7 @@ def from_hf(config: ConfigDict, folder: str, workdir: str, allow_nonfinite: bool
         workdir_lib.save_snapshot(config, workdir)
         if tokenizer is not None:
             tokenizer.save(workdir)
-            json_files.write(workdir_lib.tokenizer_path(workdir), tokenizer.id._asdict())
+        tokenizer_lib.write_identity(identity, workdir)
         checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, params)}, allow_nonfinite=allow_nonfinite)
         checkpoints.wait()
     return config
@@ -128,12 +126,12 @@ def verify(workdir: str) -> list[tuple[int, str | None]]:
     return [(step, problem) for step, problem in results if problem is None or step in there]
 
 
-def _guess_tokenizer(vocab_size: int) -> str:
-    return "gpt2" if vocab_size >= 50257 or vocab_size <= 256 else f"bpe:{vocab_size}"
-
-
 def _check_empty(folder: str, flag: str) -> None:
-    """Refuses a folder that is not empty, because nothing is overwritten."""
+    """Refuses a folder that is not empty, because nothing is overwritten, and for --to_hf one of another machine."""
+    if flag == "--to_hf" and (files.is_remote(folder) or folder.startswith(hub_model.PREFIX)):
+        raise UserError(f"{flag}={folder} is not a folder on this machine")
+    if os.path.isfile(folder):
+        raise UserError(f"{flag}={folder} is a file; name a new or an empty folder")
     if found := [name for name in files.names(folder) if name != "lock" and not name.endswith(".part")]:
         raise UserError(f"{flag}={folder} already holds {found[0]}; name a new or an empty folder")
 
@@ -154,7 +152,7 @@ _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 FLAGS = {
     "workdir": (None, "folder of a run; with --from_hf the one to create"),
     "to_hf": (None, "new folder for Hugging Face files"),
-    "from_hf": (None, "folder of Hugging Face files"),
+    "from_hf": (None, "folder of Hugging Face files, or hf:owner/name@revision on the hub"),
     "checkpoint_step": (-1, "with --to_hf: which checkpoint; -1 = the newest whole one"),
     "step": (-1, "short for --checkpoint_step"),
     "allow_nonfinite": (False, "also convert weights that have NaN or infinite values"),
@@ -168,6 +166,12 @@ def main(argv: list[str]) -> int:
     workdir = cli.require_workdir(flags, "the folder of a run, or the one to create")
     if bool(flags.to_hf) + bool(flags.from_hf) + flags.verify != 1:
         raise UserError("give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify")
+    if not flags.to_hf and (flags.step, flags.checkpoint_step) != (-1, -1):
+        raise UserError("--step and --checkpoint_step choose a checkpoint for --to_hf")
+    if min(flags.step, flags.checkpoint_step) < -1:
+        raise UserError("--step must be the number of a checkpoint, or -1 for the newest whole one")
+    if flags.from_hf and (set_ := [name for name in cli.given_fields(argv, FLAGS) if name.startswith("model.")]):
+        raise UserError(f"config field `{min(set_)}` comes from the folder of --from_hf and cannot be set")
     if -1 not in (flags.step, flags.checkpoint_step) and flags.step != flags.checkpoint_step:
         raise UserError(f"--step={flags.step} and --checkpoint_step={flags.checkpoint_step} name two checkpoints")
     with cli.start(flags, config, check=False):
@@ -183,7 +187,7 @@ def main(argv: list[str]) -> int:
             return 0
         step = max(flags.step, flags.checkpoint_step)
         step = to_hf(config, workdir, flags.to_hf, step, flags.allow_nonfinite)
-        print(f"{flags.to_hf}: checkpoint {step} for transformers' GPT2LMHeadModel and GPT2TokenizerFast")
+        print(f"{flags.to_hf}: checkpoint {step} for transformers' GPT2LMHeadModel and AutoTokenizer")
         return 0
 
 

@@ -20,7 +20,7 @@ from trialgpt_jax.parallel.sharding import make_mesh
 from trialgpt_jax.training.metrics import bits_per_byte, finite
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.start import load_params
-from trialgpt_jax.training.workdir import check_tokenizer
+from trialgpt_jax.training.workdir import check_tokenizer, find_data, require_data
 
 
 def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0, split: str = "val") -> dict:
@@ -90,6 +90,9 @@ FLAGS = {
 def main(argv: list[str]) -> None:
     flags, config = cli.parse(argv, __doc__, FLAGS)
     workdir = cli.require_workdir(flags)
+    if "data.dir" not in cli.given_fields(argv, FLAGS):
+        config.data.dir = find_data(config.data.dir, workdir)
+    require_data(config.data.dir, workdir)
     if flags.split not in SPLITS:
         raise UserError(f"--split={flags.split} is not val or train")
     if flags.batches < 0:

@@ -17,6 +17,7 @@ from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.data.vocabulary import Vocabulary
 from trialgpt_jax.model.generate import generate, split_layers
 from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Sampling
 from trialgpt_jax.parallel import processes
@@ -24,6 +25,8 @@ from trialgpt_jax.parallel.axes import AXES
 from trialgpt_jax.parallel.sharding import make_mesh
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.start import load_params
+
+_LONGEST_PROMPT = 16 << 20  # bytes; no model has so long a context
 
 
 def infer(
@@ -43,9 +46,9 @@ def infer(
     Args:
       config: the workdir's.
       workdir: of a run.
-      prompt: text; None starts a document (the end-of-text id).
+      prompt: text; None starts a document: the end-of-text id, or a newline if the tokenizer has none.
       num_samples: continuations, generated as one batch.
-      max_new_tokens: tokens of each; end-of-text ends a continuation earlier.
+      max_new_tokens: tokens of each; end-of-text, if the tokenizer has it, ends a continuation earlier.
       sampling: temperature, top-k, top-p.
       seed: sample i of a seed does not depend on num_samples.
       step: of the checkpoint; -1 = the newest whole one.
@@ -63,10 +66,8 @@ def infer(
     heads = config.model.n_kv_head or config.model.n_head
     tensor = math.gcd(heads, jax.device_count())
     mesh = _decoding_mesh(tensor)
-    tokenizer = tokenizer_lib.load(config.data.tokenizer, workdir)
-    if prompt == "":
-        raise UserError("--prompt is empty; leave it out to start a new document, or give some text")
-    ids = [tokenizer.eot_id] if prompt is None else tokenizer.encode(prompt)
+    tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
+    ids = _start_ids(tokenizer, prompt)
     program = Program(config, mesh=mesh)
     gpt = program.gpt
     with jax.set_mesh(mesh):
@@ -96,6 +97,23 @@ def infer(
     return {"step": step, "prompt": prompt, "samples": samples}
 
 
+def _start_ids(tokenizer: Vocabulary, prompt: str | None) -> list[int]:
+    """The ids that generation starts from. Raises UserError for a prompt without ids, or with unknown characters."""
+    if prompt is None and tokenizer.eot_id is not None:
+        return [tokenizer.eot_id]
+    if prompt is None:  # as nanoGPT's sample.py; the first character if there is no newline
+        return [tokenizer.id_of("\n") or 0]
+    if prompt == "":
+        raise UserError("--prompt is empty; leave it out to start a new document, or give some text")
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from None
+    if not ids:
+        raise UserError("--prompt: this tokenizer makes no tokens of it")
+    return ids
+
+
 def _decoding_mesh(tensor: int) -> Mesh:
     """A mesh of `tensor` devices; with several processes of all devices, because each process must own some of them.
 
@@ -118,7 +136,12 @@ def read_prompt(prompt: str | None) -> str | None:
     path = prompt.removeprefix("FILE:")
     try:
         with open(path, "rb") as file:
-            return file.read().decode("utf-8")
+            data = file.read(_LONGEST_PROMPT + 1)
+        if len(data) > _LONGEST_PROMPT:
+            raise UserError(
+                f"--prompt={prompt}: {path} has more than {_LONGEST_PROMPT >> 20} MiB, which no model reads"
+            )
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt={prompt}: {path} is not UTF-8 at byte {error.start}; convert it first") from None
     except (OSError, ValueError) as error:  # ValueError: not a possible file name
@@ -143,6 +166,7 @@ FLAGS = {
 def main(argv: list[str]) -> None:
     flags, config = cli.parse(argv, __doc__, FLAGS)
     workdir = cli.require_workdir(flags)
+    cli.at_most(flags, num_samples=10_000, max_new_tokens=10_000_000)
     prompt = read_prompt(flags.prompt)
 
     def stream(text: str) -> None:

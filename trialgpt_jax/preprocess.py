@@ -9,16 +9,17 @@ nor on the number of workers.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError, cli
+from trialgpt_jax import UserError, cli, faults
 from trialgpt_jax.config import validate
 from trialgpt_jax.console import say, terminations_interrupt
-from trialgpt_jax.data import job_folder, prepare, token_store
+from trialgpt_jax.data import corpora, job_folder, prepare, token_store
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.storage import files
 
@@ -47,10 +48,12 @@ def merge(config: ConfigDict) -> dict:
     Raises:
       UserError: as `prepare.merge`, or a share is still running; the same call continues when that is fixed.
     """
-    if not files.names(config.data.dir):
-        raise UserError(f"data.dir={config.data.dir} holds no shares to merge; run preprocess with --worker=i/n first")
-    with _writing(config), job_folder.locked(config.data.dir):
-        return prepare.merge(config.data)
+    folder = config.data.dir
+    with _writing(config):
+        if not files.names(folder):  # nor is the folder made
+            raise UserError(f"data.dir={folder} holds no shares to merge; run preprocess with --worker=i/n first")
+        with job_folder.locked(folder):
+            return prepare.merge(config.data)
 
 
 @contextlib.contextmanager
@@ -58,6 +61,8 @@ def _writing(config: ConfigDict) -> Iterator[None]:
     """Refuses a config whose token store cannot be written; an OSError of the block becomes a UserError."""
     validate(config)
     folder = config.data.dir
+    if not folder:
+        raise UserError("config field `data.dir` is empty; it names the folder of the token store")
     if "," in folder:
         raise UserError(f"data.dir={folder} is a mixture, which is for training; preprocess its members one at a time")
     if files.is_remote(folder):
@@ -65,13 +70,14 @@ def _writing(config: ConfigDict) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: {error.strerror or error}; the token store cannot be written"
-        ) from None
+        if (line := faults.explain(error)) is None:
+            raise
+        where = "" if error.filename else f"{folder}: "
+        raise UserError(f"{where}{line}; the token store cannot be written") from None
 
 
 def describe(folder: str) -> str:
-    """A table of a store's splits and sources: documents, tokens, UTF-8 bytes, bytes per token."""
+    """A table of a store: its input; documents, tokens, UTF-8 bytes and bytes per token of its splits and sources."""
     store = token_store.open_store(folder)
     if store.manifest is None:
         return "\n".join(f"{name}: {store.split(name).n_tokens:,} tokens" for name in token_store.SPLITS)
@@ -79,19 +85,25 @@ def describe(folder: str) -> str:
     for split in token_store.SPLITS:
         shards = [shard for shard in store.manifest["shards"] if shard["split"] == split]
         rows.append((split, *(sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes"))))
-    if set(store.manifest["sources"]) != {""}:
-        rows += [(f"source {name or '(none)'}", *numbers) for name, numbers in store.manifest["sources"].items()]
-    lines = [f"{'':24} {'documents':>12} {'tokens':>16} {'bytes':>16} {'bytes/token':>12}"]
+    sources = store.manifest.get("sources", {})
+    if set(sources) != {""}:
+        rows += [(f"source {name or '(none)'}", *numbers) for name, numbers in sources.items()]
+    found = store.manifest.get("input", {"files": 0})
+    lines = [corpora.count_text(found["files"], found.get("left_out", {}))] if found["files"] else []
+    lines += [f"{'':24} {'documents':>12} {'tokens':>16} {'bytes':>16} {'bytes/token':>12}"]
     for name, documents, tokens, n_bytes in rows:
         lines.append(f"{name:24} {documents:12,} {tokens:16,} {n_bytes:16,} {n_bytes / max(tokens, 1):12.3f}")
-    lines += [f"skipped: {number:,} ({problem})" for problem, number in store.manifest["skipped"].items()]
+    lines += [f"skipped: {number:,} ({problem})" for problem, number in store.manifest.get("skipped", {}).items()]
     return "\n".join(lines)
 
 
 def show(folder: str, count: int) -> Iterator[str]:
-    """The first `count` documents of a store's training split, decoded."""
+    """The first `count` documents of a store's training split, decoded; without end-of-text 1,000 ids for each."""
     store = token_store.open_store(folder)
-    tokenizer, split = tokenizer_lib.from_store(folder), store.split("train")
+    tokenizer, split = tokenizer_lib.from_store(store.folder), store.split("train")
+    if store.eot_id is None:  # no documents: a piece in place of each
+        yield tokenizer.decode(split.read(0, min(1000 * count, split.n_tokens)))
+        return
     rest = np.empty(0, np.int32)
     for start in range(0, split.n_tokens, 1 << 16):
         if count <= 0:
@@ -106,10 +118,10 @@ def show(folder: str, count: int) -> Iterator[str]:
 
 
 def _parse_worker(worker: str) -> tuple[int, int]:
-    index, slash, count = worker.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+    match = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", worker)
+    if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"--worker={worker} is not i/n with 0 <= i < n")
-    return int(index), int(count)
+    return int(match[1]), int(match[2])
 
 
 OPTIONS = {
@@ -122,7 +134,7 @@ OPTIONS = {
 
 def main(argv: list[str]) -> int:
     flags, config = cli.parse(argv, __doc__, OPTIONS)
-    if not any(argument.startswith(("--config=", "--config.data.dir=")) for argument in argv):
+    if not any(argument.lstrip("-").partition("=")[0] in ("config", "config.data.dir") for argument in argv):
         raise UserError(
             "neither --config=FILE nor --config.data.dir=FOLDER is given; configs come with the project in configs/"
         )
@@ -145,8 +157,9 @@ def _command(flags: absl_flags.FlagValues, config: ConfigDict) -> int:
     elif flags.merge:
         merge(config)
     elif not flags.show:
-        preprocess(config, flags.worker)
-        if flags.worker != "0/1":
+        done = preprocess(config, flags.worker)
+        if "worker" in done:
+            print(corpora.count_text(len(done["files"]), done.get("left_out", {})))
             print(f"share {flags.worker} is done; after the last one, run the same command with --merge, not --worker")
             return 0
     print(describe(folder))

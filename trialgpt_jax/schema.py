@@ -3,6 +3,7 @@
 Pure Python, so that both `config.py` and `model/config.py` use it without JAX.
 """
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
@@ -55,6 +56,41 @@ def check(name: str, value: Any, spec: Spec) -> None:
             raise UserError(f"config field `{name}` is {value}, outside [{spec.at_least}, {upper}{bracket}")
     elif not spec.at_least <= value < float("inf"):
         raise UserError(f"config field `{name}` is {value}, but must be at least {spec.at_least} and finite")
+
+
+def number(value: object, old: object) -> object:
+    """`value` as a number of the type of `old` if that does not change it; otherwise unchanged."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if type(old) is int and type(value) is float and value.is_integer():
+        return int(value)
+    if type(old) is float and type(value) is int and abs(value) < 1e300:
+        return float(value)
+    return value
+
+
+def parse_value(name: str, text: str, default: object) -> object:
+    """The value of a config field as the command line gives it, in the type of `default`: `1e3` and `1_000` are
+    integers too.
+
+    Raises:
+      UserError: it has no such value.
+    """
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "t", "1", "false", "f", "0"):
+            raise UserError(f"config field `{name}` is {text!r}, but should be true or false")
+        return text.lower() in ("true", "t", "1")
+    if isinstance(default, str):
+        if text == "None":
+            raise UserError(f"config field `{name}` is the text 'None'; for none write --config.{name}= with no value")
+        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = number(kind(text), default)
+            if type(value) is type(default):
+                return value
+    wanted = "an integer" if isinstance(default, int) else "a number"
+    raise UserError(f"config field `{name}` is {text!r:.50}, but should be {wanted} such as {default}")
 
 
 def choose(registry: Mapping[str, _T], name: str, field_name: str) -> _T:

@@ -18,6 +18,7 @@ from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.parallel import accelerators, processes
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
 from trialgpt_jax.storage import files, lock
+from trialgpt_jax.training import plan
 from trialgpt_jax.training import start as start_lib
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint import Checkpoints, SaveError, state_bytes
@@ -43,7 +44,8 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     """
     config_lib.validate(config, jax.device_count())
     config_lib.enable_x64(config)
-    store = open_store(config.data.dir)
+    store = open_store(workdir_lib.find_data(config.data.dir, workdir))
+    workdir_lib.check_tokenizer(store, workdir)
     config = resolve(config, store)
     if config.checkpoint.on_error == "continue" and jax.process_count() > 1:
         raise UserError("checkpoint.on_error=continue is for one process: others would wait for the one that failed")
@@ -64,10 +66,9 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         converted = start_lib.is_converted(checkpoints, whole)
         if files.exists(workdir_lib.config_path(workdir)):
             snapshot = config_lib.load_snapshot(workdir)
-            for change in config_lib.check_resumable(config, snapshot, allow_config_change, converted):
+            same = workdir_lib.check_data(store, workdir, allowed="data.dir" in allow_config_change)
+            for change in config_lib.check_resumable(config, snapshot, allow_config_change, converted, same_data=same):
                 say(change)
-            workdir_lib.check_tokenizer(store, workdir)
-            workdir_lib.check_data(store, workdir, allowed="data.dir" in allow_config_change)
         start = start_lib.decide(config, workdir, store, whole, converted)
         first_step = start.step or 0
         if start.step is not None and first_step >= config.train.steps:
@@ -77,19 +78,16 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         # The data are opened before anything is compiled: a split without a window is refused at once, and batches are
         # prefetched meanwhile.
         program = Program(config)
+        plan.check_run(program)
         batches = program.train_batches(store.split("train"), first_step)
         if config.eval.every_steps:
             next(program.eval_batches(store.split("val"), config.eval.batches))
         checkpoints.check_before_saving(state_bytes(program.layout))
-        say(program.describe(store.split("train").n_tokens))
-        began = time.monotonic()
-        plan = program.memory_plan()
-        if config.eval.every_steps:
-            program.eval_step  # noqa: B018 - compiles
-        say(f"compiled in {time.monotonic() - began:.1f} s; {plan}")
+        say(plan.describe(program, store))
+        say(plan.compile_steps(program, strict=dry_run))
         if dry_run:
             begin = f"go on from checkpoint {first_step}" if first_step else "start at step 0"
-            say(f"dry run: a batch of {next(batches).shape} ids is read, nothing is written; a run would {begin}")
+            say(f"dry run: {plan.measure(program, next(batches))}; nothing is written; a run would {begin}")
             batches.close()
             return 0
 
@@ -189,6 +187,8 @@ FLAGS = {
 def main(argv: list[str]) -> int:
     flags, config = cli.parse(argv, __doc__, FLAGS)
     workdir = cli.require_workdir(flags, "where the run keeps its config, metrics and checkpoints")
+    with files.storage_faults(workdir):
+        config = start_lib.adopt_model(config, workdir, cli.given_fields(argv, FLAGS))
     allowed = tuple(filter(None, flags.allow_config_change.split(",")))
     with cli.start(flags, config, reuse_memory=True):
         return train(config, workdir, allowed, dry_run=flags.dry_run)

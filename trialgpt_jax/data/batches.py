@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from trialgpt_jax import UserError
-from trialgpt_jax.data.token_store import Mixture, Split
+from trialgpt_jax.data.splits import NAMES, Mixture, Split
 
 WHOLE = ((0,), 1)  # `blocks` of a process that feeds all rows of a batch
 
-_NAMES = {"train": "training", "val": "validation"}
 _ROUNDS = 10  # of the Feistel network; with 6, neighbours in a tiny corpus are measurably not independent
 _PATTERN = 1024  # rows over which a mixture's weights hold exactly, to one row
 _PREFETCH = 4  # batches that the thread keeps ready
@@ -185,9 +184,9 @@ def _gather(split: Split | Mixture, members: np.ndarray, windows: np.ndarray, bl
     splits = [member for member, _ in split.members]
     for row, (member, window) in enumerate(zip(members.tolist(), windows.tolist(), strict=True)):
         splits[member].read_into(window * block_size, out[row])
-    if split.max_id is None and (largest := int(out.max())) >= split.vocab_size:  # no manifest has checked the ids
-        name = _NAMES[split.name]
-        raise UserError(f"{name} split: token id {largest} is beyond the vocabulary of {split.vocab_size} ids")
+    if split.max_id is None and int(out.max()) >= split.vocab_size:  # no manifest has checked the ids
+        for row, member in enumerate(members.tolist()):
+            splits[member].check_id(int(out[row].max()))
     return out
 
 
@@ -198,7 +197,7 @@ def _count_windows(split: Split | Mixture, block_size: int) -> int:
     if not smallest.n_windows(block_size):
         lever = "raise data.val_fraction" if split.name == "val" else "give more text"
         raise UserError(
-            f"the {_NAMES[split.name]} split has {smallest.n_tokens} tokens, fewer than one window of "
+            f"the {NAMES[split.name]} split has {smallest.n_tokens} tokens, fewer than one window of "
             f"model.block_size+1 = {block_size + 1}; {lever} and run preprocess into a new folder, or lower "
             "model.block_size"
         )

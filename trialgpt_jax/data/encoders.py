@@ -1,4 +1,4 @@
-"""Encoders by name: the implementations that turn many texts into token ids. All give tiktoken's ids."""
+"""Encoders by name: the implementations that turn many texts into token ids. All give the ids of `tokenizer.encode`."""
 
 import itertools
 import tempfile
@@ -7,24 +7,31 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
 from trialgpt_jax.data.tokenizer import Tokenizer
+from trialgpt_jax.data.vocabulary import Vocabulary
 from trialgpt_jax.schema import choose
 
 Encode = Callable[[list[str]], list[np.ndarray]]  # texts -> their ids, uint32 [n] each, without end-of-text
 
 
-def batch_encoder(tokenizer: Tokenizer, encoder: str) -> Encode:
+def batch_encoder(tokenizer: Vocabulary, encoder: str) -> Encode:
     """The encoder `tiktoken`, or `gigatoken`, several times as fast. It releases the GIL, so threads can share it.
+
+    Both are for BPEs; any other tokenizer encodes by itself, whatever the encoder.
 
     Raises UserError if it is unknown or not installed.
     """
     return choose(ENCODERS, encoder, "data.encoder")(tokenizer)
 
 
-def check_encoder(tokenizer: Tokenizer, encoder: str, texts: Iterable[str]) -> None:
+def check_encoder(tokenizer: Vocabulary, encoder: str, texts: Iterable[str]) -> None:
     """Compares an encoder with tiktoken on a sample of the corpus; UserError if the ids differ."""
     encode = batch_encoder(tokenizer, encoder)
     if encoder == "tiktoken":
+        return
+    if not isinstance(tokenizer, Tokenizer):
+        say(f"data.encoder={encoder} is not used: it does not have the tokenizer {tokenizer.name}")
         return
     for text in texts:
         if not np.array_equal(encode([text])[0], tokenizer.encode_to_numpy(text)):
@@ -33,11 +40,13 @@ def check_encoder(tokenizer: Tokenizer, encoder: str, texts: Iterable[str]) -> N
             )
 
 
-def _tiktoken(tokenizer: Tokenizer) -> Encode:
+def _tiktoken(tokenizer: Vocabulary) -> Encode:
     return lambda texts: [tokenizer.encode_to_numpy(text) for text in texts]
 
 
-def _gigatoken(tokenizer: Tokenizer) -> Encode:
+def _gigatoken(tokenizer: Vocabulary) -> Encode:
+    if not isinstance(tokenizer, Tokenizer):
+        return _tiktoken(tokenizer)
     try:
         import gigatoken
     except ImportError:

@@ -9,8 +9,6 @@ of input files, and the records of the finished units. It is rewritten after eve
 
 import contextlib
 import glob
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,14 +18,16 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
-from trialgpt_jax.data import corpora, token_store
-from trialgpt_jax.storage import files, json_files, lock
+from trialgpt_jax.data import corpora, input_record, progress, token_store
+from trialgpt_jax.data.progress import Progress
+from trialgpt_jax.storage import files, lock
 
-_PROGRESS = "progress_*_of_*.json"
-_UNIT_SHARD = re.compile(r"[a-z]+_(\d+)_\d+\.bin")  # the number is that of the group
+_UNIT_SHARD = re.compile(r"(?:train|val)_(\d+)_\d+\.bin")  # the number is that of the group
+_TOKENIZER = ("tokenizer.tiktoken", "tokenizer.library.json", "characters.json")
 _LOCK = re.compile(r"lock(?:_\d+_of_(\d+))?")
 # The fields of `config.data` that decide the bytes of the store. num_workers and encoder do not.
 _DECIDING = ("source", "source_options", "tokenizer", "split", "split_seed", "val_fraction", "shard_tokens")
+_LATER = {"source_options.extensions": "", "source_options.max_document_bytes": 64 << 20}  # not in earlier manifests
 
 
 @contextlib.contextmanager
@@ -52,14 +52,9 @@ def job_settings(data: ConfigDict) -> dict:
     return {name: values[name] for name in _DECIDING}
 
 
-def progress_path(folder: str, index: int, count: int) -> str:
-    """The progress file of share `index` of `count`."""
-    return os.path.join(folder, f"progress_{index}_of_{count}.json")
-
-
 def progress_paths(folder: str) -> list[str]:
     """The progress files in a folder, sorted."""
-    return [os.path.join(folder, name) for name in sorted(glob.glob(_PROGRESS, root_dir=folder))]
+    return [os.path.join(folder, name) for name in files.names(folder) if progress.NAME.fullmatch(name)]
 
 
 def finished(data: ConfigDict) -> dict | None:
@@ -72,49 +67,102 @@ def finished(data: ConfigDict) -> dict | None:
     return manifest
 
 
-def load_progress(data: ConfigDict, index: int, count: int) -> dict:
+def load_progress(data: ConfigDict, index: int, count: int) -> Progress:
     """The progress of share `index` of `count`; a new record if there is none yet.
+
+    If no share has finished training documents, and the config, the number of shares or the input has changed, what is
+    in the folder is removed and a new record returned.
 
     Raises UserError if the folder is of another job, or the input or the number of shares has changed since the start.
     """
-    folder, path = data.dir, progress_path(data.dir, index, count)
-    if os.path.exists(path):
-        progress = read_progress(data, path)
-        now, then = _local_input(data), {tuple(file[:2]) for file in progress["files"]}
-        if now is not None and (changed := set(now) ^ then):
-            raise UserError(
-                f"{min(changed)[0]} has changed since {folder} was begun; restore it, or remove {folder} to start over"
-            )
-        return progress
-    others = [os.path.basename(other) for other in progress_paths(folder)]
-    if not all(name.endswith(f"_of_{count}.json") for name in others):
-        raise UserError(f"{folder} was begun with another number of workers ({others[0]}); continue with that number")
-    if not others and (shards := glob.glob("*.bin", root_dir=folder)):
-        raise UserError(f"{folder} holds {shards[0]}, which is not of this job; choose another data.dir")
-    return {"worker": [index, count], "settings": job_settings(data), "files": [], "tokenizer": {}, "units": []}
-
-
-def read_progress(data: ConfigDict, path: str) -> dict:
-    """Loads a progress file in `data.dir`. Raises UserError if it is damaged or was written with another config."""
+    paths = progress_paths(data.dir)
+    records = {path: progress.read(path) for path in paths}
+    units = [unit for record in records.values() for unit in record["units"]]
+    begun = any(shard["split"] == "train" for unit in units for shard in unit["shards"])
     try:
-        progress = json_files.read(path)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove {data.dir} and run preprocess again") from None
-    _check_settings(data, progress["settings"])
-    return progress
+        return _continued(data, index, count, records)
+    except UserError:
+        if begun or not records:
+            raise
+    for name in files.names(data.dir):
+        if _LOCK.fullmatch(name) and name != f"lock_{index}_of_{count}":
+            lock.check_free(data.dir, name=name, flag="data.dir")
+    say(f"{data.dir} has no finished work yet and is begun anew")
+    for name in files.names(data.dir):
+        if progress.NAME.fullmatch(name) or _UNIT_SHARD.fullmatch(name) or name in _TOKENIZER:
+            files.remove(os.path.join(data.dir, name))
+    remove_leftovers(data.dir)
+    return progress.new(index, count, job_settings(data))
+
+
+def _continued(data: ConfigDict, index: int, count: int, records: dict[str, Progress]) -> Progress:
+    folder, own = data.dir, records.get(progress.path_of(data.dir, index, count))
+    others = [os.path.basename(path) for path, record in records.items() if record["worker"][1] != count]
+    if others:
+        raise UserError(f"{folder} was begun with another number of workers ({others[0]}); continue with that number")
+    for record in records.values():
+        _check_settings(data, record["settings"])
+    if own is None:
+        if not records and (shards := glob.glob("*.bin", root_dir=glob.escape(folder))):
+            raise UserError(f"{folder} holds {shards[0]}, which is not of this job; choose another data.dir")
+        return progress.new(index, count, job_settings(data))
+    own["settings"] = job_settings(data)
+    if own["files"] and data.source in corpora.LOCAL_SOURCES:
+        then = input_record.Input([(name, size) for name, size, _ in own["files"]], own.get("contents", []))
+        now = corpora.survey(data.source, data.source_options, folder)
+        changed, touched = input_record.changes(then, now.record, now.unreadable)
+        if changed:
+            raise UserError(
+                f"{_first(changed)}, so the input has changed since {folder} was begun; restore it, or remove {folder} "
+                "to start over"
+            )
+        _warn_of_times(folder, touched)
+    return own
+
+
+def read_progress(data: ConfigDict, path: str) -> Progress:
+    """Loads a progress file in `data.dir`. Raises UserError if it is damaged or was written with another config."""
+    found = progress.read(path)
+    _check_settings(data, found["settings"])
+    return found
 
 
 def warn_of_changes(data: ConfigDict, manifest: dict) -> None:
     """Logs a warning if the local input of a finished store has changed. Input that was deleted is fine."""
+    if data.source not in corpora.LOCAL_SOURCES:
+        return  # the revision of a remote one is pinned
+    options = data.source_options.to_dict() | {"on_error": "skip"}
     with contextlib.suppress(UserError):
-        listed = _local_input(data)
-        if listed is not None and digest(listed) != manifest["input"]["sha256"]:
-            say(f"warning: the input has changed since {data.dir} was made; remove {data.dir} to rebuild it")
+        now = corpora.survey(data.source, options, data.dir)
+        try:
+            then = input_record.read(data.dir)
+        except ValueError as error:
+            path = os.path.join(data.dir, input_record.NAME)
+            say(f"warning: {path} is damaged ({error}), so it is unknown whether the input has changed")
+            return
+        if then is not None:
+            changed, touched = input_record.changes(then, now.record, now.unreadable)
+            _warn_of_times(data.dir, [] if changed else touched)
+        else:
+            differs = input_record.digest(now.record.files) != manifest.get("input", {}).get("sha256")
+            changed = ["a name or size"] * differs
+        if changed:
+            say(
+                f"warning: the input has changed since {data.dir} was made ({_first(changed)}); remove {data.dir} to "
+                "rebuild it"
+            )
 
 
-def digest(listed: list[tuple[str, int]]) -> str:
-    """sha256 (hex) of the names and bytes of the input files."""
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+def _first(changed: list[str]) -> str:
+    return changed[0] + (f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else "")
+
+
+def _warn_of_times(folder: str, names: list[str]) -> None:
+    if names:
+        say(
+            f"warning: {_first(names)} has another modification time than when {folder} was begun, but the same size, "
+            "beginning and end; it is taken to be the same"
+        )
 
 
 def remove_leftovers(folder: str) -> None:
@@ -130,18 +178,21 @@ def remove_parts(folder: str, index: int, count: int) -> None:
 
     All shares write the same tokenizer; what is left of that is removed when there is one share, or by the merge.
     """
-    progress = os.path.basename(progress_path(folder, index, count))
+    progress_name = os.path.basename(progress.path_of(folder, index, count))
 
     def own(name: str) -> bool:
         shard = _UNIT_SHARD.fullmatch(name)
-        return count == 1 or name == progress or bool(shard and int(shard[1]) % count == index)
+        return count == 1 or name == progress_name or bool(shard and int(shard[1]) % count == index)
 
     files.remove_parts(folder, own)
 
 
 def _check_settings(data: ConfigDict, saved: dict) -> None:
-    old, new = _flat(saved), _flat(job_settings(data))
+    """Raises UserError if another config made the folder; `saved` is what `job_settings` returned then."""
+    old, new = _LATER | _flat(saved), _flat(job_settings(data))
     for field, value in new.items():
+        if field == "source_options.on_error" and (old.get(field), value) == ("stop", "skip"):
+            continue  # whatever was finished with `stop` had no unusable documents
         if old.get(field) != value:
             raise UserError(
                 f"{data.dir} was made with data.{field}={old.get(field)!r}, but this config has {value!r}; "
@@ -153,10 +204,3 @@ def _flat(settings: dict) -> dict:
     options = settings.get("source_options") or {}
     plain = {name: value for name, value in settings.items() if name != "source_options"}
     return plain | {f"source_options.{name}": value for name, value in options.items()}
-
-
-def _local_input(data: ConfigDict) -> list[tuple[str, int]] | None:
-    """Name and bytes of every local input file; None for a remote corpus, whose revision is pinned."""
-    if data.source not in corpora.LOCAL_SOURCES:
-        return None
-    return [(file.name, file.size) for file in corpora.list_files(data.source, data.source_options)]

@@ -4,9 +4,11 @@ Neither function takes the locks of the folder, see `job_folder.locked`; `trialg
 """
 
 import collections
+import glob
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,12 +16,16 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
-from trialgpt_jax.data import corpora, job_folder, token_store, units, workers
+from trialgpt_jax.data import corpora, input_record, job_folder, token_store, tokenizer_source, units, workers
+from trialgpt_jax.data import progress as progress_lib
 from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.data.documents import InputFile, count_rows
+from trialgpt_jax.data.char_tokenizer import CHARACTERS_FILE
+from trialgpt_jax.data.documents import InputFile, count_rows, is_text
 from trialgpt_jax.data.encoders import check_encoder
-from trialgpt_jax.data.tokenizer import Tokenizer
+from trialgpt_jax.data.library_tokenizer import LIBRARY_FILE
+from trialgpt_jax.data.progress import Progress
 from trialgpt_jax.data.units import Job, Task
+from trialgpt_jax.data.vocabulary import FILE, FROM, TokenizerId, Vocabulary
 from trialgpt_jax.storage import json_files
 from trialgpt_jax.storage.files import sync_file, sync_folder
 
@@ -37,24 +43,28 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
     Raises:
       UserError: as `trialgpt_jax.preprocess.preprocess`. OSError: the folder cannot be written.
     """
-    if manifest := job_folder.finished(data):
+    original, (data, given) = data, _resolved(data)
+    if manifest := _finished(original, data, given):
         print(f"{data.dir} is already complete; nothing to do")
         job_folder.warn_of_changes(data, manifest)
         return manifest
     progress = job_folder.load_progress(data, index, count)
-    path = job_folder.progress_path(data.dir, index, count)
+    path = progress_lib.path_of(data.dir, index, count)
     if not progress["files"]:
-        progress["files"] = corpora.list_files(data.source, data.source_options)
+        corpus = corpora.survey(data.source, data.source_options, data.dir)
+        progress |= {"files": corpus.files, "contents": corpus.contents, "left_out": corpus.left_out}
         if data.split == "nanogpt":
             progress["rows"] = [count_rows(file) for file in progress["files"]]
         json_files.write(path, progress)
     listed = [InputFile(*entry) for entry in progress["files"]]
     val_rows = _nanogpt_rows(listed, progress["rows"], data) if data.split == "nanogpt" else {}
-    only_text = data.split == "hash" and len(listed) == 1 and listed[0].is_text
+    only_text = data.split == "hash" and len(listed) == 1 and is_text(listed[0], data.source_options)
     job = Job(data.to_dict(), val_rows, only_text)
     groups = corpora.group_files(listed, data.shard_tokens)
+    progress_lib.check_groups(progress, groups, path)
+    say(corpora.count_text(len(listed), progress.get("left_out", {})))
     job_folder.remove_parts(data.dir, index, count)
-    tokenizer = _tokenizer(job, groups)
+    tokenizer = _tokenizer(job, groups, given)
     progress["tokenizer"] = {name: getattr(tokenizer, name) for name in ("hash", "vocab_size", "eot_id", "dtype")}
     json_files.write(path, progress)
     check_encoder(tokenizer, data.encoder, _training_texts(job, groups, SAMPLE_CHARACTERS))
@@ -73,7 +83,7 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
 
     with workers.progress_bar(sum(file.size for task in tasks for file in task.files)) as report:
         workers.run(job, tasks, finish, report)
-    return merge(data) if count == 1 else progress
+    return merge(original) if count == 1 else progress
 
 
 def merge(data: ConfigDict) -> dict:
@@ -81,28 +91,38 @@ def merge(data: ConfigDict) -> dict:
 
     Raises UserError if a share is missing, unfinished, or was made with another config, input or tokenizer.
     """
-    if manifest := job_folder.finished(data):
+    original, (data, given) = data, _resolved(data)
+    if manifest := _finished(original, data, given):
         return manifest
     shares = _finished_shares(data)
     listed, tokenizer = shares[0]["files"], shares[0]["tokenizer"]
+    recorded = input_record.Input([(name, size) for name, size, _ in listed], shares[0].get("contents", []))
     records = sorted((unit for share in shares for unit in share["units"]), key=_ORDER)
     skipped = collections.Counter()
     for unit in records:
         skipped.update(unit["skipped"])
+    shards = [shard for unit in records for shard in unit["shards"]]
+    if not any(shard["split"] == "train" for shard in shards):
+        raise UserError(
+            f"{data.dir} gets no training documents: {sum(shard['documents'] for shard in shards):,} are validation "
+            f"documents and {sum(skipped.values()):,} were skipped; give more text, or set data.val_fraction=0"
+        )
     manifest = {
         "format_version": token_store.FORMAT_VERSION,
         **{name: tokenizer[name] for name in ("vocab_size", "eot_id", "dtype")},
         **job_folder.job_settings(data),
-        "tokenizer": {"name": data.tokenizer, "hash": tokenizer["hash"]},
+        "tokenizer": {"name": data.tokenizer, "hash": tokenizer["hash"]} | _given(original),
         "input": {
             "files": len(listed),
             "bytes": sum(size for _, size, _ in listed),
-            "sha256": job_folder.digest([(name, size) for name, size, _ in listed]),
+            "sha256": input_record.digest(recorded.files),
+            "left_out": shares[0].get("left_out", {}),
         },
         "skipped": dict(sorted(skipped.items())),
         "sources": _sum_sources(records),
         "shards": _rename_shards(data.dir, records),
     }
+    input_record.write(data.dir, recorded)
     json_files.write(os.path.join(data.dir, token_store.MANIFEST), manifest)
     job_folder.remove_leftovers(data.dir)
     return manifest
@@ -119,29 +139,77 @@ def _nanogpt_rows(listed: list[InputFile], rows: list[int], data: ConfigDict) ->
     }
 
 
-def _tokenizer(job: Job, groups: list[list[InputFile]]) -> Tokenizer:
-    """The tokenizer; a `bpe:N` that is not in the folder yet is trained on the beginning of the corpus and saved."""
+def _resolved(data: ConfigDict) -> tuple[ConfigDict, Vocabulary | None]:
+    """The config with the real name of the tokenizer, and the tokenizer that `from:` or `file:` names, if any."""
+    given = tokenizer_source.resolve(data.tokenizer)
+    if given is not None:
+        data = data.copy_and_resolve_references()
+        data.tokenizer = given.name
+    return data, given
+
+
+def _given(original: ConfigDict) -> dict[str, str]:
+    """For the manifest: where the tokenizer came from, unless it was trained on the corpus or is GPT-2's."""
+    named = original.tokenizer.startswith((FROM, FILE))
+    return {"given": original.tokenizer} if named else {}
+
+
+def _finished(original: ConfigDict, data: ConfigDict, given: Vocabulary | None) -> dict | None:
+    """As `job_folder.finished`; UserError also if another tokenizer of the same name made the store."""
+    manifest = job_folder.finished(data)
+    if manifest is None:
+        return None
+    made = TokenizerId(manifest["tokenizer"]["name"], manifest["tokenizer"]["hash"])
+    source = manifest["tokenizer"].get("given")
+    if (given and not given.id.matches(made)) or (given is None and source and made.name != "gpt2"):
+        raise UserError(
+            f"{data.dir} was made with the tokenizer {made}{f' ({source})' if source else ''}, but this config has "
+            f"data.tokenizer={original.tokenizer}{f', which is {given.id}' if given else ''}; choose another data.dir "
+            "or remove the folder"
+        )
+    return manifest
+
+
+def _tokenizer(job: Job, groups: list[list[InputFile]], given: Vocabulary | None) -> Vocabulary:
+    """The tokenizer: `given`, that in the folder, or one that is trained on the beginning of the corpus; saves it.
+
+    Raises UserError if the folder holds units of another tokenizer than `given`.
+    """
     name, folder = job.data["tokenizer"], job.data["dir"]
-    if name == "gpt2" or os.path.exists(os.path.join(folder, tokenizer_lib.RANKS_FILE)):
-        return tokenizer_lib.load(name, folder)
-    say(f"training the tokenizer {name}")
-    tokenizer = tokenizer_lib.train(name, _training_texts(job, groups, TRAINING_CHARACTERS))
-    tokenizer.save(folder)
-    return tokenizer
+    file = tokenizer_lib.file_of(name)
+    if file is None or os.path.exists(os.path.join(folder, file)):
+        found = tokenizer_lib.load(name, folder)
+        if given is None or given.id == found.id:
+            return found
+        if glob.glob("*.bin", root_dir=glob.escape(folder)):
+            raise UserError(
+                f"{folder} was begun with the tokenizer {found.id}, but this config has {given.id}; choose another "
+                "data.dir or remove the folder"
+            )
+    if given is None:
+        say(f"training the tokenizer {name}")
+        most, every = (TRAINING_CHARACTERS, False) if name != "char" else (sys.maxsize, True)
+        given = tokenizer_lib.train(name, _training_texts(job, groups, most, every))
+    given.save(folder)
+    return given
 
 
-def _training_texts(job: Job, groups: list[list[InputFile]], characters: int) -> Iterator[str]:
-    """The first training documents, up to `characters` in total."""
+def _training_texts(
+    job: Job, groups: list[list[InputFile]], characters: int, every_split: bool = False
+) -> Iterator[str]:
+    """The first training documents, up to `characters` in total; of both splits with `every_split`."""
     for group in groups:
         for document in units.read_group(job, group):
-            if document.text is not None and units.split_of(job, group[document.file], document) == "train":
+            if document.text is None:
+                continue
+            if every_split or units.split_of(job, group[document.file], document) == "train":
                 yield document.text[:characters]
                 characters -= len(document.text)
                 if characters <= 0:
                     return
 
 
-def _finished_shares(data: ConfigDict) -> list[dict]:
+def _finished_shares(data: ConfigDict) -> list[Progress]:
     """The progress records of all shares; UserError unless they are complete and of the same job."""
     folder, paths = data.dir, job_folder.progress_paths(data.dir)
     shares = [job_folder.read_progress(data, path) for path in paths]
@@ -150,7 +218,7 @@ def _finished_shares(data: ConfigDict) -> list[dict]:
     count = shares[0]["worker"][1]
     for share, path in zip(shares, paths, strict=True):
         for field in ("files", "tokenizer"):
-            if share[field] != shares[0][field]:
+            if _comparable(share, field) != _comparable(shares[0], field):
                 raise UserError(
                     f"{path}: its {field} differ from those of {paths[0]}; all workers must see the same input"
                 )
@@ -160,10 +228,20 @@ def _finished_shares(data: ConfigDict) -> list[dict]:
         raise UserError(f"{folder} holds {len(shares)} of {count} shares; {why}; run it, and merge again")
     ended = {unit["group"] for share in shares for unit in share["units"] if unit["next"] is None}
     groups = corpora.group_files([InputFile(*entry) for entry in shares[0]["files"]], data.shard_tokens)
+    for share, path in zip(shares, paths, strict=True):
+        progress_lib.check_groups(share, groups, path)
     if unfinished := set(range(len(groups))) - ended:
         group = min(unfinished)
         raise UserError(f"{folder}: group {group} is unfinished; run --worker={group % count}/{count} again")
     return shares
+
+
+def _comparable(share: Progress, field: str) -> object:
+    """What shares of one job have in common: of the files not their paths and times, which differ between machines."""
+    if field != "files":
+        return share[field]
+    contents = [ends for ends, _ in share.get("contents", [])]
+    return [(name, size) for name, size, _ in share["files"]], contents
 
 
 def _rename_shards(folder: str, records: list[dict]) -> list[dict]:
@@ -179,8 +257,9 @@ def _rename_shards(folder: str, records: list[dict]) -> list[dict]:
                 raise UserError(f"{old} is missing, though its share is finished; copy it here and merge again")
             sync_file(new)  # a share may have been copied here by other means, which the manifest must not outlive
             shards.append(shard | {"file": name})
-    if os.path.exists(ranks := os.path.join(folder, tokenizer_lib.RANKS_FILE)):
-        sync_file(ranks)
+    for file in (tokenizer_lib.RANKS_FILE, CHARACTERS_FILE, LIBRARY_FILE):
+        if os.path.exists(path := os.path.join(folder, file)):
+            sync_file(path)
     sync_folder(folder)
     return shards
 

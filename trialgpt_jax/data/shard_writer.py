@@ -21,14 +21,14 @@ class ShardWriter:
     def append(self, ids: np.ndarray, documents: int, n_bytes: int) -> None:
         """Appends whole documents: their ids with every end-of-text, [n], their number and their size in UTF-8."""
         data = np.ascontiguousarray(ids, self._dtype)
-        self._digest.update(data.data)
-        view = memoryview(data).cast("B")
+        view = memoryview(data.tobytes() if not len(data) else data).cast("B")
+        self._digest.update(view)
         while len(view):  # an unbuffered write may be partial
             view = view[self._file.write(view) :]
         self.record["tokens"] += len(ids)
         self.record["documents"] += documents
         self.record["bytes"] += n_bytes
-        self.record["max_id"] = max(self.record["max_id"], int(ids.max()))
+        self.record["max_id"] = max(self.record["max_id"], int(ids.max(initial=0)))
 
     def finish(self) -> dict:
         """Syncs and renames the file; returns the shard's record for the manifest."""

@@ -1,7 +1,7 @@
-"""Text to token ids and back: GPT-2's byte-level BPE and BPEs trained on a corpus, both run by tiktoken.
+"""Text to token ids and back: tokenizers by name, and the BPEs `gpt2` and `bpe:N`, which tiktoken runs.
 
-The ids are 0 ... vocab_size-1. The last one is `<|endoftext|>`, which ends every document of a token store. The string
-`<|endoftext|>` inside a text is encoded as ordinary text, never as that id.
+The ids of a BPE are 0 ... vocab_size-1. The last one is `<|endoftext|>`, which ends every document of a token store.
+The string `<|endoftext|>` inside a text is encoded as ordinary text, never as that id.
 """
 
 import base64
@@ -14,16 +14,22 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TypedDict
 
 import numpy as np
 import tiktoken
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
+from trialgpt_jax.data.char_tokenizer import CHARACTERS_FILE, META_FILE, from_texts, load_characters, read_meta
+from trialgpt_jax.data.library_tokenizer import LIBRARY_FILE, load_library
+from trialgpt_jax.data.vocabulary import TOKENIZERS, TokenizerId, Vocabulary, byte_characters, valid_text
 from trialgpt_jax.storage import files, json_files
 
 END_OF_TEXT = "<|endoftext|>"
+_LONGEST_RANKS = 256 << 20  # bytes; a million tokens take about 20 MiB
+MANIFEST_FILE = "manifest.json"  # of a token store
+IDENTITY_FILE = "tokenizer.json"  # of a workdir: {"name": ..., "hash": ...}
 RANKS_FILE = "tokenizer.tiktoken"  # a trained BPE in its token store; one line per token: base64 bytes and rank
 
 # GPT-2's pre-tokenization: how it splits text into words before merging. Trained BPEs use it too.
@@ -41,53 +47,39 @@ _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/voc
 _GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
-class TokenizerId(NamedTuple):
-    """The identity of a tokenizer: its name and `Tokenizer.hash`; hash None = not recorded."""
-
+class _Identity(TypedDict):
     name: str
     hash: str | None
 
-    def matches(self, other: "TokenizerId") -> bool:
-        """Whether both can be the same tokenizer: equal names, and equal hashes where both are known."""
-        return self.name == other.name and (None in (self.hash, other.hash) or self.hash == other.hash)
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.hash})"
+class _HasTokenizer(TypedDict):
+    tokenizer: _Identity
 
 
-class Tokenizer:
-    """A byte-level BPE with one special id, end-of-text.
+class Tokenizer(Vocabulary):
+    """A byte-level BPE with one special id, end-of-text: `gpt2` or `bpe:N`. See `Vocabulary`.
 
-    Attributes:
-      name: `gpt2` or `bpe:N`.
-      vocab_size, eot_id: number of ids, end-of-text included (gpt2: 50,257); the id of end-of-text, the last one.
-      hash: sha256 (hex) of the pattern, the special token and the bytes of every token: equal hashes encode equally.
-      id: name and hash.
-      dtype: of its ids in a token store, `uint16` or `uint32`.
+    The hash is the sha256 of the pattern, the special token and the bytes of every token.
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int]):
         """`ranks`: the bytes of every ordinary token -> its id, 0 ... len(ranks)-1 without gaps."""
-        self.name, self.vocab_size, self.eot_id = name, len(ranks) + 1, len(ranks)
-        self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
-        self._bytes = sorted(ranks, key=ranks.get)
-        if [ranks[token] for token in self._bytes] != list(range(len(ranks))):
-            raise UserError(f"tokenizer {name}: token ids are not 0 ... {len(ranks) - 1} without gaps")
+        end, tokens = len(ranks), sorted(ranks, key=ranks.get)
+        if [ranks[token] for token in tokens] != list(range(end)):
+            raise UserError(f"tokenizer {name}: token ids are not 0 ... {end - 1} without gaps")
         if missing := [i for i in range(256) if bytes([i]) not in ranks]:
             raise UserError(f"tokenizer {name}: byte {missing[0]} has no token, so not every text can be encoded")
-        digest = hashlib.sha256(f"{PATTERN}\n{END_OF_TEXT}\n{self.eot_id}\n".encode())
-        for token in self._bytes:
+        digest = hashlib.sha256(f"{PATTERN}\n{END_OF_TEXT}\n{end}\n".encode())
+        for token in tokens:
             digest.update(len(token).to_bytes(4, "little") + token)
-        self.hash = digest.hexdigest()
-        self.id = TokenizerId(name, self.hash)
+        super().__init__(name, dict(enumerate([*tokens, END_OF_TEXT.encode()])), end, digest.hexdigest())
         self._encoding = tiktoken.Encoding(
-            name=name, pat_str=_FAST_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot_id}
+            name=name, pat_str=_FAST_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end}
         )
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without end-of-text. Half a surrogate pair, which is not valid UTF-8, becomes U+FFFD."""
-        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.encode_to_numpy(valid).tolist()
+        return self.encode_to_numpy(valid_text(text)).tolist()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """The ids of `text`, uint32 [n], without end-of-text. Releases the GIL, so threads run in parallel."""
@@ -99,19 +91,10 @@ class Tokenizer:
             pieces = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
             return np.concatenate([self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one id; UserError outside the vocabulary, e.g. for a padding row of a model's embeddings."""
-        if not 0 <= token_id < self.vocab_size:
-            raise UserError(f"token id {token_id} has no text: the tokenizer {self.name} has ids 0 ... {self.eot_id}")
-        return END_OF_TEXT.encode() if token_id == self.eot_id else self._bytes[token_id]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; invalid UTF-8 becomes U+FFFD. Raises UserError as `token_bytes` does."""
-        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
-
     def ranks_file(self) -> bytes:
         """The vocabulary in tiktoken's format: one line per token, its bytes in base64 and its rank."""
-        return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(self._bytes))
+        ranks = range(self.eot_id)
+        return b"".join(base64.b64encode(self._bytes[rank]) + b" %d\n" % rank for rank in ranks)
 
     def save(self, folder: str) -> None:
         """Writes a trained BPE atomically to `<folder>/tokenizer.tiktoken`; `gpt2` needs no file."""
@@ -122,12 +105,12 @@ class Tokenizer:
 class StreamingDecoder:
     """Decodes ids one at a time and returns complete characters only; a character may span several tokens."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Vocabulary):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that `token_id` completes, maybe none. Raises UserError as `Tokenizer.token_bytes` does."""
+        """The characters that `token_id` completes, maybe none. Raises UserError as `Vocabulary.token_bytes` does."""
         return self._utf8.decode(self._tokenizer.token_bytes(int(token_id)))
 
     def finish(self) -> str:
@@ -135,55 +118,132 @@ class StreamingDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def load(name: str, folder: str | None = None) -> Tokenizer:
-    """The tokenizer `gpt2`, or the `bpe:N` in `folder`, a token store or workdir with `tokenizer.tiktoken`.
+def load(name: str, folder: str | None = None) -> Vocabulary:
+    """A tokenizer by its name: `gpt2`, or one that has a file in `folder`, a token store or workdir.
 
-    Raises UserError for an unknown name, a missing or damaged ranks file, or if GPT-2's merges are not found.
+    `bpe:N` has `tokenizer.tiktoken`, `char` has `characters.json`, and `hf:...` has `tokenizer.library.json`.
+
+    Raises UserError for an unknown name, a missing or damaged file, or if GPT-2's merges are not found.
     """
     if name == "gpt2":
         return _gpt2()
-    size, path, ranks = _bpe_size(name), os.path.join(folder or "", RANKS_FILE), {}
-    try:
-        with files.open_file(path) as file:
-            for number, line in enumerate(file, 1):
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; it holds the tokenizer {name} and is written by preprocess") from None
-    except ValueError:
-        raise UserError(
-            f"{path}:{number} is not `<base64 of the token's bytes> <rank>`; run preprocess again"
-        ) from None
+    if name == "char":
+        return load_characters(folder or "")
+    if name.startswith("hf:"):
+        found = load_library(folder or "")
+        if found.name != name:
+            raise UserError(f"{os.path.join(folder or '', LIBRARY_FILE)} holds the tokenizer {found.name}, not {name}")
+        return found
+    size, path = _bpe_size(name), os.path.join(folder or "", RANKS_FILE)
+    ranks = _read_ranks(path, name)
     if len(ranks) + 1 != size:
         raise UserError(f"{path} holds {len(ranks) + 1} ids with end-of-text, which is not the tokenizer {name}")
     return Tokenizer(name, ranks)
 
 
-def from_store(folder: str) -> Tokenizer:
-    """The tokenizer of an open token store, checked against the manifest; `gpt2` if there is no manifest.
+def file_of(name: str) -> str | None:
+    """The file in a token store or workdir that a tokenizer is loaded from; None for `gpt2`."""
+    return {"gpt2": None, "char": CHARACTERS_FILE}.get(name, LIBRARY_FILE if name.startswith("hf:") else RANKS_FILE)
 
-    Raises UserError as `load`, or if the ids in the store were made with another tokenizer.
+
+def _read_ranks(path: str, name: str) -> dict[bytes, int]:
+    ranks, number = {}, 0
+    try:
+        with files.open_file(path) as file:
+            data = file.read(_LONGEST_RANKS + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it holds the tokenizer {name} and is written by preprocess") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if files.is_lfs_pointer(data):
+        raise UserError(f"{path} is a Git LFS pointer, not the tokenizer {name}; fetch the file itself")
+    if len(data) > _LONGEST_RANKS:
+        raise UserError(f"{path} has more than {_LONGEST_RANKS >> 20} MiB, which is no tokenizer")
+    try:
+        for number, line in enumerate(data.splitlines(), 1):
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except ValueError:
+        raise UserError(f"{path}:{number} is not `<base64 of the token's bytes> <rank>`") from None
+    return ranks
+
+
+def read_identity(folder: str) -> TokenizerId | None:
+    """Name and hash in a workdir's `tokenizer.json`; None without that file. Raises UserError if it is damaged."""
+    path = os.path.join(folder, IDENTITY_FILE)
+    try:
+        saved = json_files.read(path, _Identity)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as name and hash of a tokenizer: {why}") from None
+    return TokenizerId(saved["name"], saved["hash"])
+
+
+def save_with_identity(tokenizer: Vocabulary, folder: str) -> None:
+    """Writes a workdir's tokenizer: its own file, and then `tokenizer.json` with name and hash."""
+    tokenizer.save(folder)
+    write_identity(tokenizer.id, folder)
+
+
+def write_identity(identity: TokenizerId, folder: str) -> None:
+    """Writes a workdir's `tokenizer.json`."""
+    json_files.write(os.path.join(folder, IDENTITY_FILE), identity._asdict())
+
+
+def from_workdir(workdir: str, configured: str) -> Vocabulary:
+    """The tokenizer of a workdir, compared with its `tokenizer.json`.
+
+    Args:
+      workdir: of a run; local or a URL.
+      configured: the snapshot's data.tokenizer, for a workdir without `tokenizer.json`.
+
+    Raises:
+      UserError: as `load`, or the files hold another tokenizer than the model was trained with.
     """
-    path = os.path.join(folder, "manifest.json")
-    if not os.path.exists(path):
-        return load("gpt2")  # nanoGPT's and llm.c's files hold GPT-2 ids and record no tokenizer
-    saved = json_files.read(path)["tokenizer"]
-    stored = TokenizerId(saved["name"], saved["hash"])
-    tokenizer = load(stored.name, folder)
-    if not tokenizer.id.matches(stored):
-        raise UserError(
-            f"{folder}: the ids were made with tokenizer {stored}, but {RANKS_FILE} holds {tokenizer.id}; "
-            "run preprocess again"
-        )
+    identity = read_identity(workdir) or TokenizerId(configured, None)
+    tokenizer = load(identity.name, workdir)
+    _check_same(tokenizer, identity, workdir, "the model was trained")
     return tokenizer
 
 
-def train(name: str, texts: Iterable[str]) -> Tokenizer:
-    """Trains the byte-level BPE `bpe:N` on documents: 256 bytes, N-257 merges and end-of-text.
+def from_store(folder: str) -> Vocabulary:
+    """The tokenizer of an open token store, compared with its manifest.
+
+    Without a manifest it is that of nanoGPT's `meta.pkl`, or else `gpt2`.
+
+    Raises UserError as `load`, or if the ids in the store were made with another tokenizer.
+    """
+    path = os.path.join(folder, MANIFEST_FILE)
+    if not os.path.exists(path):
+        meta = os.path.join(folder, META_FILE)
+        return read_meta(meta) if os.path.exists(meta) else load("gpt2")
+    try:
+        saved = json_files.read(path, _HasTokenizer)["tokenizer"]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a valid manifest: {' '.join(str(error).split())}") from None
+    identity = TokenizerId(saved["name"], saved["hash"])
+    tokenizer = load(identity.name, folder)
+    _check_same(tokenizer, identity, folder, "the ids were made")
+    return tokenizer
+
+
+def _check_same(tokenizer: Vocabulary, identity: TokenizerId, folder: str, what: str) -> None:
+    if not tokenizer.id.matches(identity):
+        raise UserError(f"{folder}: {what} with tokenizer {identity}, but its files hold {tokenizer.id}")
+
+
+def train(name: str, texts: Iterable[str]) -> Vocabulary:
+    """The tokenizer of a corpus: `char` has the characters of `texts`, which must be all documents.
+
+    Trains the byte-level BPE `bpe:N` on documents: 256 bytes, N-257 merges and end-of-text.
 
     The result depends on the texts only, not on the number of rustbpe's threads. Raises UserError if the texts do not
     yield that many merges.
     """
+    if name == "char":
+        return from_texts(texts)
     import rustbpe  # late: only preprocess needs it
 
     size = _bpe_size(name)
@@ -198,16 +258,9 @@ def train(name: str, texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(name, ranks)
 
 
-def byte_characters() -> dict[int, str]:
-    """Byte -> the printable character that represents it in GPT-2's files, in the order of GPT-2's ids."""
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def _bpe_size(name: str) -> int:
-    if not re.fullmatch(r"bpe:\d+", name):
-        raise UserError(f"data.tokenizer={name} is unknown; known are `gpt2` and `bpe:N`, a BPE of N ids")
+    if not re.fullmatch(r"bpe:[0-9]{1,9}", name):
+        raise UserError(f"data.tokenizer={name} is unknown; known are {TOKENIZERS}")
     return int(name.removeprefix("bpe:"))
 
 

@@ -23,7 +23,7 @@ from trialgpt_jax.data.documents import Document, InputFile, read_documents
 from trialgpt_jax.data.encoders import Encode
 from trialgpt_jax.data.shard_writer import ShardWriter
 from trialgpt_jax.data.token_store import SPLITS
-from trialgpt_jax.data.tokenizer import Tokenizer
+from trialgpt_jax.data.vocabulary import Vocabulary
 from trialgpt_jax.schema import choose
 
 Report = Callable[[int, int, int, int], None]  # gets new documents, tokens, UTF-8 bytes, input bytes
@@ -97,13 +97,13 @@ def read_group(job: Job, files: Sequence[InputFile], start: Sequence[int] = (0, 
             else:
                 documents = read_documents(files[index], path, options, first)
             for document in documents:
-                if document.text is None and options["on_error"] == "stop":
+                if document.text is None and not document.left_out and options["on_error"] == "stop":
                     raise UserError(f"{document.where}; data.source_options.on_error=skip skips such documents")
                 yield document._replace(file=index)
 
 
 def encode_group(
-    job: Job, tokenizer: Tokenizer, encode: Encode, threads: int, task: Task, report: Report
+    job: Job, tokenizer: Vocabulary, encode: Encode, threads: int, task: Task, report: Report
 ) -> Iterator[dict]:
     """Encodes the rest of a group and yields the record of every unit once it is durable on disk.
 
@@ -224,17 +224,36 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _encode_chunk(
-    job: Job, files: list[InputFile], tokenizer: Tokenizer, encode: Encode, chunk: list[Document]
+    job: Job, files: list[InputFile], tokenizer: Vocabulary, encode: Encode, chunk: list[Document]
 ) -> list[Encoded]:
-    encoded, ids = [], iter(encode([document.text for document in chunk if document.text is not None]))
+    try:
+        all_ids = encode([document.text for document in chunk if document.text is not None])
+    except UserError:  # a character that the tokenizer `char` does not have
+        chunk = [_encodable(job, files, encode, document) for document in chunk]
+        all_ids = encode([document.text for document in chunk if document.text is not None])
+    encoded, ids = [], iter(all_ids)
     for document in chunk:
         if document.text is None:
             encoded.append(Encoded(document, np.empty(0, np.uint32), 0))
         else:
             split, n_bytes = split_of(job, files[document.file], document), len(document.text.encode())
-            whole = np.append(next(ids), np.uint32(tokenizer.eot_id))
+            whole = next(ids)
+            if tokenizer.eot_id is not None:
+                whole = np.append(whole, np.uint32(tokenizer.eot_id))
             encoded.append(Encoded(document._replace(text="", split=split), whole, n_bytes))
     return encoded
+
+
+def _encodable(job: Job, files: list[InputFile], encode: Encode, document: Document) -> Document:
+    """The document, without its text if that cannot be encoded and `on_error` is `skip`. Raises UserError otherwise."""
+    try:
+        encode([document.text or ""])
+    except UserError as error:
+        where = f"{files[document.file].name}, document {document.number}: {error}"
+        if job.data["source_options"]["on_error"] == "stop":
+            raise UserError(f"{where}; data.source_options.on_error=skip skips such documents") from None
+        return document._replace(text=None, problem="unknown character", where=where)
+    return document
 
 
 def _head_and_tail(documents: Iterator[Document], fraction: float) -> Iterator[Document]:

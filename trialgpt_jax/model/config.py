@@ -13,19 +13,22 @@ class GPTConfig:
     """A GPT; the defaults are GPT-2 124M.
 
     The fields declared with `field` are the group `model` of the config (`trialgpt_jax/config.py`). The others follow
-    from the group `train` and the platform, see `training/program.py`.
+    from the group `train` and the platform, see `training/program.py`. The upper limits of the sizes are beyond every
+    published model; they refuse a size that would take all memory before anything is allocated.
 
     Raises:
       UserError: a value out of range, or values that do not fit together.
     """
 
-    vocab_size: int = field(50257, "ids; tables are padded to a multiple of 128. 0 = the token store's", at_least=0)
-    block_size: int = field(1024, "context length, tokens", at_least=1)
-    n_layer: int = field(12, "transformer blocks", at_least=1)
-    n_head: int = field(12, "query heads", at_least=1)
-    n_kv_head: int = field(0, "key/value heads (grouped-query attention); 0 = n_head", at_least=0)
-    head_dim: int = field(0, "width of a head; 0 = n_embd / n_head", at_least=0)
-    n_embd: int = field(768, "width of the residual stream", at_least=1)
+    vocab_size: int = field(
+        50257, "ids; tables are padded to a multiple of 128. 0 = the token store's", at_least=0, at_most=2**24
+    )
+    block_size: int = field(1024, "context length, tokens", at_least=1, at_most=2**24)
+    n_layer: int = field(12, "transformer blocks", at_least=1, at_most=10_000)
+    n_head: int = field(12, "query heads", at_least=1, at_most=2**14)
+    n_kv_head: int = field(0, "key/value heads (grouped-query attention); 0 = n_head", at_least=0, at_most=2**14)
+    head_dim: int = field(0, "width of a head; 0 = n_embd / n_head", at_least=0, at_most=2**14)
+    n_embd: int = field(768, "width of the residual stream", at_least=1, at_most=2**17)
     bias: bool = field(True, "biases in linear layers and LayerNorms")
     dropout: float = field(0.0, "rate, on attention weights, residual branches and embeddings", at_least=0, below=1)
     tie_embeddings: bool = field(True, "the head is the token embedding")

@@ -2,44 +2,31 @@
 
 Their Conv1D weights are [in, out] like our kernels, so nothing is transposed. Three things differ: they have one tensor
 per layer where ours are stacked, one `c_attn` = q|k|v where ours are three kernels, and no padding of the vocabulary.
-Pickles (`pytorch_model.bin`) are never read, because unpickling executes code.
+Pickles (`pytorch_model.bin`) are never read, because unpickling executes code. `hf_folder.py` reads the files.
 
 Shapes: C n_embd, L n_layer, T block_size, V vocab_size.
 """
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.layers import EPS
+from trialgpt_jax.model.hf_folder import OPTIONS, WEIGHTS, SafetensorsFolder, plain_names
 from trialgpt_jax.schema import specs
-from trialgpt_jax.storage import files, json_files
-
-WEIGHTS = "model.safetensors"
+from trialgpt_jax.storage import files
 
 # The allow-list of the export: the fields of `GPTConfig` that their configuration expresses. Every other field of the
 # group `model` must have its default, which is GPT-2's, so an option that this module does not know is refused.
 _EXPRESSED = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "tie_embeddings")
 _INITIAL = ("zero_init_proj",)  # acts on initial values only
-# Their options that change the function: name -> GPT-2's values, the default first.
-_THEIR_OPTIONS = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
-    "layer_norm_epsilon": (EPS,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
-_THEIR_SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # defaults
-_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which old files contain
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -111,7 +98,7 @@ def hf_config(config: GPTConfig, eot_id: int | None) -> dict:
     check_expressible(config)
     return {
         "architectures": ["GPT2LMHeadModel"],
-        **{name: values[0] for name, values in _THEIR_OPTIONS.items()},
+        **{name: values[0] for name, values in OPTIONS.items()},
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
@@ -141,7 +128,10 @@ def write(folder: str, params, config: GPTConfig, eot_id: int | None) -> None:
       OSError: the folder cannot be written.
     """
     with files.replacing(os.path.join(folder, WEIGHTS)) as part:
+        with open(part, "wb") as file:
+            mode = os.stat(file.fileno()).st_mode  # by the umask
         save_file(to_hf(params, config), part, metadata={"format": "pt"})
+        os.chmod(part, mode)  # save_file makes a file of mode 0600
     files.sync_tree(folder)  # the tokenizer's files
     generation = {"bos_token_id": eot_id, "eos_token_id": eot_id}
     for name, value in (("generation_config.json", generation), ("config.json", hf_config(config, eot_id))):
@@ -151,74 +141,61 @@ def write(folder: str, params, config: GPTConfig, eot_id: int | None) -> None:
 # ---- theirs -> ours
 
 
-def read_config(folder: str) -> dict:
-    """The fields of `config.model` for the model of an HF folder: its sizes, and GPT-2's options.
+def check_tensors(tensors: Mapping[str, np.ndarray], config: GPTConfig) -> dict[str, str]:
+    """Compares names, dtypes and shapes with those of the model; of a `SafetensorsFolder` reads headers only.
 
-    Dropout is 0. Their default of 0.1 is what GPT-2 was trained with from scratch.
+    Args:
+      tensors: by name; `transformer.` and the prefixes of torch.compile and DistributedDataParallel may precede names.
+      config: of the model.
+
+    Returns:
+      Name as in `shapes` -> name in `tensors`; `lm_head.weight` too if there is one.
 
     Raises:
-      UserError: no config.json, another architecture, or an option that our GPT does not have.
+      UserError: names a tensor that is missing, not GPT-2's, of another shape, or not of floats.
     """
-    path = os.path.join(folder, "config.json")
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder} is not a folder; it must hold config.json and {WEIGHTS}")
-    try:
-        theirs = json_files.read(path)
-        if not isinstance(theirs, dict):
-            raise TypeError("it does not hold an object")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the configuration of a model: {error}") from None
-    for name, values in _THEIR_OPTIONS.items():
-        if theirs.get(name, values[0]) not in values:
-            raise UserError(f"{path}: {name} is {theirs[name]!r}, but only GPT-2's {values[0]!r} can be converted")
-    sizes = {name: theirs.get(name, default) for name, default in _THEIR_SIZES.items()}
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise UserError(f"{path}: {name} is {size!r}, but must be a whole number of at least 1")
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(f"{path}: n_embd={sizes['n_embd']} is not divisible by n_head={sizes['n_head']}")
-    if theirs.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise UserError(f"{path}: n_inner is {theirs['n_inner']}, but only 4 * n_embd can be converted")
-    sizes["block_size"] = sizes.pop("n_positions")
-    tied = bool(theirs.get("tie_word_embeddings", True))
-    return {name: default for name, (default, _) in specs(GPTConfig).items()} | sizes | {"tie_embeddings": tied}
+    wanted = shapes(config)
+    given = plain_names(tensors)
+    head = {"lm_head.weight"} if config.tie_embeddings else set()  # a copy of the embedding, compared in `from_hf`
+    where = f"{tensors.folder}: " if isinstance(tensors, SafetensorsFolder) else ""
+    for what, names in (("has no", wanted.keys() - given), ("has an unknown", given.keys() - wanted - head)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(
+                f"{where}the model {what} tensor `{min(names)}`{more}, for a GPT-2 of {config.n_layer} layers"
+            )
+    shape_of = tensors.shape if isinstance(tensors, SafetensorsFolder) else lambda name: np.shape(tensors[name])
+    for name, full in given.items():
+        shape, want = shape_of(full), wanted.get(name) or wanted["wte.weight"]
+        if shape != want:
+            why = "; it is transposed, as torch.nn.Linear and nanoGPT save it" if shape == want[::-1] else ""
+            raise UserError(f"{where}tensor `{full}` has shape {shape}, but config.json asks for {want}{why}")
+    return given
 
 
-def is_hf_folder(folder: str) -> bool:
-    """Whether a folder's config.json describes a Hugging Face model, and not a workdir."""
-    try:
-        return not isinstance(json_files.read(os.path.join(folder, "config.json")).get("model"), dict)
-    except (OSError, ValueError, AttributeError):
-        return False
+def parameter_bytes(config: GPTConfig) -> int:
+    """Bytes of the parameters that `from_hf` returns, without the padding of the vocabulary."""
+    return sum(math.prod(shape) for shape in shapes(config).values()) * np.dtype(config.param_dtype).itemsize
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: GPTConfig) -> dict:
     """Our parameters from their tensors; the vocabulary is padded with zeros, as in a new model.
 
     Args:
-      tensors: by name, with or without the prefix `transformer.`; of any float dtype.
+      tensors: see `check_tensors`; of any float dtype.
       config: of the model.
 
     Returns:
       Numpy arrays of `config.param_dtype`.
 
     Raises:
-      UserError: names a tensor that is missing, not GPT-2's, or of another shape.
+      UserError: as `check_tensors`, or a head that differs from the embedding that it is tied to.
     """
-    wanted = shapes(config)
-    given = {name.removeprefix("transformer."): name for name in tensors}
-    given = {name: full for name, full in given.items() if not _BUFFER.fullmatch(name)}
-    head = given.pop("lm_head.weight", None) if config.tie_embeddings else None
-    for what, names in (("has no", wanted.keys() - given), ("has an unknown", given.keys() - wanted)):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"the model {what} tensor `{min(names)}`{more}, for a GPT-2 of {config.n_layer} layers")
+    wanted, given = shapes(config), check_tensors(tensors, config)
+    head = given.get("lm_head.weight") if config.tie_embeddings else None
 
     def get(name):
-        value = np.asarray(tensors[given[name]])
-        if value.shape != wanted[name]:
-            raise UserError(f"tensor `{given[name]}` has shape {value.shape}, but config.json asks for {wanted[name]}")
-        return value.astype(config.param_dtype)
+        return np.asarray(tensors[given[name]]).astype(config.param_dtype)
 
     ours = {}
     for name in wanted:
@@ -241,53 +218,6 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: GPTConfig) -> dict:
             "set tie_word_embeddings=false"
         )
     return traverse_util.unflatten_dict(ours, sep="/")
-
-
-class SafetensorsFolder(Mapping):
-    """The tensors of `model.safetensors`, or of the shards in `model.safetensors.index.json`, read on access.
-
-    Raises:
-      UserError: there is neither (a pickle is refused with the way to convert it), or a file is damaged.
-    """
-
-    def __init__(self, folder: str):
-        index = os.path.join(folder, f"{WEIGHTS}.index.json")
-        if os.path.exists(os.path.join(folder, WEIGHTS)):
-            shards = [WEIGHTS]
-        elif os.path.exists(index):
-            try:
-                shards = sorted(set(json_files.read(index)["weight_map"].values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} cannot be read as an index of shards: {error!r}") from None
-            if outside := [name for name in shards if not files.is_plain_name(name)]:
-                raise UserError(f"{index}: the shard {outside[0]!r} is not a plain file name inside the folder")
-        else:
-            pickles = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth"))]
-            raise UserError(f"{folder} has no {WEIGHTS}" + (_pickle_advice(folder, pickles[0]) if pickles else ""))
-        self._file_of = {}
-        for name in shards:
-            path = os.path.join(folder, name)
-            try:
-                opened = safe_open(path, framework="numpy")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-            self._file_of |= dict.fromkeys(opened.keys(), opened)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._file_of[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-
-def _pickle_advice(folder: str, file: str) -> str:
-    return (
-        f"; {file} is a pickle and is not read, because unpickling executes code. If you trust it, convert it with "
-        f"transformers: GPT2LMHeadModel.from_pretrained({folder!r}).save_pretrained(NEW_FOLDER)"
-    )
 
 
 def _our_path(name: str) -> str:

@@ -1,10 +1,12 @@
-"""What depends on the chip: peak FLOP/s, memory, attention kernel, compiler options, compilation cache.
+"""What depends on the chip: peak FLOP/s, memory, attention kernel, compiler options.
 
 A program can be compiled for a chip that is not attached, so the platform ("cpu", "gpu" or "tpu") and the device kind
 are arguments.
 """
 
+import contextlib
 import os
+import resource
 from typing import NamedTuple
 
 import jax
@@ -39,14 +41,41 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def memory_bytes(device: jax.Device) -> float | None:
-    """Bytes that a program may use on `device`: the allocator's limit, the figure of `chip`, or the host's RAM."""
+    """Bytes that a program may use on `device`: the allocator's limit, the figure of `chip`, or of a CPU its share of
+    the host's memory."""
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_bytes() / len(jax.local_devices(backend="cpu"))
     try:
         return float(device.memory_stats()["bytes_limit"])
     except (KeyError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
         known = chip(device.device_kind)
         return known.memory_bytes if known else None
+
+
+def host_bytes() -> int:
+    """Bytes that this process may use: the RAM, or a lower limit of its cgroup or of `ulimit -v`."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space)
+    return min(limits + _cgroup_limits())
+
+
+def _cgroup_limits(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> list[int]:
+    """Limits of memory of this process's cgroup and those above it, versions 1 and 2."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        with open(proc, encoding="utf-8", errors="replace") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+        for _, controllers, path in lines:
+            if controllers not in ("", "memory"):  # version 2 has one line without controllers
+                continue
+            base, name = (root, "memory.max") if not controllers else (f"{root}/memory", "memory.limit_in_bytes")
+            parts = path.strip("/").split("/")
+            for depth in range(len(parts) + 1):  # a container often sees its own cgroup at the root
+                with contextlib.suppress(OSError, ValueError), open(os.path.join(base, *parts[:depth], name)) as file:
+                    found.append(int(file.read()))  # ValueError: `max`
+    return found
 
 
 def compute_dtype(name: str, platform: str) -> str:
@@ -101,14 +130,6 @@ _COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_m
 def compiler_options(platform: str) -> dict[str, bool | int]:
     """XLA options for training and evaluation steps, besides the defaults and XLA_FLAGS."""
     return _COMPILER_OPTIONS.get(platform, {})
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk between runs: in JAX_COMPILATION_CACHE_DIR, or in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "trialgpt_jax", "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def dispatches_ahead(platform: str) -> bool:

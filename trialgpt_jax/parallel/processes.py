@@ -24,7 +24,7 @@ import jax
 from jax._src import distributed  # the key-value store of the coordination service has no public name
 from jax._src.clusters import ClusterEnv
 
-from trialgpt_jax import UserError, console
+from trialgpt_jax import UserError, console, faults
 
 T = TypeVar("T")
 
@@ -297,6 +297,8 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
             why = "has lost the connection to another process of this job, which has ended or cannot be reached"
         text = f"error: {me} {why}: {line}; {_NEXT_STEPS}"
         return 1, text, text
+    if (why := faults.explain(error)) is not None:
+        return 2, f"error: {why}", f"error: {me}: {why}"
     text = "".join(traceback.format_exception(error)).rstrip()
     return 1, text, f"error: {me} failed: {type(error).__name__}: {line}; {_NEXT_STEPS}"
 

@@ -7,10 +7,16 @@ written last, so a folder without a record is unfinished or damaged.
 import hashlib
 import json
 import os
+from typing import TypedDict
 
 from trialgpt_jax.storage import files, json_files
 
 RECORD = "checksums.json"
+
+
+class _Record(TypedDict):
+    files: dict[str, tuple[json_files.Count, str]]
+    sha256: str
 
 
 def list_files(folder: str) -> dict[str, list]:
@@ -59,13 +65,10 @@ def read_record(folder: str) -> dict:
     """
     path = record_path(folder)
     try:
-        record = json_files.read(path)
-        digest = record.pop("sha256")
-        good = all(type(size) is int and isinstance(sha256, str) for size, sha256 in record["files"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from None
-    if not good:
-        raise ValueError(f"{path} cannot be read: a size or a checksum is of the wrong type")
+        record = json_files.read(path, _Record)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    digest = record.pop("sha256")
     if digest != _digest(record):
         raise ValueError(f"{path} has changed since it was written (checksum)")
     return record

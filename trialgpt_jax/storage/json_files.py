@@ -36,6 +36,14 @@ def parse(data: bytes | str, shape: type[_T] = object) -> _T:
     """The value of a JSON text, see `read`. Raises ValueError."""
     try:
         value = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return check(value, shape)
+
+
+def check(value: object, shape: type[_T]) -> _T:
+    """The value itself, if it is of that shape, see `read`. Raises ValueError, which says where it is not."""
+    try:
         msgspec.convert(value, shape if shape is not object else Any)
     except RecursionError:
         raise ValueError("nested too deeply") from None

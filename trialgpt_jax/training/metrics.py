@@ -1,9 +1,11 @@
 """The numbers of a run: FLOPs, bits per byte, clocks and rates, and `metrics.jsonl` with its copies."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import re
 import time
 
 import jax
@@ -132,7 +134,7 @@ class MetricsLog:
         """Opens the log and drops the lines of steps after `resume_step`, which will run again; 0 drops all.
 
         Raises:
-          UserError: W&B is enabled but not installed, or a line of the steps to keep is damaged.
+          UserError: W&B is enabled and cannot be started, or a line of the steps to keep is damaged.
         """
         self._path = workdir_lib.metrics_path(workdir)
         kept = _lines_up_to(self._path, resume_step)
@@ -148,12 +150,7 @@ class MetricsLog:
         elif log.tensorboard:
             self._tensorboard = EventFile(workdir_lib.tensorboard_path(workdir), resume_step)
         if log.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("log.wandb is set, but wandb is not installed; `pip install wandb`") from None
-            name = os.path.basename(os.path.normpath(workdir))
-            self._wandb = wandb.init(project=log.wandb, name=name, id=name, resume="allow", config=config.to_dict())
+            self._wandb = _start_wandb(log.wandb, workdir, config)
 
     def write(self, line: dict) -> None:
         """Adds a line: a `step` and numbers, None for one that is not finite.
@@ -213,6 +210,32 @@ class MetricsLog:
                 self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _start_wandb(project: str, workdir: str, config: ConfigDict):
+    """The W&B run of a workdir. Raises UserError if it cannot be started; `plan.check_wandb` has looked for a key."""
+    import wandb  # an optional package
+
+    name = os.path.basename(os.path.normpath(os.path.abspath(workdir)))
+    try:
+        return wandb.init(project=project, name=name, id=wandb_id(name), resume="allow", config=config.to_dict())
+    except Exception as error:  # noqa: BLE001 - it raises many types: no network, a refused key, no such project
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"log.wandb={project} cannot be started: {type(error).__name__}: {why}; set WANDB_MODE=offline, or give "
+            "--config.log.wandb= for none"
+        ) from None
+
+
+def wandb_id(name: str) -> str:
+    """The id of the W&B run of a workdir: its name, which must be at most 64 letters, digits, `-` and `_` of ASCII.
+
+    Another name has its other characters replaced, and ends with a digest so that two names stay two runs.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}-{digest}"
 
 
 def _to_json(line: dict) -> str:

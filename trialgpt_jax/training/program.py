@@ -16,6 +16,7 @@ from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.data import batches
 from trialgpt_jax.data.token_store import Mixture, Split, TokenStore
+from trialgpt_jax.data.vocabulary import FILE, FROM
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators, processes
 from trialgpt_jax.parallel.axes import mesh_sizes
@@ -29,8 +30,8 @@ from trialgpt_jax.parallel.sharding import (
     replicated,
     shard_shapes,
 )
+from trialgpt_jax.training import hub_model
 from trialgpt_jax.training import train_step as steps
-from trialgpt_jax.training.metrics import flops_per_token, parameter_count
 from trialgpt_jax.training.optimizer import always_finite, make_optimizer, schedule
 from trialgpt_jax.training.train_step import TrainState
 
@@ -171,37 +172,6 @@ class Program:
             blocks=local_blocks(batch_sharding(self.mesh)),
         )
 
-    def describe(self, train_tokens: int) -> str:
-        """Devices, model size and FLOPs, for the log; `train_tokens`: tokens of the training split."""
-        train, device = self.config.train, jax.devices()[0]
-        tokens_per_step = train.batch_size * self.gpt.block_size
-        mfu = "" if accelerators.chip(device.device_kind) else "; no MFU because the peak of this chip is not known"
-        return (
-            f"{jax.device_count()} x {device.device_kind}, mesh {dict(self.mesh.shape)}, "
-            f"{jax.process_count()} process(es)\n"
-            f"{parameter_count(self.params_layout):,} parameters, {self.gpt.dtype} matmuls, attention kernel "
-            f"{self.gpt.attention}, remat {self.gpt.remat}\n"
-            f"{tokens_per_step:,} tokens per step, {train.steps * tokens_per_step:.3g} in all; "
-            f"{train_tokens:,} in the training split\n"
-            f"{flops_per_token(self.params_layout, self.gpt):.3g} FLOPs per token{mfu}"
-        )
-
-    def memory_plan(self) -> str:
-        """The train step's memory per device against what the device has, and what to change if it does not fit."""
-        device = self.mesh.devices.flat[0]
-        plan = self.train_step.memory_analysis()
-        state, temporaries = plan.argument_size_in_bytes, plan.temp_size_in_bytes
-        total = state + plan.output_size_in_bytes - plan.alias_size_in_bytes + temporaries
-        text = f"memory per device: {state / 2**30:.2f} GiB state and batch + {temporaries / 2**30:.2f} GiB temporaries"
-        available = accelerators.memory_bytes(device)
-        if available is None:
-            return text
-        text += f" = {total / 2**30:.2f} of {available / 2**30:.1f} GiB"
-        if total > available:
-            text += "; THIS DOES NOT FIT: raise train.accumulate_steps, set train.remat=block, or split the state "
-            text += "with mesh.fsdp"
-        return text
-
     def _tokens(self, batch_size: int) -> jax.ShapeDtypeStruct:
         shape = (batch_size, self.gpt.block_size + 1)
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
@@ -261,13 +231,19 @@ def resolve(config: ConfigDict, store: TokenStore) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     if config.data.tokenizer != store.tokenizer:  # later commands take the tokenizer's name from the workdir's config
-        say(f"data.tokenizer={config.data.tokenizer}, but {store.folder} was made with {store.tokenizer}; that is used")
+        if not config.data.tokenizer.startswith((FROM, FILE)):  # their real names are in the store
+            named = f"data.tokenizer={config.data.tokenizer}"
+            say(f"{named}, but {store.folder} was made with {store.tokenizer}; that is used")
         config.data.tokenizer = store.tokenizer
     vocab_size = config.model.vocab_size = config.model.vocab_size or store.vocab_size
     if store.vocab_size > vocab_size:
+        right = f"set model.vocab_size={store.vocab_size}, or 0 for the store's"
+        if source := config.train.init_from:
+            folder = hub_model.local_folder(source, "train.init_from")
+            right = f"preprocess the text with that of train.init_from: --config.data.tokenizer=from:{folder}"
         raise UserError(
             f"{store.folder}: tokenizer {store.tokenizer} has {store.vocab_size} ids, beyond "
-            f"model.vocab_size={vocab_size}; set model.vocab_size={store.vocab_size}, or 0 for the store's"
+            f"model.vocab_size={vocab_size}; {right}"
         )
     if store.vocab_size < vocab_size:
         unused = vocab_size - store.vocab_size

@@ -1,6 +1,7 @@
 """What a run starts from: its own newest checkpoint, the weights of a workdir or a Hugging Face folder, or the seed."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -10,13 +11,15 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
-from trialgpt_jax.data import hf_tokenizer
+from trialgpt_jax.data import tokenizer_source
 from trialgpt_jax.data.token_store import TokenStore
-from trialgpt_jax.model import hf
+from trialgpt_jax.model import hf, hf_folder
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.parallel import processes
+from trialgpt_jax.parallel import accelerators, processes
 from trialgpt_jax.parallel.sharding import replicated
+from trialgpt_jax.schema import specs
 from trialgpt_jax.storage import files
+from trialgpt_jax.training import hub_model
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program, params_layout
@@ -70,8 +73,6 @@ def decide(config: ConfigDict, workdir: str, store: TokenStore, whole: int | Non
     init_from = workdir if converted else config.train.init_from
     if init_from:
         check_weights(init_from, config, store)
-        if not hf.is_hf_folder(init_from):
-            workdir_lib.check_tokenizer(store, init_from)
     return Start(whole, init_from)
 
 
@@ -117,7 +118,7 @@ def load_params(workdir: str, layout, step: int = -1, allow_nonfinite: bool = Fa
     while True:
         with checkpoints.reading(step) as found:
             if found is None:
-                raise UserError(f"{workdir} has no checkpoints yet; train first")
+                raise UserError(f"{workdir} has no checkpoints yet")
             try:
                 params = checkpoints.restore(found, {"params": layout})["params"]
                 if not allow_nonfinite:
@@ -132,6 +133,44 @@ def load_params(workdir: str, layout, step: int = -1, allow_nonfinite: bool = Fa
 # ---- first weights: a workdir or a Hugging Face folder
 
 
+def adopt_model(config: ConfigDict, workdir: str, given: frozenset[str] = frozenset()) -> ConfigDict:
+    """The config of a run with `train.init_from`: the model is that of the weights, except for what the user has set.
+
+    The fields come from the workdir's snapshot if the run has one, so that it continues without the folder of its first
+    weights.
+
+    Args:
+      config: with a value other than the default in every field that the user has set, or the field's name in `given`.
+      workdir: of the run.
+      given: fields given on the command line, `model.n_layer`.
+
+    Returns:
+      A copy, or `config` itself if it has no `train.init_from`.
+
+    Raises:
+      UserError: no such weights, or the fields that the user has set against them.
+    """
+    source = config.train.init_from
+    if not source:
+        return config
+    config = config.copy_and_resolve_references()
+    defaults = {name: default for name, (default, _) in specs(GPTConfig).items()}
+    chosen = {
+        name: value for name, value in config.model.items() if f"model.{name}" in given or value != defaults[name]
+    }
+    if chosen.get("vocab_size") == 0:  # "the token store's": its tokenizer is compared with that of the weights
+        del chosen["vocab_size"]
+    if files.exists(workdir_lib.config_path(workdir)) and not hf_folder.is_hf_folder(workdir):
+        config.model.update(_fields_of(workdir) | chosen)  # `config.check_resumable` refuses what differs
+        return config
+    theirs = _fields_of(source)
+    _check_model(source, GPTConfig(**theirs), chosen)
+    config.model.update(theirs | chosen)
+    if taken := [f"{name}={value}" for name, value in theirs.items() if value != defaults[name] and name not in chosen]:
+        say(f"the model is that of train.init_from={source}: {', '.join(taken)}")
+    return config
+
+
 def check_weights(source: str, config: ConfigDict, store: TokenStore) -> None:
     """Refuses weights that the model of `config` cannot start from, before anything is compiled or loaded.
 
@@ -143,27 +182,57 @@ def check_weights(source: str, config: ConfigDict, store: TokenStore) -> None:
     Raises:
       UserError: names the fields that differ, missing positions, or the two tokenizers.
     """
-    there, here = _model_of(source), GPTConfig(**config.model)
+    _check_model(source, _model_of(source), config.model)
+    folder = hub_model.local_folder(source, "train.init_from")
+    if not hf_folder.is_hf_folder(folder):
+        workdir_lib.check_tokenizer(store, folder)
+        return
+    vocab_size = _model_of(source).vocab_size
+    tokenizer = hub_model.tokenizer_of(folder, vocab_size)
+    identity = tokenizer.id if tokenizer else tokenizer_source.guess(vocab_size)
+    if tokenizer is None and (identity.name != "gpt2" or vocab_size < 256):
+        say(f"train.init_from={source} has no tokenizer to compare with that of {store.folder}")
+    elif not store.tokenizer_id.matches(identity):
+        raise UserError(
+            f"data.dir={store.folder} was made with tokenizer {store.tokenizer_id}, but train.init_from={source} has "
+            f"{identity}; preprocess the text with --config.data.tokenizer={f'from:{folder}' if tokenizer else 'gpt2'}"
+        )
+
+
+def _check_model(source: str, there: GPTConfig, chosen: Mapping[str, object]) -> None:
+    """Refuses fields of `model` that differ from the model of the weights, and more positions than that has learned."""
+    derived = {"n_kv_head": there.n_head, "head_dim": there.n_embd // there.n_head}  # what 0 stands for
     differences = [
-        f"model.{name} is {getattr(there, name)} there and {getattr(here, name)} here"
-        for name in config.model
-        if name not in _FREE and getattr(there, name) != getattr(here, name)
+        f"model.{name} is {getattr(there, name)} there and {value} here"
+        for name, value in chosen.items()
+        if name not in _FREE and getattr(there, name) != (value or derived.get(name, value))
     ]
     if differences:
-        raise UserError(f"train.init_from={source} has another model: {'; '.join(differences)}")
-    if here.position == "learned" and here.block_size > there.block_size:
+        raise UserError(
+            f"train.init_from={source} has another model: {'; '.join(differences)}. A field of `model` that is not set "
+            "has the value there"
+        )
+    block_size = chosen.get("block_size", 0)
+    if there.position == "learned" and block_size > there.block_size:
         raise UserError(
             f"train.init_from={source} has learned {there.block_size} positions, fewer than "
-            f"model.block_size={here.block_size}; set model.block_size={there.block_size} or less"
+            f"model.block_size={block_size}; set model.block_size={there.block_size} or less"
         )
-    if hf.is_hf_folder(source):
-        tokenizer = hf_tokenizer.read(source)
-        if tokenizer is None:
-            say(f"train.init_from={source} has no tokenizer to compare with that of {store.folder}")
-        elif not store.tokenizer_id.matches(tokenizer.id):
+
+
+def check_memory(folder: str, needed: int) -> None:
+    """Refuses parameters that exceed the memory of this machine or of the device that holds them.
+
+    Args:
+      folder: of the weights.
+      needed: bytes.
+    """
+    for device in (jax.devices("cpu")[0], jax.local_devices()[0]):
+        has = accelerators.memory_bytes(device)
+        if has is not None and needed > has:
             raise UserError(
-                f"data.dir={store.folder} was made with tokenizer {store.tokenizer_id}, but "
-                f"train.init_from={source} has {tokenizer.id}; preprocess the text with that one"
+                f"{folder}: the parameters take {needed / 2**30:,.1f} GiB, but the {device.platform.upper()} of this "
+                f"machine has {has / 2**30:,.1f} GiB of memory"
             )
 
 
@@ -179,13 +248,15 @@ def load_weights(source: str, gpt: GPTConfig, mesh: Mesh) -> dict:
       UserError: no whole checkpoint, tensors that are not the model's, or values that are not finite.
     """
     there = dataclasses.replace(gpt, block_size=_model_of(source).block_size)
-    if hf.is_hf_folder(source):
-        params = hf.from_hf(hf.SafetensorsFolder(source), there)
+    folder = hub_model.local_folder(source, "train.init_from")
+    if hf_folder.is_hf_folder(folder):
+        check_memory(folder, hf.parameter_bytes(there))
+        params = hf.from_hf(hf_folder.SafetensorsFolder(folder), there)
         check_finite(f"train.init_from={source}", params)
     else:
-        if not processes.from_first(Checkpoints(source, say=say).steps):
+        if not processes.from_first(Checkpoints(folder, say=say).steps):
             raise UserError(f"train.init_from={source} has no checkpoints yet")
-        params, step = load_params(source, params_layout(there, mesh))
+        params, step = load_params(folder, params_layout(there, mesh))
         source = f"checkpoint {step} of {source}"
     if gpt.position == "learned" and gpt.block_size < there.block_size:
         params["wpe"]["embedding"] = params["wpe"]["embedding"][: gpt.block_size]
@@ -203,14 +274,25 @@ def _place(array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _model_of(source: str) -> GPTConfig:
     """The model whose weights `source` has."""
-    if not files.exists(workdir_lib.config_path(source)):
+    return GPTConfig(**_fields_of(source))
+
+
+def _fields_of(source: str) -> dict:
+    """The fields of `config.model` in a workdir, or for the model of a Hugging Face folder."""
+    folder = hub_model.local_folder(source, "train.init_from")
+    path = workdir_lib.config_path(folder)
+    if not files.exists(path):
+        found = "" if files.is_remote(folder) else hf_folder.instead_of_config(folder)
         raise UserError(
-            f"train.init_from={source} holds no config.json; it must be a workdir or a Hugging Face folder of GPT-2"
+            f"train.init_from={source} has no config.json{found}; it must be a workdir or a Hugging Face folder"
         )
-    if hf.is_hf_folder(source):
-        return GPTConfig(**hf.read_config(source))
+    if hf_folder.is_hf_folder(folder):
+        return hf_folder.read_config(folder)
+    if not files.is_remote(folder):
+        hf_folder.refuse_pointer(path)
+    model = workdir_lib.load_snapshot(folder)["model"]
     try:
-        return GPTConfig(**workdir_lib.load_snapshot(source)["model"])
-    except TypeError as error:  # a field that this version does not have, or a value of another type
-        path = workdir_lib.config_path(source)
+        GPTConfig(**model)
+    except (TypeError, UserError) as error:  # a field that this version does not have, or a value of another type
         raise UserError(f"{path}: the group `model` is not a GPT of this version: {error}") from None
+    return {name: model.get(name, default) for name, (default, _) in specs(GPTConfig).items()}

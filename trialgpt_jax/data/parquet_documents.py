@@ -1,0 +1,273 @@
+"""Parquet -> documents, a row each, in batches that hold at most `_BATCH_BYTES`.
+
+pyarrow decodes a page as a whole, and a value lies in one page. So the headers of the pages, which pyarrow does not
+show, tell how much memory a value can take before anything is decoded.
+"""
+
+import codecs
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+
+from trialgpt_jax import UserError
+from trialgpt_jax.data.records import Context, Document, document, failed, too_large, unusable
+
+_BATCH_ROWS, _BATCH_BYTES = (256, 64, 16, 4, 1), 320 << 20
+_PAGE_BYTES = 64 << 20  # a page up to this size, or four documents of the largest size, is decoded
+
+
+def parquet_documents(context: Context, start: int = 0) -> Iterator[Document]:
+    """The rows of the file `context.raw` from number `start` on.
+
+    Raises UserError if the file has no column `text_field`, or several, or one of another type than text.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        # With `buffer_size` a column chunk is read a page at a time
+        table = pyarrow.parquet.ParquetFile(context.raw, buffer_size=1 << 20)
+        columns = _columns(context, table)
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if number + rows <= start:
+                number += rows
+                continue
+            pages = [
+                page
+                for chunk in _chunks(table.metadata.row_group(group), columns)
+                for page in _pages(context.raw, chunk)
+            ]
+            page = max((n_bytes for _, n_bytes in pages), default=0)
+            if page > max(_PAGE_BYTES, 4 * context.limit):
+                for row in range(number, number + rows):
+                    where = f"{context.name}, row {row}: row group {group} has a page of {page} bytes"
+                    yield too_large(context, row, where)
+                number += rows
+                continue
+            batch_rows = next((n for n in _BATCH_ROWS if _batch_bytes(pages, n) <= _BATCH_BYTES), 1)
+            for batch in table.iter_batches(batch_rows, [group], columns):
+                for text, source in zip(_texts(batch, columns[0], context.limit), _sources(batch), strict=True):
+                    where = f"{context.name}, row {number}"
+                    if isinstance(text, bytes):
+                        text = text.removeprefix(codecs.BOM_UTF8)
+                    if text is _TOO_LARGE:
+                        yield too_large(context, number, where, source)
+                    else:
+                        yield document(context, number, text, where, source)
+                    number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None):
+            yield failed(context, number, error, f", row {number}")
+        else:
+            why = f"{context.name}: damaged parquet, row {number} ({' '.join(str(error).split())[:200]})"
+            yield unusable(context, number, "damaged file", why)
+
+
+def count_rows(name: str, path: str) -> int:
+    """The number of rows of a local parquet file, from its footer; UserError if the file is not parquet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: its rows cannot be counted, because the file is damaged ({why})") from None
+
+
+def _columns(context: Context, table) -> list[str]:
+    """The columns to read, that of the text first; UserError if there is none or it is not text."""
+    import pyarrow
+
+    field, schema = context.options["text_field"], table.schema_arrow
+    option = "(data.source_options.text_field)"
+    if (same := schema.names.count(field)) > 1:
+        raise UserError(f"{context.name} has {same} columns `{field}` {option}; rename all but one")
+    if same:
+        found = schema.field(field).type
+    else:
+        found = _nested(schema, field.split("."))
+        if found is None:
+            inner = [f"{f.name}.{i.name}" for f in schema if pyarrow.types.is_struct(f.type) for i in f.type]
+            names = ", ".join([*schema.names, *inner][:40])
+            raise UserError(f"{context.name} has no column `{field}` {option}, but {names}")
+    if pyarrow.types.is_dictionary(found):
+        found = found.value_type
+    if not (_is_text(found) or pyarrow.types.is_null(found)):
+        hint = f"; its fields are named as {field}.{found[0].name}" if pyarrow.types.is_struct(found) else ""
+        raise UserError(f"{context.name}: the column `{field}` {option} is {str(found)[:100]}, not text{hint}")
+    has_source = schema.names.count("source") == 1 and field.split(".")[0] != "source"
+    return [field] + ["source"] * has_source
+
+
+def _nested(schema, names: list[str]):
+    """The type of a field in structs; None if there is none."""
+    import pyarrow
+
+    if schema.names.count(names[0]) != 1:
+        return None
+    found = schema.field(names[0]).type
+    for name in names[1:]:
+        if not pyarrow.types.is_struct(found) or found.get_field_index(name) < 0:
+            return None
+        found = found.field(name).type
+    return found
+
+
+def _is_text(kind) -> bool:
+    import pyarrow
+
+    types = pyarrow.types
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    return any(check(kind) for check in (*checks, types.is_binary_view, types.is_fixed_size_binary))
+
+
+_TOO_LARGE, _DICTIONARY_PAGE = object(), 2
+
+
+def _texts(batch, field: str, limit: int) -> list:
+    """The values of the text column: strings, or bytes where they are not UTF-8; None; `_TOO_LARGE`."""
+    names = [field] if field in batch.schema.names else field.split(".")
+    column = batch.column(names[0])
+    for name in names[1:]:
+        index = column.type.get_field_index(name)
+        column = column.flatten()[index]  # with the nulls of the struct
+    return _values(column, limit)
+
+
+def _values(column, limit: int) -> list:
+    import pyarrow
+    import pyarrow.compute
+
+    if pyarrow.types.is_dictionary(column.type):
+        values = _values(column.dictionary, limit)
+        return [None if index is None else values[index] for index in column.indices.to_pylist()]
+    if pyarrow.types.is_null(column.type):
+        return [None] * len(column)
+    if pyarrow.types.is_string_view(column.type) or pyarrow.types.is_binary_view(column.type):
+        column = column.cast(pyarrow.large_binary())  # other functions know no views
+    lengths = pyarrow.compute.binary_length(column)
+    if (pyarrow.compute.max(lengths).as_py() or 0) <= limit:
+        with contextlib.suppress(UnicodeDecodeError):
+            return column.to_pylist()
+    data = column.cast(pyarrow.large_binary())
+    return [
+        None if length is None else data[i].as_py() if length <= limit else _TOO_LARGE
+        for i, length in enumerate(lengths.to_pylist())
+    ]
+
+
+def _sources(batch) -> list:
+    """The values of the column `source` as Python objects; its types of times and numbers as text."""
+    import pyarrow
+
+    if "source" not in batch.schema.names[1:]:
+        return [""] * len(batch)
+    column = batch.column(batch.schema.names.index("source"))
+    if pyarrow.types.is_temporal(column.type) or pyarrow.types.is_decimal(column.type):
+        column = column.cast(pyarrow.string())  # Python's own types have other ranges
+    try:
+        return column.to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError):  # not UTF-8; times within a list
+        return [_source(value) for value in column]
+
+
+def _source(value) -> object:
+    try:
+        return value.as_py()
+    except (UnicodeDecodeError, ValueError, OverflowError):
+        return value.as_buffer().to_pybytes() if hasattr(value, "as_buffer") else str(value.type)
+
+
+def _chunks(group, columns: list[str]) -> list:
+    """The column chunks of a row group that belong to the columns."""
+    chunks = map(group.column, range(group.num_columns))
+    return [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+
+
+def _batch_bytes(pages: list[tuple[int, int]], rows: int) -> int:
+    """The most bytes that consecutive rows can have: those of all pages that they can touch.
+
+    Every row can have the largest value of a dictionary, whose page has 0 values.
+    """
+    dictionaries = sum(n_bytes for values, n_bytes in pages if not values)
+    pages = [page for page in pages if page[0]]
+    most = first = values = n_bytes = 0
+    for i, (page_values, page_bytes) in enumerate(pages):
+        values, n_bytes = values + page_values, n_bytes + page_bytes
+        # Rows that touch the first and this page are one of each and all between them
+        while first < i and values - pages[first][0] - page_values + 2 > rows:
+            values, n_bytes = values - pages[first][0], n_bytes - pages[first][1]
+            first += 1
+        most = max(most, n_bytes)
+    return most + rows * dictionaries
+
+
+def _pages(raw: io.BufferedReader, chunk) -> list[tuple[int, int]]:
+    """Values and decompressed bytes of the pages of a column chunk; (0, all bytes) if a header cannot be read."""
+    size, pages = chunk.total_uncompressed_size, []
+    position = min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
+    end, handle = position + chunk.total_compressed_size, raw.fileno()
+    while size > 1 << 20 and position < end:
+        for length in (1 << 12, 1 << 16, 1 << 20):  # pages have the largest and smallest value in their headers
+            with contextlib.suppress(IndexError):
+                fields, length = _header(os.pread(handle, length, position))
+                break
+        else:
+            break
+        if 2 not in fields or fields.get(3, -1) < 0:
+            break
+        values = 0 if fields.get(1) == _DICTIONARY_PAGE else fields.get(5, fields.get(8, 0))
+        pages.append((values, fields[2]))
+        position += length + fields[3]
+    else:
+        return pages or [(0, size)]
+    return [(0, size)]
+
+
+def _header(data: bytes) -> tuple[dict[int, int], int]:
+    """The integer fields of a page header, and its length. It is Thrift's compact protocol.
+
+    Field 1 is the kind of the page, 2 its decompressed and 3 its stored size. Of fields 5 and 8, the headers of data
+    pages, the value is their field 1, the number of values.
+    https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+    """
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def struct() -> dict[int, int]:
+        nonlocal position
+        fields, number = {}, 0
+        while byte := data[position]:
+            position += 1
+            delta, kind = byte >> 4, byte & 15
+            number = number + delta if delta else (varint() >> 1)
+            if kind in (4, 5, 6):  # integers, zigzag
+                value = varint()
+                fields[number] = (value >> 1) ^ -(value & 1)
+            elif kind == 3:  # a byte
+                position += 1
+            elif kind == 8:  # a string
+                length = varint()  # not `position += varint()`, which adds to the position before the call
+                position += length
+            elif kind == 12:
+                fields[number] = struct().get(1, 1)
+            elif kind not in (1, 2):  # booleans, whose value is the type; page headers have nothing else
+                return {}
+        position += 1
+        return fields
+
+    return struct(), position
