@@ -8,7 +8,7 @@ import pytest
 from corpus_files import options, read
 
 from trialgpt_jax import UserError
-from trialgpt_jax.data import corpora, parquet_documents
+from trialgpt_jax.data import corpora
 from trialgpt_jax.data.documents import count_rows, read_documents
 
 TEXTS = ["one", None, "zwei é 🎉", ""]
@@ -175,38 +175,14 @@ def test_rows_of_what_is_no_parquet_file_are_not_counted(tmp_path):
         count_rows(file)
 
 
-def test_rows_that_are_too_large_do_not_hide_the_others(tmp_path, monkeypatch):
+def test_rows_that_are_too_large_do_not_hide_the_others(tmp_path):
     texts = ["a", "b" * 2000, "c", "d" * 1000]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     assert [d.text for d in read(tmp_path, max_document_bytes=1000)] == ["a", None, "c", "d" * 1000]
-    # A page that would take too much memory is not decoded
-    monkeypatch.setattr(parquet_documents, "_PAGE_BYTES", 1 << 20)
+    # A row group of longer rows is not decoded
     with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string())])) as writer:
         for rows in (["a"], ["b" * 3_000_000, "c"], ["d"]):
             writer.write_table(pa.table({"text": rows}))
     found = read(tmp_path, max_document_bytes=1000)
     assert [d.text for d in found] == ["a", None, None, "d"] and {d.problem for d in found} == {"", "too large"}
-    assert found[1].where.startswith("a.parquet, row 1: row group 1 has a page of 30")
-
-
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("dictionary", [False, True])
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_headers_of_pages_are_read(tmp_path, version, dictionary, codec):
-    texts = [f"{i} " * 1000 for i in range(5000)]
-    made = {"data_page_version": version, "use_dictionary": dictionary, "compression": codec}
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", data_page_size=100_000, **made)
-    with open(tmp_path / "a.parquet", "rb") as raw:
-        chunk = pq.ParquetFile(raw).metadata.row_group(0).column(0)
-        pages = parquet_documents._pages(raw, chunk)
-    assert sum(values for values, _ in pages) == 5000 and len(pages) > 4
-    assert (pages[0][0] == 0) == dictionary
-    total = sum(n_bytes for _, n_bytes in pages)
-    assert total <= chunk.total_uncompressed_size <= total + 10_000 * len(pages)
-
-
-def test_a_batch_holds_no_more_than_its_pages():
-    pages = [(100, 10), (100, 50), (1, 500), (100, 20)]
-    bounds = [parquet_documents._batch_bytes(pages, n) for n in (1, 2, 3, 102, 301)]
-    assert bounds == [500, 550, 570, 570, 580]
-    assert parquet_documents._batch_bytes([(0, 7), *pages], 3) == 570 + 3 * 7
+    assert found[1].where.startswith("a.parquet, row 1: longer than")

@@ -1,20 +1,13 @@
-"""Parquet -> documents, a row each, in batches that hold at most `_BATCH_BYTES`.
-
-pyarrow decodes a page as a whole, and a value lies in one page. So the headers of the pages, which pyarrow does not
-show, tell how much memory a value can take before anything is decoded.
-"""
+"""Parquet -> documents, a row each, in batches of at most 256 rows and about 64 MiB."""
 
 import codecs
 import contextlib
-import io
-import os
 from collections.abc import Iterator
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data.records import Context, Document, document, failed, too_large, unusable
 
-_BATCH_ROWS, _BATCH_BYTES = (256, 64, 16, 4, 1), 320 << 20
-_PAGE_BYTES = 64 << 20  # a page up to this size, or four documents of the largest size, is decoded
+_BATCH_ROWS, _BATCH_BYTES = 256, 64 << 20
 
 
 def parquet_documents(context: Context, start: int = 0) -> Iterator[Document]:
@@ -35,19 +28,13 @@ def parquet_documents(context: Context, start: int = 0) -> Iterator[Document]:
             if number + rows <= start:
                 number += rows
                 continue
-            pages = [
-                page
-                for chunk in _chunks(table.metadata.row_group(group), columns)
-                for page in _pages(context.raw, chunk)
-            ]
-            page = max((n_bytes for _, n_bytes in pages), default=0)
-            if page > max(_PAGE_BYTES, 4 * context.limit):
+            n_bytes = _bytes_of(table.metadata.row_group(group), columns)
+            if n_bytes > 2 * rows * context.limit + (1 << 20):  # before anything is decoded; headers repeat values
                 for row in range(number, number + rows):
-                    where = f"{context.name}, row {row}: row group {group} has a page of {page} bytes"
-                    yield too_large(context, row, where)
+                    yield too_large(context, row, f"{context.name}, row {row}")
                 number += rows
                 continue
-            batch_rows = next((n for n in _BATCH_ROWS if _batch_bytes(pages, n) <= _BATCH_BYTES), 1)
+            batch_rows = min(_BATCH_ROWS, max(1, rows * _BATCH_BYTES // max(n_bytes, 1)))
             for batch in table.iter_batches(batch_rows, [group], columns):
                 for text, source in zip(_texts(batch, columns[0], context.limit), _sources(batch), strict=True):
                     where = f"{context.name}, row {number}"
@@ -125,7 +112,7 @@ def _is_text(kind) -> bool:
     return any(check(kind) for check in (*checks, types.is_binary_view, types.is_fixed_size_binary))
 
 
-_TOO_LARGE, _DICTIONARY_PAGE = object(), 2
+_TOO_LARGE = object()
 
 
 def _texts(batch, field: str, limit: int) -> list:
@@ -182,92 +169,8 @@ def _source(value) -> object:
         return value.as_buffer().to_pybytes() if hasattr(value, "as_buffer") else str(value.type)
 
 
-def _chunks(group, columns: list[str]) -> list:
-    """The column chunks of a row group that belong to the columns."""
-    chunks = map(group.column, range(group.num_columns))
-    return [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in columns)]
-
-
-def _batch_bytes(pages: list[tuple[int, int]], rows: int) -> int:
-    """The most bytes that consecutive rows can have: those of all pages that they can touch.
-
-    Every row can have the largest value of a dictionary, whose page has 0 values.
-    """
-    dictionaries = sum(n_bytes for values, n_bytes in pages if not values)
-    pages = [page for page in pages if page[0]]
-    most = first = values = n_bytes = 0
-    for i, (page_values, page_bytes) in enumerate(pages):
-        values, n_bytes = values + page_values, n_bytes + page_bytes
-        # Rows that touch the first and this page are one of each and all between them
-        while first < i and values - pages[first][0] - page_values + 2 > rows:
-            values, n_bytes = values - pages[first][0], n_bytes - pages[first][1]
-            first += 1
-        most = max(most, n_bytes)
-    return most + rows * dictionaries
-
-
-def _pages(raw: io.BufferedReader, chunk) -> list[tuple[int, int]]:
-    """Values and decompressed bytes of the pages of a column chunk; (0, all bytes) if a header cannot be read."""
-    size, pages = chunk.total_uncompressed_size, []
-    position = min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
-    end, handle = position + chunk.total_compressed_size, raw.fileno()
-    while size > 1 << 20 and position < end:
-        for length in (1 << 12, 1 << 16, 1 << 20):  # pages have the largest and smallest value in their headers
-            with contextlib.suppress(IndexError):
-                fields, length = _header(os.pread(handle, length, position))
-                break
-        else:
-            break
-        if 2 not in fields or fields.get(3, -1) < 0:
-            break
-        values = 0 if fields.get(1) == _DICTIONARY_PAGE else fields.get(5, fields.get(8, 0))
-        pages.append((values, fields[2]))
-        position += length + fields[3]
-    else:
-        return pages or [(0, size)]
-    return [(0, size)]
-
-
-def _header(data: bytes) -> tuple[dict[int, int], int]:
-    """The integer fields of a page header, and its length. It is Thrift's compact protocol.
-
-    Field 1 is the kind of the page, 2 its decompressed and 3 its stored size. Of fields 5 and 8, the headers of data
-    pages, the value is their field 1, the number of values.
-    https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
-    """
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    def struct() -> dict[int, int]:
-        nonlocal position
-        fields, number = {}, 0
-        while byte := data[position]:
-            position += 1
-            delta, kind = byte >> 4, byte & 15
-            number = number + delta if delta else (varint() >> 1)
-            if kind in (4, 5, 6):  # integers, zigzag
-                value = varint()
-                fields[number] = (value >> 1) ^ -(value & 1)
-            elif kind == 3:  # a byte
-                position += 1
-            elif kind == 8:  # a string
-                length = varint()  # not `position += varint()`, which adds to the position before the call
-                position += length
-            elif kind == 12:
-                fields[number] = struct().get(1, 1)
-            elif kind not in (1, 2):  # booleans, whose value is the type; page headers have nothing else
-                return {}
-        position += 1
-        return fields
-
-    return struct(), position
+def _bytes_of(group, columns: list[str]) -> int:
+    """Bytes of the columns in a row group, decompressed."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    names = tuple(f"{name}." for name in columns)
+    return sum(chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(names))
