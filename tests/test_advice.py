@@ -6,25 +6,30 @@ one.
 """
 
 import ast
+import errno
 import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT, small_config
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, arguments
 from trialgpt_jax.config import default_config, validate
-from trialgpt_jax.data import batches, token_store, tokenizer
+from trialgpt_jax.data import batches, hub, token_store, tokenizer
 from trialgpt_jax.data.token_store import open_store
+from trialgpt_jax.model import generate
 from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.sampling import DEFAULT_SAMPLING
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.accelerators import attention_kernel
 from trialgpt_jax.preprocess import preprocess
-from trialgpt_jax.storage import files, lock
+from trialgpt_jax.storage import files, json_files, lease, lock
 from trialgpt_jax.training import metrics
 from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program, gpt_config, resolve
@@ -35,9 +40,10 @@ _VERBS = (
 )
 PROPOSAL = re.compile(
     rf"(?:^|[;,:(.] ?|\b(?:or|and|then|to) )(?:{_VERBS}) (?!and\b|of\b)\S"
-    r"|pip install|git lfs|\b(?:or|use|with|give|continue|write|set) (?:another )?`?--[a-z]|--allow"
+    r"|\b(?:or|use|with|give|continue|write|set) (?:another )?`?--[a-z]|--allow"
+    r"|\.on_error=skip (?!in)|\.extensions=|pip install"
 )
-FOLLOWS = re.compile(r"^ +# follows: (.+)$", re.MULTILINE)
+FOLLOWS = re.compile(r"^ .*# follows: (.+)$", re.MULTILINE)
 
 
 def text_of(node: ast.AST) -> str | None:
@@ -52,30 +58,33 @@ def text_of(node: ast.AST) -> str | None:
 
 
 def messages(source: str):
-    """Line number and text of the string literals in the functions of a source, without docstrings and flags' help."""
+    """Line number and text of the string literals of a source, without docstrings and the help of flags and fields."""
 
-    def visit(node: ast.AST, inside: bool):
+    def visit(node: ast.AST):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             return  # a docstring
+        if isinstance(node, ast.Assign) and _is_help(node.targets[0]):
+            return
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "field":
+            return
         text = text_of(node)
-        if text is None:
-            inside = inside or isinstance(node, ast.FunctionDef)
-            for child in ast.iter_child_nodes(node):
-                yield from visit(child, inside)
-        elif inside:
+        if text is not None:
             yield node.lineno, text
+            return
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
 
-    yield from visit(ast.parse(source), False)
+    yield from visit(ast.parse(source))
 
 
-def proposals() -> dict[str, str]:
-    """Place -> text of every message that proposes something."""
-    found = {}
-    for path in sorted((ROOT / "trialgpt_jax").rglob("*.py")):
-        for line, text in messages(path.read_text()):
-            if " " in text.strip() and PROPOSAL.search(text):
-                found[f"{path.relative_to(ROOT)}:{line}"] = text
-    return found
+def _is_help(target: ast.AST) -> bool:
+    return isinstance(target, ast.Name) and target.id in ("FLAGS", "OPTIONS")
+
+
+def all_messages() -> list[tuple[str, str]]:
+    """Place and text of every string literal of the package."""
+    paths = sorted((ROOT / "trialgpt_jax").rglob("*.py"))
+    return [(f"{path.relative_to(ROOT)}:{n}", text) for path in paths for n, text in messages(path.read_text())]
 
 
 def followed() -> list[str]:
@@ -85,13 +94,13 @@ def followed() -> list[str]:
 
 
 def test_every_proposal_in_a_message_is_followed_by_a_test():
-    parts = followed()
-    missing = [f"{where}: {text}" for where, text in proposals().items() if not any(part in text for part in parts)]
+    parts, made = followed(), [(place, text) for place, text in all_messages() if PROPOSAL.search(text)]
+    missing = [f"{place}: {text}" for place, text in made if not any(part in text for part in parts)]
     assert not missing, "\n".join(missing)
 
 
 def test_every_mark_names_a_message():
-    texts = list(proposals().values())
+    texts = [text for _, text in all_messages()]
     assert not [part for part in followed() if not any(part in text for text in texts)]
 
 
@@ -229,6 +238,7 @@ def test_an_object_store_without_its_package(monkeypatch):
 
 
 def test_a_token_store_that_is_damaged(store, tmp_path):
+    # follows: run `python -m trialgpt_jax.preprocess`
     # follows: remove the folder and {} again
     # follows: but should be {}; remove {} and {} again
     def damage(name, *words):
@@ -284,3 +294,125 @@ def test_a_library_caller_with_float64():
     assert "set JAX_ENABLE_X64=1" in message(Program, c)
     with jax.enable_x64(True):
         Program(c)
+
+
+def test_a_disk_that_is_full_or_broken(tmp_path):
+    # follows: free some space, or
+    def write(error):
+        with lease.writable(str(tmp_path), "--workdir"):
+            raise error
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert message(write, full).endswith("free some space, or choose another folder")
+    with lease.writable(str(tmp_path), "--workdir"):
+        pass
+
+
+def test_a_folder_with_the_shards_of_others(store, tmp_path):
+    # follows: which is not of this job; choose another data.dir
+    # follows: remove the folder and {} with a corpus that has documents
+    config = small_config(tmp_path / "other")
+    config.data.update({"source": "files", "tokenizer": "gpt2", "val_fraction": 0.0})
+    config.data.source_options.path = str(store.parent / "texts")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train_00000.bin").write_bytes(bytes(8))
+    assert message(preprocess, config).endswith("choose another data.dir")
+    config.data.dir = str(tmp_path / "tokens")
+    preprocess(config)
+    manifest = json_files.read(str(tmp_path / "tokens" / "manifest.json"))
+    json_files.write(str(tmp_path / "tokens" / "manifest.json"), manifest | {"shards": []})
+    assert "remove the folder and run" in message(open_store, config.data.dir)
+    shutil.rmtree(config.data.dir)
+    preprocess(config)
+    open_store(config.data.dir)
+
+
+def test_a_split_by_rows_of_what_has_no_rows(store, tmp_path):
+    # follows: so it needs .parquet files, not {}; use hash
+    config = small_config(tmp_path)
+    config.data.update({"source": "files", "tokenizer": "gpt2", "split": "nanogpt", "val_fraction": 0.1})
+    config.data.source_options.path = str(store.parent / "texts")
+    assert message(preprocess, config).endswith("use hash")
+    config.data.split = "hash"
+    preprocess(config)
+
+
+def test_a_dataset_whose_data_are_outside_the_hub(store, tmp_path, monkeypatch):
+    # follows: download it and use data.source=files
+    monkeypatch.setattr(hub, "_check_reachable", lambda *_: None)
+    monkeypatch.setattr(hub, "_data_files", lambda *_: ["https://example.com/a.txt"])
+    config = small_config(tmp_path)
+    config.data.update({"source": "hf:owner/name", "tokenizer": "gpt2", "val_fraction": 0.1})
+    assert message(preprocess, config).endswith("download it and use data.source=files")
+    config.data.source = "files"
+    config.data.source_options.path = str(store.parent / "texts")
+    preprocess(config)
+
+
+def test_a_prompt_without_tokens():
+    # follows: the prompt is empty; give at least one token
+    gpt = GPTConfig(n_layer=1)
+    assert message(generate._check, np.zeros(0, int), gpt, 1, 1, DEFAULT_SAMPLING).endswith("give at least one token")
+    generate._check(np.zeros(1, int), gpt, 1, 1, DEFAULT_SAMPLING)
+
+
+def test_a_split_without_documents(store, tmp_path):
+    # follows: raise data.val_fraction
+    config = small_config(tmp_path / "0")
+    config.data.update({"source": "files", "tokenizer": "gpt2", "val_fraction": 0.0})
+    config.data.source_options.path = str(store.parent / "texts")
+    preprocess(config)
+    split = open_store(config.data.dir).split("val")
+    refusal = message(next, batches.eval_batches(split, block_size=8, batch_size=1))
+    assert "raise data.val_fraction and run preprocess into a new folder" in refusal
+    config.data.update({"val_fraction": 0.3, "dir": str(tmp_path / "1")})
+    preprocess(config)
+    next(batches.eval_batches(open_store(config.data.dir).split("val"), block_size=8, batch_size=1))
+
+
+def test_flags_of_nanogpt_that_mean_something_else(store):
+    # follows: give the ratio to the peak: --config.optim.min_lr_ratio=0.1
+    # follows: run trialgpt_jax.evaluate with --workdir=FOLDER
+    # follows: for other weights write --config.train.init_from=FOLDER
+    def sort(*given):
+        return arguments.sort(given, {"workdir": None})
+
+    assert "--config.optim.min_lr_ratio=0.1" in message(sort, "--min_lr=6e-5")
+    assert sort("--config.optim.min_lr_ratio=0.1").values == {"optim.min_lr_ratio": 0.1}
+    assert "run trialgpt_jax.evaluate with --workdir=FOLDER" in message(sort, "--eval_only")
+    assert importlib.import_module("trialgpt_jax.evaluate").FLAGS["workdir"]
+    assert "write --config.train.init_from=FOLDER" in message(sort, "--init_from=gpt2-xl")
+    assert sort("--config.train.init_from=FOLDER").values == {"train.init_from": "FOLDER"}
+
+
+def test_limits_of_the_process():
+    # follows: raise the limit of open files (ulimit -n)
+    # follows: raise the limit of memory (ulimit -v, or that of the container)
+    code = (
+        "import resource, sys; from trialgpt_jax import faults\n"
+        "kind = getattr(resource, sys.argv[1])\n"
+        "resource.setrlimit(kind, (int(sys.argv[2]), resource.getrlimit(kind)[1]))\n"
+        "try: print([open('/dev/null') for _ in range(50)], len(bytearray(1 << 30)))\n"
+        "except (OSError, MemoryError) as error: print(faults.explain(error))\n"
+    )
+    for kind, low, high, words in (
+        ("RLIMIT_NOFILE", 40, 100, "raise the limit of open files (ulimit -n)"),
+        ("RLIMIT_AS", 1 << 29, 1 << 33, "raise the limit of memory (ulimit -v"),
+    ):
+        for limit in (low, high):
+            command = [sys.executable, "-c", code, kind, str(limit)]
+            output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            assert (words in output) == (limit == low), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lever", [{"accumulate_steps": 8}, {"remat": "block"}])
+def test_what_lowers_the_memory_of_a_step(store, lever):
+    # follows: raise train.accumulate_steps, set train.remat=block, or split the state
+    def temporaries(**train):
+        config = small_config(store)
+        config.model.update({"n_layer": 8, "block_size": 256})
+        config.train.update({"batch_size": 32, **train})
+        return Program(config).train_step.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(**lever) < 0.8 * temporaries()

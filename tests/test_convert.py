@@ -164,6 +164,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_in_both_directions(worl
     checkpoints.save(10, {"params": jax.tree.map(jnp.asarray, params)}, allow_nonfinite=True)
     checkpoints.wait()
 
+    # follows: --allow_nonfinite converts them all the same
     names = r"blocks/mlp/c_fc/kernel \(1\), ln_f/bias \(1\), wpe/embedding \(2\) and 1 more arrays; --allow_nonfinite"
     with pytest.raises(UserError, match=f"checkpoint 10 of .*run has 5 values that are not finite, in {names}"):
         convert.to_hf(config, str(tmp_path / "run"), str(tmp_path / "hf"))

@@ -66,6 +66,8 @@ def fill(folder):
 def test_a_full_disk_stops_the_run_with_one_line_and_when_there_is_room_it_goes_on(
     reference, config, small_disk, default_file
 ):
+    # follows: run the same command to go on from the newest checkpoint
+    # follows: because the disk is full; free some space, and {}
     workdir = small_disk / "run"
     config.checkpoint.update({"every_steps": 1, "keep_period": 1})  # keeps all checkpoints until the disk is full
     result = train(config, workdir, default_file)

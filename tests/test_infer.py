@@ -1,6 +1,8 @@
 """The commands evaluate and infer: their output, reproducible samples, and the requests that they refuse."""
 
+import errno
 import json
+import os
 
 import jax
 import numpy as np
@@ -28,6 +30,19 @@ def workdir(store, tmp_path_factory):
 
 def infer(workdir, *arguments):
     return call("infer", f"--workdir={workdir}", *arguments)
+
+
+def test_a_fault_of_the_disk_while_a_model_is_read(workdir, monkeypatch):
+    # follows: run the same command again
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(workdir / "tokenizer.json"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trialgpt_jax.infer.load_params", broken)
+        refused(
+            infer(workdir, "--max_new_tokens=1"), "tokenizer.json: Input/output error", "run the same command again"
+        )
+    assert infer(workdir, "--max_new_tokens=1").returncode == 0
 
 
 def test_evaluate_covers_every_window_once_and_agrees_with_numpy(workdir, store):

@@ -125,7 +125,7 @@ def test_shares_of_several_machines_merge_into_the_same_store(tmp_path, corpus, 
     shared = make_config(tmp_path / "shared", **common)
     for index in reversed(range(1, machines)):
         preprocess(shared, f"{index}/{machines}")
-        # follows: run preprocess with --worker=i/n first; it is missing; run it, and merge again
+        # follows: run it, and merge again
         with pytest.raises(UserError, match=r"shares; --worker=0/\d is missing"):
             merge(shared.data)
     with pytest.raises(UserError, match="is an unfinished token store"):
@@ -150,6 +150,7 @@ def test_shares_made_in_separate_folders_by_command_line(tmp_path, corpus):
     (tmp_path / "joined" / "train_00001_0000.bin").rename(tmp_path / "forgotten.bin")
     done = subprocess.run(merge_command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "train_00001_0000.bin is missing, though its share is finished" in done.stderr
+    # follows: copy it here and merge again
     (tmp_path / "forgotten.bin").rename(tmp_path / "joined" / "train_00001_0000.bin")  # after others were renamed
     subprocess.run(merge_command, capture_output=True, text=True, check=True)
     assert_same_folders(tmp_path / "one", tmp_path / "joined")
@@ -158,9 +159,9 @@ def test_shares_made_in_separate_folders_by_command_line(tmp_path, corpus):
 def test_shares_of_different_jobs_are_refused(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
     config = make_config(tmp_path / "store", **common)
-    with pytest.raises(UserError, match="holds no shares to merge"):
+    with pytest.raises(UserError, match="holds no shares to merge; run preprocess with --worker=i/n first"):
         merge(config.data)
-    preprocess(config, "0/2")
+    preprocess(config, "0/2")  # follows: holds no shares to merge; run preprocess with --worker=i/n first
     with pytest.raises(UserError, match=r"was begun with another number of workers \(progress_0_of_2.json\)"):
         preprocess(config, "1/3")
     preprocess(config, "1/2")  # follows: continue with that number
@@ -950,7 +951,7 @@ def test_openwebtext_from_a_hub_that_fails_every_third_request(tmp_path, speeche
     with HubServer(files, faults=0.35) as server:
         config = make_config(tmp_path / "store", source="openwebtext", **common)
         # follows: and HF_HUB_OFFLINE is set; unset it where the hub can be reached
-        # follows: cannot be written: {error.strerror}; set HF_HOME to a folder
+        # follows: cannot be written: {}; set HF_HOME to a folder
         done = run_with_hub(config, server, tmp_path / "home")
         assert done.returncode == 0 and "3 files" in done.stdout.splitlines(), done.stderr
         assert server.failed > 0

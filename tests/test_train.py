@@ -251,6 +251,7 @@ def test_a_workdir_in_use_is_refused_and_another_model_too(reference, long_confi
         lock.write("host somewhere, pid 123\n")
         lock.flush()
         refused(train(long_config, workdir, file=default_file, here=True), "in use", "host somewhere, pid 123")
+    # follows: use that or another --workdir, because --allow_config_change={} changes no checkpoint
     changed = long_config.copy_and_resolve_references()
     changed.model.n_layer = 3
     refused(

@@ -326,9 +326,11 @@ def check_resumable(
         if name == "data.dir" and same_data:
             harmless = harmless or _weights(new[name]) == _weights(old[name])
         if not harmless and name not in allowed:
+            ways = f"use that, another --workdir, or --allow_config_change={name}"
+            if name.startswith(("model.n_", "model.vocab_size", "model.head_dim", "model.bias", "model.tie")):
+                ways = f"use that or another --workdir, because --allow_config_change={name} changes no checkpoint"
             raise UserError(
-                f"config field `{name}` is {new[name]!r}, but this workdir's run was started with {old[name]!r}; "
-                f"use that, another --workdir, or --allow_config_change={name}"
+                f"config field `{name}` is {new[name]!r}, but this workdir's run was started with {old[name]!r}; {ways}"
             )
     lines = [f"config field `{name}` changes from {old[name]!r} to {new[name]!r}" for name in changed]
     return [] if converted else lines

@@ -26,7 +26,7 @@ _NUMBERS = frozenset(
 _HINTS = {
     "EMFILE": "raise the limit of open files (ulimit -n)",
     "ENOMEM": "raise the limit of memory (ulimit -v, or that of the container)",
-    "EAGAIN": "raise the limit of processes and threads (ulimit -u)",
+    "EAGAIN": "the limit of processes and threads is too low (ulimit -u)",
 }
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY|bad_alloc|failed to allocate", re.IGNORECASE)
 _DRIVER = re.compile(

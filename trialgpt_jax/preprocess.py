@@ -98,11 +98,12 @@ def describe(folder: str) -> str:
 
 
 def show(folder: str, count: int) -> Iterator[str]:
-    """The first `count` documents of a store's training split, decoded; without end-of-text 1,000 ids for each."""
+    """The first `count` documents of a store's training split, decoded; without end-of-text pieces of 1,000 ids."""
     store = token_store.open_store(folder)
     tokenizer, split = tokenizer_lib.from_store(store.folder), store.split("train")
-    if store.eot_id is None:  # no documents: a piece in place of each
-        yield tokenizer.decode(split.read(0, min(1000 * count, split.n_tokens)))
+    if store.eot_id is None:
+        for start in range(0, split.n_tokens, 1000)[:count]:
+            yield tokenizer.decode(split.read(start, min(1000, split.n_tokens - start)))
         return
     rest = np.empty(0, np.int32)
     for start in range(0, split.n_tokens, 1 << 16):
