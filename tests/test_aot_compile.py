@@ -61,6 +61,7 @@ def test_the_step_for_an_h200_fuses_bias_gelu_and_residual_into_the_matmuls(tmp_
     assert not re.search(r"copy\(.*bf16", text)
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_every_kernel_twice_and_reduce_scatters_its_gradient_once():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
     larger = [

@@ -363,6 +363,7 @@ def test_there_were_two_hundred():
     assert COUNT == 0 or COUNT >= 200
 
 
+@pytest.mark.slow
 def test_a_few_in_their_own_processes(made):
     folder, flags = made
     before = untouched(folder)

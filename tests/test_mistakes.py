@@ -29,7 +29,7 @@ MISTAKES = [
     (*CORPUS, "--config.data.source_options.path={files}/cut.jsonl.gz", "cut.jsonl.gz"),
     (*CORPUS, "--config.data.source_options.path={files}/text.gz.txt.gz", "text.gz.txt.gz"),
     (*CORPUS, "--config.data.source_options.path={files}/text.parquet", "text.parquet"),
-    (*CORPUS, "--config.data.source_options.path={files}/utf16.txt", "utf16.txt"),
+    (*CORPUS, "--config.data.source_options.path={files}/latin1.txt", "latin1.txt"),
     (*CORPUS, "--config.data.source_options.path=", "data.source_options.path"),
     (*CORPUS, "--config.data.source_options.path={files}/good --config.data.split=nanogpt", "parquet"),
     # preprocess: how
@@ -184,7 +184,6 @@ def places(store, tmp_path_factory):
     (files / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 1000)[:-20])
     (files / "text.gz.txt.gz").write_text("this is not gzip\n")
     (files / "text.parquet").write_text("this is not parquet\n")
-    (files / "utf16.txt").write_text("words", encoding="utf-16")
     (files / "latin1.txt").write_bytes("déjà vu".encode("latin-1"))
     (files / "llama" / "config.json").write_text('{"model_type": "llama"}')
     (files / "pickle" / "config.json").write_text('{"model_type": "gpt2"}')

@@ -184,6 +184,7 @@ def finished_units(folder):
         return 0
 
 
+@pytest.mark.slow
 def test_killed_ten_times_with_varying_numbers_of_workers_the_bytes_are_the_same(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 4_000, "tokenizer": "bpe:1000"}
     subprocess.run(command(make_config(tmp_path / "whole", **common)), check=True, capture_output=True)

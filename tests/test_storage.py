@@ -63,6 +63,7 @@ def test_urls_of_unsupported_stores_are_refused(tmp_path):
     assert not os.path.exists("memory:")
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_in_a_bucket_equals_a_run_on_disk(bucket, config, tmp_path, default_file):
     config.train.steps = 40
     flags = [f"--config={default_file}", *overrides(config)]

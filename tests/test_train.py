@@ -90,6 +90,7 @@ def test_the_log_and_the_files_of_a_run(reference, long_config):
     assert kept == sorted({110, 120, best})
 
 
+@pytest.mark.slow
 def test_metrics_are_the_same_with_asynchronous_dispatch(config, tmp_path, default_file, monkeypatch):
     """As on an accelerator, where metrics are fetched one step late."""
     for ahead in (True, False):

@@ -90,7 +90,7 @@ def test_a_damaged_record_of_the_data_is_refused_by_its_name(config, store, tmp_
     refused(call("train", *flags), str(tmp_path / "run" / "data.json"))
 
 
-@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("mixture", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_relative_store_is_found_from_another_folder_and_after_it_has_moved(
     stores, mixture, config, tmp_path, default_file, monkeypatch
 ):

@@ -7,10 +7,9 @@ import hashlib
 import io
 import json
 import os
-import pickle
+import pickletools
 import struct
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -99,7 +98,7 @@ def from_texts(texts: Iterable[str]) -> CharTokenizer:
 
 
 def read_meta(path: str) -> CharTokenizer:
-    """The tokenizer in nanoGPT's `meta.pkl`. Only dicts, strings and numbers are unpickled, so no code can run.
+    """The tokenizer in nanoGPT's `meta.pkl`. Only dicts, strings and numbers are read, so no code can run.
 
     Raises:
       UserError: it cannot be read, has other contents, or its ids are not 0 ... vocab_size-1, one character each.
@@ -117,35 +116,75 @@ def read_meta(path: str) -> CharTokenizer:
         raise UserError(f"{path} cannot be used as the tokenizer of the ids beside it: {why}") from None
 
 
-class _Plain(pickle._Unpickler):  # in Python: the C version allocates what a damaged file claims
-    """Refuses every global, which a pickle needs to run code; itos and stoi need none."""
-
-    dispatch: ClassVar = {
-        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
-    }
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, and only dicts, strings and numbers are read")
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to data outside the file")
-
-    def get_extension(self, code):
-        raise pickle.UnpicklingError("it refers to a registered object, and only dicts, strings and numbers are read")
-
-
-# What a damaged pickle raises, depending on the opcodes that it happens to contain
-_DAMAGED = (EOFError, LookupError, TypeError, AttributeError, ValueError, OverflowError, MemoryError, RecursionError)
-_DAMAGED += (AssertionError, struct.error)
+# Opcodes of a pickle that put a plain value on the stack
+_VALUES = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
+_VALUES += ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_MARK = object()
 
 
 def _unpickle(data: bytes) -> object:
+    """The dicts, lists, strings and numbers in a pickle, whose opcodes are read one by one.
+
+    Python's own unpickler is not used: every opcode that refers to code or to anything outside the file is refused.
+
+    Raises:
+      ValueError: any other opcode, or a file that is damaged.
+    """
     try:
-        return _Plain(io.BytesIO(data)).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"it is not {_PLAIN}: {error}") from None
-    except _DAMAGED:
+        return _run(pickletools.genops(io.BytesIO(data)))
+    except _Refused as error:
+        raise ValueError(f"it is not {_PLAIN}: {error}, and only dicts, strings and numbers are read") from None
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError, struct.error):
         raise ValueError(f"it is not {_PLAIN}: it is not a whole pickle") from None
+
+
+class _Refused(Exception):
+    pass
+
+
+def _run(opcodes: Iterator[tuple]) -> object:
+    stack, memo = [], {}
+
+    def since_mark() -> list:
+        place = len(stack) - 1 - stack[::-1].index(_MARK)
+        values = stack[place + 1 :]
+        del stack[place:]
+        return values
+
+    for opcode, argument, _ in opcodes:
+        name = opcode.name
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name == "DICT":
+            values = since_mark()
+            stack.append(dict(zip(values[::2], values[1::2], strict=True)))
+        elif name == "LIST":
+            stack.append(since_mark())
+        elif name in ("SETITEM", "SETITEMS"):
+            values = since_mark() if name == "SETITEMS" else [stack.pop() for _ in range(2)][::-1]
+            stack[-1].update(zip(values[::2], values[1::2], strict=True))
+        elif name in ("APPEND", "APPENDS"):
+            values = since_mark() if name == "APPENDS" else [stack.pop()]
+            stack[-1].extend(values)
+        elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "STOP":
+            return stack.pop()
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            names = argument.split(" ") if argument else stack[-2:]
+            raise _Refused(f"it refers to {'.'.join(map(str, names))}")
+        elif name not in ("PROTO", "FRAME"):
+            raise _Refused(f"it has the opcode {name}")
+    raise ValueError("no STOP")
 
 
 def _tokenizer(meta: object) -> CharTokenizer:
