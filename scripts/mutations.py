@@ -68,7 +68,12 @@ MUTATIONS = [
     Mutation("data/units.py", "whole = np.append(whole, np.uint32(tokenizer.eot_id))", "pass", "preprocess"),
     Mutation("data/foreign_store.py", "split.check_id(int(ids.max()), name)", "pass", "token_store"),
     Mutation("data/library_tokenizer.py", "library.encode_special_tokens = True", "pass", "tokenizer_source"),
-    Mutation("data/char_tokenizer.py", "def find_class(", "def _find_class(", "char"),
+    Mutation("data/char_tokenizer.py", 'raise _Refused(f"it has the opcode', 'str(f"it has the opcode', "char"),
+    Mutation("data/walk.py", "                taken.add(identity)\n", "", "corpora"),
+    Mutation("data/walk.py", "raise unreadable(path, error)", "pass", "corpora"),
+    Mutation("data/input_record.py", "digest.update(file.read(_END_BYTES))", "pass", "preprocess"),
+    Mutation("data/tokenizer_source.py", "return _of_folder(", "return None and _of_folder(", "tokenizer_source"),
+    Mutation("data/archives.py", "context.depth + 1", "context.depth", "archives"),
     Mutation("data/batches.py", "(seed + number * 0x9E3779B97F4A7C15) % 2**64", "seed", "batches"),
     Mutation(
         "data/batches.py",
@@ -133,7 +138,7 @@ MUTATIONS = [
     Mutation(
         "model/generate.py", "(0, None))(drawing.keys_B, state.n_new)", "(0, None))(drawing.keys_B, 0)", "generate"
     ),
-    Mutation("model/hf.py", "value.shape != wanted[name]", "value.size < 0", "hf convert"),
+    Mutation("model/hf.py", "        if shape != want:", "        if len(shape) > 9:", "hf convert"),
     # training
     Mutation("training/train_step.py", "jax.random.fold_in(step_key, rows[0])", "step_key", "train_step"),
     Mutation(

@@ -87,7 +87,7 @@ def load_progress(data: ConfigDict, index: int, count: int) -> Progress:
     for name in files.names(data.dir):
         if _LOCK.fullmatch(name) and name != f"lock_{index}_of_{count}":
             lock.check_free(data.dir, name=name, flag="data.dir")
-    say(f"{data.dir} has no finished work yet and is begun anew")
+    say(f"{data.dir} has no finished work yet and is started again")
     for name in files.names(data.dir):
         if progress.NAME.fullmatch(name) or _UNIT_SHARD.fullmatch(name) or name in _TOKENIZER:
             files.remove(os.path.join(data.dir, name))
