@@ -236,6 +236,8 @@ class Harmful:
     [
         (collections.OrderedDict(meta("ab")), "it refers to collections.OrderedDict"),
         (meta("ab") | {"itos": np.arange(2)}, "it refers to numpy"),
+        (meta("ab") | {"more": (1, 2)}, "it has the opcode TUPLE2"),
+        (meta("ab") | {"more": b"a"}, "it has the opcode SHORT_BINBYTES"),
         ({"vocab_size": 50257}, r"it holds the keys \['vocab_size'\]"),
         ({"stoi": {}, "itos": {}, "vocab_size": 0}, "there are no characters"),
         (meta(["a", "the"]), "id 1 is 'the', not one character"),

@@ -104,7 +104,9 @@ def _meant(argument: str, previous: str, flags: Mapping[str, object], known: Map
         return aliases.flag(name, value, flags, known)
     if isinstance(flags.get(previous), bool) and argument.lower() in ("true", "false"):
         return f", as in --{previous}={argument}"
-    return ""
+    if previous == "prompt":
+        return "; a prompt with spaces needs quotes"
+    return f", as in --workdir={argument}" if "workdir" in flags and os.path.isdir(argument) else ""
 
 
 def expand(value: object, where: str, name: str = "") -> object:
@@ -138,5 +140,6 @@ def _home(path: str, where: str) -> str:
     found = os.path.expanduser(path)
     own = path == "~" or path.startswith("~/")
     if (own and not os.path.isabs(os.environ.get("HOME", found))) or not os.path.isabs(found):
-        raise UserError(f"{where}: the home folder of {path} is not known (HOME is not set); name it without ~")
+        why = " (HOME is not set)" if own else ""
+        raise UserError(f"{where}: the home folder of {path} is not known{why}; name it without ~")
     return found

@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
                 status = end.code
             sys.stdout.flush()
     except UserError as error:
-        console.say_always(f"error: {error}")
+        console.say_always(f"error: {console.one_line(str(error))}")
         status = EXIT_USER_ERROR
     except console.OutputError as error:
         if error.line:
@@ -51,7 +51,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         line = faults.explain(error)
         if line is None:
             raise
-        console.say_always(f"error: {line}")
+        console.say_always(f"error: {console.one_line(line)}")
         status = EXIT_USER_ERROR
     with contextlib.suppress(console.OutputError):
         sys.stdout.flush()  # what is left; Python's own flush at exit would turn a failure into status 120
@@ -159,8 +159,8 @@ def parse(
         config = load_snapshot(workdir)
     else:
         raise UserError(
-            "neither --config=FILE nor --workdir=FOLDER is given; "
-            "the configs that come with the project are in configs/"
+            "--workdir=FOLDER is missing; a new run of `train` needs --config=FILE as well, and the configs that come "
+            "with the project are in configs/"
         )
     for name, value in fields(config).items():
         own_file = arguments.expand(value, f"config field `{name}`", name)

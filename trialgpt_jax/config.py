@@ -265,7 +265,7 @@ def update(config: ConfigDict, values: dict, path: str, prefix: str = "") -> Non
     """
     for name, value in values.items():
         if name not in config:
-            raise UserError(f"{path}: {unknown_field(prefix + name)}")
+            raise UserError(f"{path}: {unknown_field(f'{prefix}{name}')}")
         old = config[name]
         value = number(value, old)
         if isinstance(old, ConfigDict) and isinstance(value, dict):

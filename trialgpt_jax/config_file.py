@@ -19,7 +19,8 @@ from trialgpt_jax.config import default_config, fields, unknown_field, update
 
 _NAME = "trialgpt_jax_config_file"  # in sys.modules, where dataclasses of the file look up their annotations
 # Of ml_collections.
-_WRONG_TYPE = re.compile(r"field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>.*'(\w+)'>$")
+_WRONG_TYPE = re.compile(r"field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>.*'([\w.]+)'>$")
+_UNKNOWN = re.compile(r'Key "(\w+)" does not exist|Did you mean "\w+" instead of "(\w+)"')
 _DATA = (".json", ".toml", ".yaml", ".yml")
 
 
@@ -50,9 +51,9 @@ def load(text: str) -> ConfigDict:
     _check_argument(function, path, text, bool(colon))
     try:
         result = function(argument) if colon else function()
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise  # for example a size that configs/gpt2.py does not have
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's file raises
+    except BaseException as error:  # noqa: BLE001 - whatever the user's file raises
         raise UserError(_reason(error, path)) from None
     if not isinstance(result, ConfigDict):
         found = "nothing" if result is None else type(result).__name__
@@ -69,13 +70,13 @@ def _execute(path: str, text: str) -> ModuleType:
     sys.modules[_NAME] = module
     try:
         loader.exec_module(module)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
     except OSError as error:
         if error.filename != path:
             raise UserError(_reason(error, path)) from None
         raise UserError(f"--config={text} cannot be read: {error.strerror}") from None
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's file raises
+    except BaseException as error:  # noqa: BLE001 - whatever the user's file raises
         raise UserError(_reason(error, path)) from None
     finally:
         del sys.modules[_NAME]
@@ -90,10 +91,11 @@ def _reason(error: BaseException, path: str) -> str:
         return f"{where}: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     where = f"{path}:{frames[-1].lineno}" if frames else path
-    if isinstance(error, (AttributeError, KeyError)) and (field := re.search(r'Key "(\w+)" does not exist', message)):
-        return f"{where}: {unknown_field(field[1])}"
+    if isinstance(error, (AttributeError, KeyError)) and (field := _UNKNOWN.search(message)):
+        return f"{where}: {unknown_field(field[1] or field[2])}"
     if isinstance(error, TypeError) and (wrong := _WRONG_TYPE.search(message)):
-        return f"{where}: config field `{wrong[1]}` is {wrong[2]} ({wrong[3]}), but should be of type {wrong[4]}"
+        wanted = "a group of fields" if wrong[4].endswith("._Fields") else f"of type {wrong[4]}"
+        return f"{where}: config field `{wrong[1]}` is {wrong[2]} ({wrong[3]}), but should be {wanted}"
     if isinstance(error, SystemExit):
         return f"{where}: the file ends the program; it may only define get_config()"
     return f"{where}: {type(error).__name__}: {message}" if message else f"{where}: {type(error).__name__}"

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -56,6 +57,11 @@ def say_always(text: str) -> None:
         except UnicodeEncodeError:
             sys.stderr.write(line.encode("ascii", "backslashreplace").decode())
         sys.stderr.flush()
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters as escapes: a folder's name may hold a newline."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def guard() -> None:

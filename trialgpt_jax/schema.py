@@ -47,7 +47,7 @@ def check(name: str, value: Any, spec: Spec) -> None:
     if spec.choices is not None and value not in spec.choices:
         raise _not_one_of(name, value, spec.choices)
     if type(value) is int and value > INT32_MAX:
-        raise UserError(f"config field `{name}` is {value}, but must be at most {INT32_MAX}")
+        raise UserError(f"config field `{name}` is {value!r:.40}, but must be at most {INT32_MAX}")
     if spec.at_least is None:
         return
     if spec.at_most is not None or spec.below is not None:

@@ -1,5 +1,6 @@
 """What the environment says about JAX, checked before JAX acts on it: XLA_FLAGS, JAX_PLATFORMS, the cache folder."""
 
+import logging
 import os
 import re
 import warnings
@@ -10,6 +11,8 @@ from jax._src.lib import xla_client
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
+
+_MOST_DEVICES = 1024  # of a CPU; JAX takes minutes to start 100,000
 
 
 def check_xla_flags() -> None:
@@ -23,6 +26,9 @@ def check_xla_flags() -> None:
     value = os.environ.get("XLA_FLAGS", "").strip()
     if not value or xla_bridge.backends_are_initialized():
         return
+    count = re.search(r"--(xla_force_host_platform_device_count)=(-?\d+)(?:\s|$)", value)
+    if count and not 1 <= int(count[2]) <= _MOST_DEVICES:
+        raise UserError(f"XLA_FLAGS: {count[1]} is {count[2]}, but must be at least 1 and at most {_MOST_DEVICES}")
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python and JAX warn of threads; this child only parses a string
@@ -43,24 +49,37 @@ def check_xla_flags() -> None:
 
 
 def check_devices() -> None:
-    """Starts JAX's devices.
+    """Starts JAX's devices. A package of JAX that does not work here is a line of the log.
 
     Raises:
       UserError: there is none of those that JAX_PLATFORMS asks for; names what there is.
     """
-    wanted = jax.config.jax_platforms
+    wanted, broken = jax.config.jax_platforms, _BrokenPlugins()
+    log = logging.getLogger(xla_bridge.__name__)
+    log.addFilter(broken)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a platform that is known and not installed
-        why = " ".join(str(error).split(" (set ")[0].split())
-        why = f" ({why[:200]})" if why else " (no such package of JAX is installed)"
+        why = " ".join(str(error).split(" (set ")[0].split()) or "no such package of JAX works here"
         if not wanted:
-            raise UserError(f"JAX finds no device{why}") from None
+            raise UserError(f"JAX finds no device ({why[:200]})") from None
         there = ", ".join(sorted(set(xla_bridge._backend_factories) - set(wanted.split(","))))
         raise UserError(
-            f"JAX_PLATFORMS={wanted}, but JAX finds no such device here{why}; JAX is installed for {there}; unset "
-            "JAX_PLATFORMS to take what there is, or set JAX_PLATFORMS=cpu"
+            f"JAX_PLATFORMS={wanted}, but JAX finds no such device here ({why[:200]}); JAX is installed for {there}; "
+            "unset JAX_PLATFORMS to take what there is, or set JAX_PLATFORMS=cpu"
         ) from None
+    finally:
+        log.removeFilter(broken)
+
+
+class _BrokenPlugins(logging.Filter):
+    """Makes one line of the traceback that JAX logs for a package that does not work on this machine."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1]:
+            say(f"warning: {record.getMessage()}: {' '.join(str(record.exc_info[1]).split())[:200]}")
+            return False
+        return True
 
 
 def use_compilation_cache() -> None:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -60,6 +61,7 @@ def _store(scheme: str):
     """fsspec's client. No listings cache: orbax writes through another client, so cached listings would be stale."""
     import fsspec  # here, because local runs do not need it
 
+    logging.getLogger(_STORES[scheme]).setLevel(logging.CRITICAL)  # gcsfs logs the traceback of every failed request
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 

@@ -31,6 +31,7 @@ _FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*
 _FILES += ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _FILES += ("special_tokens_map.json", "added_tokens.json")
 _NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_ADDRESS = re.compile(r"^(hf:|https?://(huggingface|hf)\.co/)")
 _REPO = re.compile(r"\w[\w-]*/[\w.-]+")  # may also be a path that is mistyped
 
 
@@ -44,11 +45,11 @@ def local_folder(source: str, field: str) -> str:
     Raises:
       UserError: no such folder (a known name on the hub is proposed), no such repository, no connection.
     """
-    if source.startswith(PREFIX):
+    name = _ADDRESS.sub("", source).rstrip("/")
+    if source.startswith(PREFIX) and name.lower() not in KNOWN:
         return _download(source, field)
-    if "://" in source or os.path.exists(source):
+    if "://" in name or os.path.exists(source):
         return source
-    name = source.rstrip("/")
     repo = KNOWN.get(name.lower()) or (name if _REPO.fullmatch(name) else None)
     flag = field if field.startswith("--") else f"--config.{field}"
     hint = f"; for the model {repo} on the Hugging Face hub give {flag}={PREFIX}{repo}" if repo else ""

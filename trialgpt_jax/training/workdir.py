@@ -75,9 +75,12 @@ def load_snapshot(workdir: str) -> dict:
         saved = json_files.read(path)
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist; --workdir must be a folder that `train` or `convert` has written"
+            f"{path} does not exist; --workdir must be a folder that `train` or `convert` has written, and a new run "
+            "of `train` needs --config=FILE as well"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or ' '.join(str(error).split())}") from None
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds {type(saved).__name__}, not an object of config fields")
