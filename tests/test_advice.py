@@ -225,6 +225,8 @@ def test_processes_that_find_no_others(monkeypatch):
     assert "give all three" in message(processes._given, Flags)
     Flags.coordinator_address, Flags.process_id = "host:1234", 1
     assert processes._given(Flags) == ("host:1234", 2, 1)
+    Flags.coordinator_address = "host"
+    assert "--coordinator_address=host is not host:port" in message(processes._given, Flags)
 
 
 def test_an_object_store_without_its_package(monkeypatch):

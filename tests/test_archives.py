@@ -176,11 +176,32 @@ def test_damage_is_counted_and_what_is_before_it_is_read(tmp_path, name, data, w
     assert all("\n" not in d.where for d in bad)
 
 
-@pytest.mark.parametrize(("name", "data"), [("a.zip", packed(MEMBERS)[:-30]), ("a.tar", b"x" * 2000), ("a.tgz", TWO)])
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.zip", packed(MEMBERS)[:-30]), ("a.tar", b"x" * 2000), ("a.tgz", gzip.compress(TWO)[:-99])]
+)
 def test_a_file_that_is_no_archive_is_one_damaged_record(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     (bad,) = read(tmp_path)
     assert bad.problem == "damaged file" and bad.where.startswith(name)
+
+
+def test_the_card_of_a_dataset_within_an_archive_is_left_out(tmp_path):
+    card = b"---\nlicense: mit\n---\n# Card"
+    members = [("README.md", card), ("d/Readme.md", card), ("e/README.md", b"# Notes"), ("f/post.md", card)]
+    for name, data in (("a.tar", tar(members)), ("b.zip", packed(members))):
+        (tmp_path / name).write_bytes(data)
+    found = read(tmp_path)
+    assert [d.text for d in found] == [None, None, "# Notes", card.decode()] * 2
+    assert all(d.left_out and d.problem == "dataset card in an archive" for d in found if d.text is None)
+
+
+def test_a_member_of_a_zip_with_an_unknown_compression_says_so(tmp_path):
+    data = bytearray(packed([("a.txt", b"a"), ("b.txt", b"b")]))
+    data[data.index(b"PK\1\2") + 10] = 9  # deflate64
+    (tmp_path / "a.zip").write_bytes(data)
+    bad, good = read(tmp_path)
+    assert good.text == "b" and bad.problem == "unknown compression"
+    assert bad.where.startswith("a.zip, a.txt is compressed with method 9, which cannot be read")
 
 
 def test_a_pointer_of_git_lfs_within_an_archive_is_named(tmp_path):

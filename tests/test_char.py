@@ -306,6 +306,23 @@ def test_ids_beyond_the_characters_are_refused_when_the_store_opens(tmp_path):
         token_store.open_store(str(tmp_path / "store"))
 
 
+@pytest.mark.parametrize("kind", [np.uint32, np.int64])
+def test_ids_of_another_size_are_refused_though_their_halves_are_ids_too(tmp_path, kind):
+    write_nanogpt(tmp_path / "store")
+    np.fromfile(tmp_path / "store" / "train.bin", np.uint16).astype(kind).tofile(tmp_path / "store" / "train.bin")
+    with pytest.raises(UserError, match="the training split holds uint32 ids, but nanoGPT's files hold uint16"):
+        token_store.open_store(str(tmp_path / "store"))
+
+
+def test_a_meta_pkl_that_is_a_dangling_link_is_not_passed_over(tmp_path):
+    write_nanogpt(tmp_path / "store")
+    (tmp_path / "store" / "meta.pkl").unlink()
+    (tmp_path / "store" / "meta.pkl").symlink_to("gone")
+    for open_ in (token_store.open_store, tokenizer_lib.from_store):
+        with pytest.raises(UserError, match="meta.pkl cannot be used as the tokenizer .*: No such file or directory"):
+            open_(str(tmp_path / "store"))
+
+
 def test_from_takes_the_tokenizer_of_a_nanogpt_folder(tmp_path):
     write_nanogpt(tmp_path / "store")
     assert tokenizer_source.resolve(f"from:{tmp_path}/store").characters == characters()

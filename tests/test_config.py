@@ -203,6 +203,17 @@ PROPOSALS = {
     "--wrokdir=x": "--workdir=x",
     "--cuont=3": "--count=3",
     "count=3": "--count=3",
+    "--bf16=True": "--config.train.dtype=VALUE",
+    "--torch_dtype=bfloat16": "--config.train.dtype=VALUE",
+    "--gradient_checkpointing": "--config.train.remat=VALUE",
+    "--warmup_ratio=0.1": "--config.optim.warmup_steps=VALUE",
+    "--total-batch-size=524288": "--config.train.batch_size=VALUE",
+    "--num_train_epochs=3": "--config.train.steps=VALUE",
+    "--device-batch-size=32": "--config.train.batch_size=32",
+    "--batch_size=many": "--config.train.batch_size=VALUE",
+    "--train.steps=1.5": "--config.train.steps=VALUE",
+    "run_name=x": "--workdir=x",
+    "/": "--workdir=/",
     "--workdir": "--workdir=VALUE",
     "--config.train.steps": "--config.train.steps=VALUE",
     "--config.out_dir=x": "--workdir=VALUE",
@@ -214,11 +225,25 @@ PROPOSALS = {
 def test_the_flag_that_a_message_proposes_is_accepted(default_file, given):
     # follows: is given without a value; write --
     # follows: ; write --config.
+    # follows: give optimizer steps, --config.
+    # follows: give sequences instead of tokens, --config.
     # follows: is the text 'None'; for none write --config.
     proposal = PROPOSALS[given]
     message = refusal(parse, f"--config={default_file}", given)
     assert proposal in message, message
     parse(f"--config={default_file}", proposal.replace("VALUE", "3"))
+
+
+def test_a_name_that_only_resembles_one_of_ours_is_not_taken_for_it(default_file):
+    for given in ("--embedding_lr=0.2", "--rows=3", "--core_metric_every=1"):
+        assert "--help lists the flags" in refusal(parse, f"--config={default_file}", given)
+
+
+def test_a_prompt_of_several_words_needs_quotes(default_file):
+    # follows: a prompt with spaces needs quotes
+    start = ["program", f"--config={default_file}"]
+    assert "needs quotes" in refusal(cli.parse, [*start, "--prompt", "two", "words"], "doc", INFER)
+    assert cli.parse([*start, "--prompt", "two words"], "doc", INFER)[0].prompt == "two words"
 
 
 def test_every_name_of_another_trainer_leads_to_a_field_or_flag_of_ours(default_file):
@@ -283,6 +308,7 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
     assert cli.parse([*given, "--prompt=~ is a tilde"], "doc", options)[0].prompt == "~ is a tilde"
     monkeypatch.setenv("HOME", "")
     assert "HOME" in refusal(parse, "--config=~/x.py") and not (ROOT / "~").exists()
+    assert "HOME" not in refusal(parse, "--config=~no_such_user/x.py")
 
 
 def test_config_files_that_are_wrong_are_refused(tmp_path):
@@ -318,7 +344,10 @@ def test_config_files_that_are_wrong_are_refused(tmp_path):
         (CONFIG_FILE.format("c.data.dir = ['a']"), ("{}:5", "`dir` is ['a'] (list)", "str")),
         (CONFIG_FILE.format("c.train.steps = None"), ("{}", "`train.steps` is None", "600000")),
         (CONFIG_FILE.format("c.train.steps = True"), ("{}", "`train.steps` is True", "600000")),
-        (CONFIG_FILE.format("c.train = 3"), ("{}:5",)),
+        (CONFIG_FILE.format("c.train = 3"), ("{}:5", "`train` is 3 (int)", "a group of fields")),
+        (CONFIG_FILE.format("c.trian.steps = 3"), ("{}:5: config field `trian` does not exist",)),
+        (CONFIG_FILE.format("c.unlock()\n    c.data = {1: 2}"), ("{}", "`data.1` does not exist")),
+        ("raise GeneratorExit", ("{}:1: GeneratorExit",)),
     ],
 )
 def test_what_is_wrong_with_a_config_file_is_one_line_with_its_place(tmp_path, text, words):
@@ -385,6 +414,7 @@ OUTSIDE = [
     UnicodeEncodeError("ascii", "\xe4.txt", 0, 1, "ordinal not in range(128)"),
     JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"),
     JaxRuntimeError("INTERNAL: CUDA_ERROR_NO_DEVICE"),
+    ImportError("libx.so: failed to map segment from shared object"),
 ]
 OURS = [
     OSError(errno.EBADF, "Bad file descriptor"),
@@ -551,7 +581,25 @@ def test_commands_exit_2_with_one_line(tmp_path, default_file):
     )
     refused(run("train", f"--config={default_file}"), "--workdir")
     assert not (tmp_path / "w").exists()
+    refused(call("train", f"--config={default_file}", "--workdir=/dev/null"), "--workdir=/dev/null is a file")
     assert "checkpoint_step" in run("evaluate", "--help").stdout
+
+
+def test_a_name_with_a_newline_is_one_line(tmp_path):
+    result = call("evaluate", f"--workdir={tmp_path}/no\nwhere")
+    refused(result, r"/no\nwhere/config.json does not exist")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_new_run_without_a_config_is_told_to_give_one(tmp_path, default_file):
+    # follows: needs --config=FILE as well
+    message = "a new run of `train` needs --config=FILE as well"
+    for given in (("--workdir", tmp_path / "new"), ()):
+        refused(call("train", *given), message)
+    wanted = call(
+        "train", f"--config={default_file}", f"--workdir={tmp_path}/new", f"--config.data.dir={tmp_path}/none"
+    )
+    refused(wanted, f"data.dir={tmp_path}/none does not exist")
 
 
 def test_layers_are_compiled_in_one_piece_where_that_is_quicker():

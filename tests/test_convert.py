@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_in_both_directions(worl
     checkpoints.save(10, {"params": jax.tree.map(jnp.asarray, params)}, allow_nonfinite=True)
     checkpoints.wait()
 
-    # follows: --allow_nonfinite converts them all the same
+    # follows: --allow_nonfinite converts them anyway
     names = r"blocks/mlp/c_fc/kernel \(1\), ln_f/bias \(1\), wpe/embedding \(2\) and 1 more arrays; --allow_nonfinite"
     with pytest.raises(UserError, match=f"checkpoint 10 of .*run has 5 values that are not finite, in {names}"):
         convert.to_hf(config, str(tmp_path / "run"), str(tmp_path / "hf"))
@@ -331,7 +331,7 @@ BOTH = "give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify"
         ("--from_hf={new} --workdir={new}", ["new: there is no such folder"]),
         ("--from_hf=gs://bucket/model --workdir={new}", ["gs://bucket/model is not a folder"]),
         ("--from_hf={hf} --workdir={run}", ["--workdir=", "already holds", "name a new or an empty folder"]),
-        ("--from_hf={hf} --workdir={file}", ["file is a file; name a new or an empty folder"]),
+        ("--from_hf={hf} --workdir={file}", ["file is a file, not a folder"]),
         ("--from_hf={hf} --workdir={new} --step=5", ["--step and --checkpoint_step choose a checkpoint for --to_hf"]),
         (
             "--from_hf={hf} --workdir={new} --config.model.n_layer=2",
@@ -396,7 +396,7 @@ def test_weights_that_are_not_finite_are_converted_as_the_message_says(world, tm
     tensors["transformer.ln_f.bias"][0] = np.nan
     save_file(tensors, tmp_path / "hf/model.safetensors")
     command = f"--from_hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'new'}"
-    refused(call("convert", *command), "has 1 values that are not finite", "; --allow_nonfinite converts them all")
+    refused(call("convert", *command), "has 1 values that are not finite", "; --allow_nonfinite converts them anyway")
     assert call("convert", *command, "--allow_nonfinite").returncode == 0
 
 

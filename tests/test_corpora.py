@@ -138,6 +138,8 @@ def test_token_stores_and_models_below_the_folder_are_left_out(tmp_path):
         ({"README.md": "---\nlicense: mit\n---\n# Card", "a.txt": "x"}, True),
         ({"README.md": "\ufeff---\r\nlicense: mit", "a.txt": "x"}, True),
         ({"README.md": "--- a ruler", "a.txt": "x"}, False),
+        ({"readme.md": "---\nlicense: mit", "a.txt": "x"}, True),
+        ({"d/Readme.MD": "# Card", "d/a.parquet": "x"}, True),
         ({"README.md": "# Card", "a.txt": "x", ".gitattributes": "*.parquet filter=lfs diff=lfs"}, True),
         ({"README.md": "# Card", "data/a.jsonl.gz": "x", "data/b.parquet": "x"}, True),
         ({"README.md": "# Notes"}, False),
@@ -155,7 +157,8 @@ def test_cards_of_datasets_are_no_documents(tmp_path, files, card):
     names, left_out = survey(tmp_path)
     assert ("dataset card" in left_out) == card
     visible = sorted(name for name in files if not name.startswith("."))
-    cards = [name for name in visible if os.path.basename(name) in ("README.md", "state.json", *walk._DATASET_JSON)]
+    known = ("readme.md", "state.json", *walk._DATASET_JSON)
+    cards = [name for name in visible if os.path.basename(name).lower() in known]
     if card and "README.md" in files and "dataset_dict.json" in files:
         cards.remove("README.md")
     assert names == [name for name in visible if not (card and name in cards)]
@@ -188,6 +191,42 @@ def test_a_glob_means_the_files_that_match_and_counts_those_alone(tmp_path):
     ):
         found, counted = survey(tmp_path / pattern if "//" not in pattern else f"{tmp_path}/{pattern}")
         assert (found, counted) == (names, left_out), pattern
+
+
+def test_a_glob_reaches_into_a_folder_whose_name_has_brackets(tmp_path):
+    make(tmp_path, "run [1]/a.txt", "run 1/b.txt", "run [1]/c [x].txt", "run [1]/c x.txt")
+    assert survey(tmp_path / "run [1]" / "*.txt")[0] == [
+        "run 1/b.txt",
+        *(f"run [1]/{n}.txt" for n in ("a", "c [x]", "c x")),
+    ]
+    assert survey(tmp_path / "run?[[]1]" / "c [x].txt")[0] == ["run [1]/c [x].txt", "run [1]/c x.txt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "unused"),
+    [
+        ("*.py", ["a.py", "c.txt"], ""),
+        (".py .PY,LICENSE", ["LICENSE", "a.py", "c.txt"], ""),
+        ("py", ["c.txt"], "py"),
+        (".py|.rst", ["c.txt"], ".py|.rst"),
+        (".txt .a.py .py", ["a.py", "c.txt"], ".txt .a.py"),
+    ],
+)
+def test_an_extension_that_adds_no_file_is_reported(tmp_path, capsys, given, names, unused):
+    make(tmp_path, "a.py", "LICENSE", "c.txt")
+    assert survey(tmp_path, extensions=given)[0] == names
+    warning = f"warning: no file is read because of {unused} in data.source_options.extensions; an ending begins"
+    assert (warning in capsys.readouterr().err) == bool(unused)
+
+
+@pytest.mark.parametrize("name", ["my notes", "a,b", "a b.q r"])
+def test_a_name_that_cannot_be_an_extension_is_to_be_changed(tmp_path, name):
+    # follows: a name that ends in .txt is read as text
+    make(tmp_path, name)
+    with pytest.raises(UserError, match="has none of the known endings .*; a name that ends in .txt is read as text$"):
+        survey(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / f"{name}.txt")
+    assert survey(tmp_path / f"{name}.txt") == ([f"{name}.txt"], {})
 
 
 def test_what_cannot_be_read_is_an_error_that_names_it_or_is_counted(tmp_path, monkeypatch):

@@ -101,7 +101,22 @@ def xz_of_1_gib():
         ("a.txt", b"good \xe9t\xe9", "invalid UTF-8", r"a.txt: invalid UTF-8 at byte 5 \(0xe9\)"),
         ("a.txt", b"", "empty file", "a.txt is empty"),
         ("a.json.gz", gzip.compress(GOOD)[:-9], "damaged file", "a.json.gz, line .: the file is damaged or truncated"),
-        ("a.json.gz", b"no gzip", "damaged file", "a.json.gz, line 1: the file is damaged"),
+        ("a.json.gz", b"no gzip!", "wrong format", "a.json.gz is not gzip data, though its name ends in .gz"),
+        ("a.txt.zst", gzip.compress(GOOD), "wrong format", "a.txt.zst is not zstd data, though its name ends in .zst"),
+        ("a.txt.xz", b"plain text", "wrong format", "a.txt.xz is not xz data, though its name ends in .xz"),
+        ("a.tar.bz2", tar([("b.txt", GOOD)]), "wrong format", "a.tar.bz2 is not bzip2 data, though its name ends in"),
+        ("a.jsonl.gz", gzip.compress(GOOD) + b"junk", "damaged file", "a.jsonl.gz, line 2: the file is damaged"),
+        (
+            "a.tar",
+            gzip.compress(tar([("b.txt", GOOD)])),
+            "wrong format",
+            "a.tar is gzip data, not tar; its name should",
+        ),
+        ("a.txt", bytes(1000), "wrong format", "a.txt begins with NUL bytes alone, as a damaged file does"),
+        ("a.jsonl", bytes(1000), "wrong format", "a.jsonl begins with NUL bytes alone"),
+        ("a.txt", b"SQLite format 3\0" + bytes(84), "wrong format", "a.txt is SQLite data, not text"),
+        ("a.txt", b"\xff\xd8\xff\xe0\0\x10JFIF\0", "wrong format", "a.txt is JPEG data, not text"),
+        ("a.txt", LFS.replace(b"git-lfs", b"hawser"), "Git LFS pointer", "a.txt is a Git LFS pointer"),
         ("a.txt.gz", gzip.compress(GOOD)[:-9], "damaged file", "a.txt.gz: damaged or truncated"),
         ("a.jsonl.zst", zst(GOOD * 1000)[:-9], "damaged file", "a.jsonl.zst, line .*: the file is damaged"),
         ("a.jsonl.xz", lzma.compress(GOOD * 1000)[:-40], "damaged file", "a.jsonl.xz, line .*: the file is damaged"),
@@ -130,6 +145,21 @@ def test_an_unusable_record_names_its_place_and_problem(tmp_path, name, data, pr
     assert all(document.text == "good" for document in good)
     assert bad.text is None and bad.problem == problem and re.search(where, bad.where)
     assert "\n" not in bad.where and bad.number == len(good)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", LFS[:42] + b" is the first line of a pointer of Git LFS\n"),
+        ("a.txt", b"a\0b"),
+        ("a.txt.xz", lzma.compress(b"text", format=lzma.FORMAT_ALONE)),
+        ("a.txt.zst", b"\x50\x2a\x4d\x18\4\0\0\0skip" + zst(b"text")),
+    ],
+)
+def test_unusual_text_is_read(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    (only,) = read(tmp_path)
+    assert only.text == ("text" if name != "a.txt" else data.decode())
 
 
 def test_the_kind_of_a_file_comes_from_its_name(tmp_path):

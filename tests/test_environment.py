@@ -1,4 +1,4 @@
-"""What the environment asks of JAX and cannot have is one line; the cache folder is never made in the wrong place."""
+"""An environment that JAX cannot work in is refused in one line; the cache folder is never made in the wrong place."""
 
 import os
 import subprocess
@@ -19,6 +19,11 @@ def run(arguments, **variables):
     ("variables", "words"),
     [
         ({"XLA_FLAGS": "--xla_nonsense=1"}, ("XLA_FLAGS=--xla_nonsense=1", "Unknown flag")),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=0"}, ("device_count is 0", "at least 1")),
+        ({"JAX_ENABLE_X64": "maybe"}, ("'maybe'", "unset JAX_ENABLE_X64")),
+        ({"JAX_LOGGING_LEVEL": "loud"}, ('"loud"', "unset JAX_LOGGING_LEVEL")),
+        ({"JAX_NUM_CPU_DEVICES": "0"}, ("cannot start on the CPU", "unset JAX_NUM_CPU_DEVICES")),
+        ({"JAX_DISABLE_JIT": "1"}, ("unset JAX_DISABLE_JIT",)),
         ({"JAX_PLATFORMS": "nonsense"}, ("JAX_PLATFORMS=nonsense", "installed for cpu", "JAX_PLATFORMS=cpu")),
         ({"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}, ("JAX_PLATFORMS=cuda", "JAX_PLATFORMS=cpu")),
     ],
@@ -40,6 +45,11 @@ def test_the_cache_folder_is_that_of_the_environment_or_of_the_home_folder(tmp_p
     assert cache_folder({"XDG_CACHE_HOME": str(tmp_path / "x")}) == str(tmp_path / "x" / "trialgpt_jax" / "xla")
     assert cache_folder({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "j")}) == str(tmp_path / "j")
     assert cache_folder({"JAX_COMPILATION_CACHE_DIR": "gs://bucket/cache"}) == "gs://bucket/cache"
+
+
+def test_a_cache_in_an_unknown_kind_of_store_is_not_used():
+    assert cache_folder({"JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla"}) == "gs://bucket/xla"
+    assert cache_folder({"JAX_COMPILATION_CACHE_DIR": "foo://bucket/xla"}) is None
 
 
 def test_without_a_home_folder_there_is_no_cache(tmp_path, monkeypatch):

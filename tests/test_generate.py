@@ -16,7 +16,7 @@ from trialgpt_jax import UserError
 from trialgpt_jax.model import generate as generate_lib
 from trialgpt_jax.model import sampling as sampling_lib
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.generate import compile_decode, generate, split_layers
+from trialgpt_jax.model.generate import compile_decode, generate, keep_ids, split_layers
 from trialgpt_jax.model.gpt import GPT, logits
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel.sharding import single_device
@@ -34,6 +34,18 @@ def produce(params, config=CONFIG, prompt=(3, 1, 4), **options):
     """All new tokens, int32 [num_samples, n]."""
     pieces = list(generate(params, config, np.array(prompt), **({"max_new_tokens": 10} | options)))
     return np.concatenate(pieces, axis=1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ids_beyond_those_of_the_tokenizer_are_not_drawn(tied):
+    config = dataclasses.replace(CONFIG, vocab_size=300, tie_embeddings=tied)
+    whole = random_params(config)
+    kept, narrow = keep_ids(whole, config, 61)
+    drawn = produce(split_layers(kept, narrow), narrow, num_samples=4, sampling=Sampling(temperature=100.0))
+    assert drawn.max() < 61
+    tokens = np.array([[3, 1, 4]])
+    np.testing.assert_allclose(uncached(kept, narrow, tokens), uncached(whole, config, tokens)[..., :61], rtol=1e-5)
+    assert keep_ids(whole, config, 300) == (whole, config)
 
 
 @functools.partial(jax.jit, static_argnums=1)

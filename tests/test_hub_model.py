@@ -108,7 +108,9 @@ def test_what_cannot_be_a_model_is_refused_by_its_field(hub, source, message):
 
 
 def test_known_names_lead_to_their_repositories():
-    for name, repo in {"gpt2-xl": "openai-community/gpt2-xl", "distilgpt2/": "distilbert/distilgpt2"}.items():
+    names = {"gpt2-xl": "openai-community/gpt2-xl", "distilgpt2/": "distilbert/distilgpt2"}
+    names |= {"hf:gpt2-xl": "openai-community/gpt2-xl", "https://huggingface.co/owner/model": "owner/model"}
+    for name, repo in names.items():
         with pytest.raises(UserError, match=f"give --config.train.init_from=hf:{repo}$"):
             hub_model.local_folder(name, "train.init_from")
 

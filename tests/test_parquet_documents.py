@@ -90,6 +90,7 @@ SOURCES = {
     "date": (pa.array([datetime.date(2020, 1, 2), None]), ["2020-01-02", ""]),
     "late": (pa.array([10**15, None], pa.timestamp("s")), ["<value out of range: 1000000000000000000>", ""]),
     "late in a list": (pa.array([[10**15], None], pa.list_(pa.timestamp("s"))), ["list<element: timestamp[ms]>", ""]),
+    "unknown zone": (pa.array([5, None], pa.timestamp("ms", "Nowhere/X")), ["timestamp[ms, tz=Nowhere/X]", ""]),
     "decimal": (pa.array([decimal.Decimal("1.50"), None]), ["1.50", ""]),
     "map": (pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())), ['[["a", 1]]', ""]),
 }

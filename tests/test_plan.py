@@ -76,6 +76,8 @@ def test_the_plan_says_epochs_shares_and_disk(store, program):
     text = plan.describe(program, open_store(str(store)))
     assert f"{20 * 8 * 32 / split.n_tokens:.2g} epochs of {split.n_tokens:,} tokens" in text
     assert "a checkpoint takes" in text and "up to 3 are kept" in text and "warning" not in text
+    program.config.checkpoint.keep_last = 10**9  # "keep all": 20 steps save 4
+    assert "up to 4 are kept" in plan.describe(program, open_store(str(store)))
     program.config.train.steps = 2_000_000
     # follows: tokens; give more text, or lower train.steps
     epochs = 2_000_000 * 8 * 32 / split.n_tokens

@@ -127,7 +127,7 @@ def flag(name: str, value: str | None, flags: Mapping[str, object], fields: Mapp
     plain = name.replace("-", "_")
     given = "VALUE" if value is None or plain in _OTHER_VALUES else value
     if name in fields:
-        return f"; write --config.{name}={given}"
+        return f"; write --config.{_assignment(name, given, fields)}"
     if plain in flags or plain.removeprefix("no") in flags:
         target = plain
     elif plain in _ADVICE:
@@ -135,24 +135,26 @@ def flag(name: str, value: str | None, flags: Mapping[str, object], fields: Mapp
     elif _FLAGS.get(plain) in flags:
         target = _FLAGS[plain]
     elif plain in _FIELDS or any(field.rsplit(".", 1)[-1] == plain for field in fields):
-        return f"; write {_assignment(field_for(plain, fields), given, fields)}"
+        return f"; write --config.{_assignment(field_for(plain, fields), given, fields)}"
     else:
         near = difflib.get_close_matches(plain, [*flags, "config", "help"], 1, 0.7)
         if not near:
             field = field_for(plain, fields)
-            return f"; did you mean {_assignment(field, given, fields)}?" if field else "; --help lists the flags"
+            return (
+                f"; did you mean --config.{_assignment(field, given, fields)}?" if field else "; --help lists the flags"
+            )
         target = near[0]
     on_or_off = target == "help" or isinstance(flags.get(target.removeprefix("no"), flags.get(target)), bool)
     return f"; did you mean --{target}" + ("?" if on_or_off else f"={given}?")
 
 
 def _assignment(field: str, value: str, fields: Mapping[str, object]) -> str:
-    """--config.field=value, with VALUE in place of a value that is not of the field's type."""
+    """field=value, with VALUE in place of a value that is not of the field's type."""
     try:
         parse_value(field, value, fields[field])
     except UserError:
         value = "VALUE"
-    return f"--config.{field}={value}"
+    return f"{field}={value}"
 
 
 def assignments(names: Iterable[str], fields: Iterable[str]) -> str:

@@ -1,10 +1,11 @@
-"""What all commands share: flags and `--config`, exit status, and the start-up of JAX.
+"""Shared by all commands: flags and `--config`, exit status, and the start-up of JAX.
 
 This module imports no JAX; `start` does.
 """
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
@@ -151,6 +152,8 @@ def parse(
     workdir = flags.workdir if "workdir" in flags else None  # preprocess has none
     if workdir:
         files.resolve(workdir)  # raises if the scheme of a URL is unknown or its library is not installed
+        if os.path.exists(workdir) and not os.path.isdir(workdir):
+            raise UserError(f"--workdir={workdir} is a file, not a folder")
     if given.file:
         config = config_file.load(given.file)
     elif "workdir" not in flags or new_workdir:

@@ -1,6 +1,6 @@
 """Reads `--config=FILE`: a Python file whose `get_config()` returns a config. The file is executed.
 
-Whatever is wrong with the file is the user's to correct: one line with file, line and reason.
+Every error in the file is the user's: one line with file, line and reason.
 """
 
 import importlib.machinery
@@ -32,7 +32,7 @@ def load(text: str) -> ConfigDict:
 
     Raises:
       UserError: no such file, a file that does not compile or import, that defines no `get_config`, or whose
-        `get_config` raises or returns something else than a config with our fields.
+        `get_config` raises or returns anything but a config with our fields.
     """
     path, colon, argument = (text, "", "") if os.path.exists(text) else text.partition(":")
     if os.path.isdir(path):
@@ -105,7 +105,7 @@ def _no_function(path: str, module: ModuleType) -> str:
     message = f"{path} defines no get_config()"
     names = [name for name in vars(module) if not name.startswith("_")]
     if hint := aliases.assignments(names, fields(default_config())):
-        message += f"; plain assignments, as in nanoGPT's files, belong into get_config() as in configs/gpt2.py: {hint}"
+        message += f"; plain assignments, as in nanoGPT's files, belong in get_config() as in configs/gpt2.py: {hint}"
     return message
 
 

@@ -146,7 +146,7 @@ def _new_folder(folder: str, flag: str, keep_lock: bool = True) -> Iterator[None
         yield
 
 
-_WAY_OUT = "; --allow_nonfinite converts them all the same"
+_WAY_OUT = "; --allow_nonfinite converts them anyway"
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 FLAGS = {

@@ -1,8 +1,9 @@
 """Which errors are the outside world's: each becomes one line and status 2, in every command.
 
 Outside are disks, networks and limits of the system (`OSError` with one of the numbers below, `MemoryError`, no new
-thread), memory and drivers of devices (JAX's runtime error with one of the texts below), and the encoding of file
-names. Every other exception is a mistake in this program and keeps its traceback, with status 1.
+thread), JAX's environment variables, memory and drivers of devices (JAX's runtime error with one of the texts below),
+and the encoding of file names. Every other exception is a mistake in this program and keeps its traceback, with
+status 1.
 
 Imports no JAX: its exception is recognised by the name of its class.
 """
@@ -11,6 +12,9 @@ import errno
 import os
 import re
 import sys
+from types import TracebackType
+
+from trialgpt_jax import console
 
 _NUMBERS = frozenset(
     # disks and mounts
@@ -33,6 +37,9 @@ _DRIVER = re.compile(
     r"CUDA driver version|CUDA_ERROR_(NO_DEVICE|DEVICE_UNAVAILABLE|SYSTEM_\w+|ECC_\w+|COMPAT_\w+|INSUFFICIENT_DRIVER)|"
     r"no supported devices found|Unable to initialize backend|libcudnn|CUDNN_STATUS_NOT_INITIALIZED"
 )
+# JAX reads its variables while it is imported.
+_VARIABLE = re.compile(r"invalid truth value .* for environment '(JAX_\w+)'|Invalid value .* for JAX flag (jax_\w+)")
+_NOT_LOADED = re.compile(r"failed to map segment|Cannot allocate memory|Too many open files")
 _PROGRAM = (os.path.dirname(os.path.abspath(__file__)), os.path.abspath(sys.prefix), os.path.abspath(sys.base_prefix))
 LEVERS = "raise train.accumulate_steps, set train.remat=block, or split the state over devices with mesh.fsdp=-1"
 
@@ -41,7 +48,7 @@ def explain(error: BaseException) -> str | None:
     """One line about an error of the outside world; None for a mistake in this program."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError):
-        return f"the memory of this process is not enough{f': {text}' if text else ''}; {_HINTS['ENOMEM']}, or {LEVERS}"
+        return f"this process has too little memory{f': {text}' if text else ''}; {_HINTS['ENOMEM']}, or {LEVERS}"
     if isinstance(error, OSError):
         return _os_error(error, text)
     if isinstance(error, UnicodeEncodeError) and error.encoding in ("ascii", sys.getfilesystemencoding()):
@@ -52,9 +59,22 @@ def explain(error: BaseException) -> str | None:
             return f"out of memory: {text}; {LEVERS}; for `infer`, lower --num_samples"
         if _DRIVER.search(text):
             return f"the device cannot be used: {text}"
+    if isinstance(error, ValueError) and (variable := _VARIABLE.search(text)):
+        return f"the environment is wrong: {text}; correct or unset {(variable[1] or variable[2]).upper()}"
+    if isinstance(error, ImportError) and _NOT_LOADED.search(text):
+        return f"{text}; the limit of memory (ulimit -v) or of open files (ulimit -n) is too low"
     if isinstance(error, RuntimeError) and "can't start new thread" in text:
         return f"{text}; {_HINTS['EAGAIN']}"
     return None
+
+
+def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook` of a command: what `explain` explains is one line and status 2 while libraries are imported too;
+    `cli.run` begins only afterwards."""
+    if line := explain(error):
+        console.say_always(f"error: {line}")
+        os._exit(2)
+    sys.__excepthook__(kind, error, trace)
 
 
 def _os_error(error: OSError, text: str) -> str | None:

@@ -18,7 +18,7 @@ from trialgpt_jax import config as config_lib
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.vocabulary import Vocabulary
-from trialgpt_jax.model.generate import generate, split_layers
+from trialgpt_jax.model.generate import generate, keep_ids, split_layers
 from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Sampling
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.axes import AXES
@@ -73,6 +73,7 @@ def infer(
     with jax.set_mesh(mesh):
         params, step = load_params(workdir, program.params_layout, step)
         say(f"checkpoint {step}, {gpt.dtype} on {tensor} x {mesh.devices.flat[0].device_kind}")
+        params, gpt = keep_ids(params, gpt, tokenizer.vocab_size)
         params = split_layers(params, gpt)
         on_text(prompt or "")
         decoder = tokenizer_lib.StreamingDecoder(tokenizer)

@@ -82,7 +82,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         batches = program.train_batches(store.split("train"), first_step)
         if config.eval.every_steps:
             next(program.eval_batches(store.split("val"), config.eval.batches))
-        checkpoints.check_before_saving(state_bytes(program.layout))
+        checkpoints.check_before_saving(state_bytes(program.layout), plan.most_saves(config))
         say(plan.describe(program, store))
         say(plan.compile_steps(program, strict=dry_run))
         if dry_run:

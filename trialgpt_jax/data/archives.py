@@ -15,6 +15,7 @@ MAX_DEPTH = 4  # archives within archives; OpenWebText's have 2
 _LONGEST_HEADER = 1 << 20  # bytes of a name or of extended attributes, which tarfile reads at once
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 _EXTENDED += (tarfile.GNUTYPE_LONGLINK,)
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)  # deflate64 is 9
 ReadMember = Callable[[Context, io.IOBase], Iterator[Document]]
 
 
@@ -82,6 +83,10 @@ def zip_documents(context: Context, read_member: ReadMember) -> Iterator[Documen
             continue
         if member.flag_bits & 1:
             yield numbered.refused(member.filename, "encrypted file", "is encrypted")
+            continue
+        if member.compress_type not in _METHODS:
+            how = f"is compressed with method {member.compress_type}, which cannot be read; pack it with another one"
+            yield numbered.refused(member.filename, "unknown compression", how)
             continue
         try:
             stream = archive.open(member)

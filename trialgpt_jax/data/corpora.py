@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
 from trialgpt_jax.data import formats, hub, input_record, walk
 from trialgpt_jax.data.documents import InputFile
 from trialgpt_jax.schema import choose
@@ -111,9 +112,14 @@ def _path(source: str, options: Mapping, store: str) -> Corpus:
 
 def _local(path: str, options: Mapping, store: str) -> Corpus:
     skip, extensions = options["on_error"] == "skip", formats.extensions(options["extensions"])
+    unused = dict.fromkeys(extensions)
 
     def takes(name: str, path: str) -> bool:
-        if formats.is_readable(name, extensions):
+        if formats.is_readable(name):
+            return True
+        if used := [entry for entry in extensions if formats.is_readable(name, (entry,))]:
+            for entry in used:
+                unused.pop(entry, None)
             return True
         if not formats.of(name).compression:
             return False
@@ -151,6 +157,11 @@ def _local(path: str, options: Mapping, store: str) -> Corpus:
             files.append(InputFile(file.name, size, os.path.abspath(file.path)))
             contents.append(content)
     left_out = _by_number(found.left_out)
+    if unused:
+        say(
+            f"warning: no file is read because of {' '.join(unused)} in data.source_options.extensions; an ending "
+            "begins with a dot, as .py, and a file name is given whole, as LICENSE"
+        )
     if not files:
         raise UserError(_nothing(field, left_out))
     return Corpus(files, left_out, contents, found.unreadable)

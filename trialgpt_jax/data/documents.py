@@ -88,13 +88,14 @@ def _records(context: Context, stream: io.IOBase, start: int = 0) -> Iterator[Do
         else:
             stream = streams.buffered(stream, head)
         if compression:
-            stream = streams.decompressed(stream, compression)
-            head = bytes(streams.read_up_to(stream, streams.HEAD))
-            stream = streams.buffered(stream, head)
+            if found := formats.not_compressed(compression, head):
+                yield unusable(context, 0, "wrong format", f"{context.name} {found}")
+                return
+            head, stream = streams.peeked(streams.decompressed(stream, compression))
     except streams.DAMAGE as error:
         yield failed(context, 0, error, ", line 1" if kind == "json" else "")
         return
-    if kind in ("text", "json") and (found := formats.mismatch(kind, head)):
+    if kind in ("text", "json", "tar") and (found := formats.mismatch(kind, head)):
         yield unusable(context, 0, "wrong format", f"{context.name} {found}")
         return
     if not kind and formats.is_tar(head):
@@ -105,6 +106,9 @@ def _records(context: Context, stream: io.IOBase, start: int = 0) -> Iterator[Do
     elif kind in ("zip", "parquet") and context.raw is None:
         why = f"{context.name}: {kind} is not read within an archive, because its directory is at its end"
         yield unusable(context, 0, f"{kind} in an archive", why)
+    elif kind == "text" and context.depth and formats.is_card(context.name, head):
+        why = f"{context.name} is left out: dataset card in an archive"
+        yield unusable(context, 0, "dataset card in an archive", why)._replace(left_out=True)
     elif kind == "text":
         yield _whole_text(context, stream)
     elif kind == "json":

@@ -59,7 +59,7 @@ def find(folder: str) -> Found | None:
             names = sorted(glob.glob(f"*{name}*.bin", root_dir=glob.escape(folder)))
             found = [_llmc_shard(os.path.join(folder, file)) for file in names]
         shards[name] = [shard for shard in found if shard.tokens]
-    if not os.path.exists(meta := os.path.join(folder, META_FILE)):
+    if not os.path.lexists(meta := os.path.join(folder, META_FILE)):  # a dangling link is an error
         return Found(shards, TokenizerId("gpt2", None), 50257, 50256, None, "")
     tokenizer = read_meta(meta)
     id_bytes = np.array([len(character.encode()) for character in tokenizer.characters])
@@ -76,7 +76,8 @@ def check_ids(folder: str, split: Split, tokenizer_id: TokenizerId) -> None:
     char = tokenizer_id.name == "char"
     name = f"the tokenizer char of {META_FILE}" if char else "gpt2, the tokenizer of such files,"
     for ids in split.sample(_MOST_CHECKED):
-        if len(ids) >= 256 and (ids[1::2] < 4).all() and ids[::2].max() > 255:
+        high, low = ids[1::2], ids[::2]  # as halves of uint32 ids
+        if len(ids) >= 256 and low.any() and (not high.any() or ((high < 4).all() and low.max() > 255)):
             raise UserError(
                 f"{folder}: the {NAMES[split.name]} split holds uint32 ids, but nanoGPT's files hold uint16"
             )

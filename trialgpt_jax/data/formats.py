@@ -1,5 +1,6 @@
 """The format of a file or archive member, from its name; what its first bytes say."""
 
+import codecs
 import os
 import re
 from typing import NamedTuple
@@ -63,13 +64,36 @@ def of(name: str, extensions: tuple[str, ...] = ()) -> Format:
 
 
 def extensions(option: str) -> tuple[str, ...]:
-    """The entries of `data.source_options.extensions`, which are separated by spaces or commas."""
-    return tuple(re.split(r"[\s,]+", option.strip(" ,\t\n"))) if option.strip(" ,\t\n") else ()
+    """The entries of `data.source_options.extensions`, separated by spaces or commas; `*.py` is `.py`."""
+    entries = [entry for entry in re.split(r"[\s,]+", option) if entry]
+    return tuple(entry[1:] if entry.startswith("*.") else entry for entry in entries)
 
 
 def is_tar(head: bytes | bytearray) -> bool:
     """Whether a file that begins with these (at least 262) bytes is a POSIX or GNU tar archive."""
     return head[257:262] == b"ustar"
+
+
+_COMPRESSED = {  # the beginnings of compressed data; zstd has frames to skip, xz an older format
+    ".gz": ("gzip", rb"\x1f\x8b"),
+    ".zst": ("zstd", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    ".xz": ("xz", rb"\xfd7zXZ|\x5d\x00\x00"),
+    ".bz2": ("bzip2", rb"BZh"),
+}
+
+
+def not_compressed(compression: str, head: bytes) -> str:
+    """What is wrong with a file that begins with `head`, if it is not compressed as its ending says; "" if it is."""
+    name, beginning = _COMPRESSED[compression]
+    if len(head) < 8 or re.match(beginning, head):
+        return ""
+    return f"is not {name} data, though its name ends in {compression}"
+
+
+def is_card(name: str, head: bytes) -> bool:
+    """Whether a file is the README of a dataset, which begins with YAML; `name` may have a path before it."""
+    first = head.removeprefix(codecs.BOM_UTF8).split(b"\n", 1)[0]
+    return bool(re.search(r"(^|[/\\ ])readme\.md$", name, re.IGNORECASE)) and first.rstrip() == b"---"
 
 
 _MAGIC = (  # first bytes, what they are, the ending that such a file has
@@ -80,17 +104,26 @@ _MAGIC = (  # first bytes, what they are, the ending that such a file has
 )
 
 
+_BINARY = {b"PAR1": "parquet", b"%PDF": "PDF", b"ARROW1": "Arrow", b"SQLite format 3": "SQLite", b"\x7fELF": "ELF"}
+_BINARY |= {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"\xd0\xcf\x11\xe0": "Microsoft Office"}
+
+
 def mismatch(kind: str, head: bytes) -> str:
-    """What a file that begins with `head` is, if not the `text` or `json` that its name says; "" if it may be that."""
+    """What a file that begins with `head` is, if not the `text`, `json` or `tar` of its name; "" if it may be that."""
     for magic, name, ending in _MAGIC:
         if head.startswith(magic):
             return f"is {name} data, not {kind}; its name should end in {ending}"
     if re.match(rb"BZh[1-9]1AY&SY", head):
         return f"is bzip2 data, not {kind}; its name should end in .bz2"
+    if kind == "tar":
+        return ""
     if is_tar(head) and b"\0" in head:
         return f"is a tar archive, not {kind}; its name should end in .tar"
-    if b"\0" in head and head.startswith((b"PAR1", b"%PDF", b"ARROW1")):
-        return f"is {head[:4].strip(b'%').decode()} data, not {kind}"
+    for magic, name in _BINARY.items():
+        if b"\0" in head and head.startswith(magic):
+            return f"is {name} data, not {kind}"
+    if len(head) >= 8 and not head.strip(b"\0"):
+        return "begins with NUL bytes alone, as a damaged file does"
     if len(head) >= 8 and head.strip(b"\0") and not (any(head[1::2]) and any(head[0::2])):
         return "looks like UTF-16 without a byte order mark; UTF-8 is wanted"
     if kind == "json" and head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -128,6 +161,8 @@ def advice(name: str, path: str) -> str:
         pass
     as_given = re.split(r"[/\\]", name)[-1][: len(re.split(r"[/\\]", plain)[-1])]
     own = os.path.splitext(as_given)[1] or as_given
+    if re.search(r"[\s,]", own):
+        return f"has none of the known endings {KNOWN}; a name that ends in .txt is read as text"
     return f"has none of the known endings {KNOWN}; data.source_options.extensions={own} reads it as text"
 
 

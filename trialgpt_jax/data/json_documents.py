@@ -16,7 +16,8 @@ _WANTED = "one JSON object a line, or an array of objects, is wanted"
 _CHUNK, _ROOM = 1 << 18, 1 << 20  # _ROOM: of a record, for its other fields
 _ESCAPES = re.compile(r'(?:\\.[^"\\]{0,8}+)++', re.DOTALL)  # many of them, as in text that is not English
 _DELIMITER = re.compile(r'["{}\[\]]')
-_SPACE = re.compile(r"[ \t\r\n]*")
+_MARK = "\ufeff"  # the byte order mark
+_SPACE = re.compile(f"[ \\t\\r\\n{_MARK}]*")
 _NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
@@ -44,11 +45,17 @@ def _is_lines(context: Context, first: bytes) -> bool:
     It is not if the line is an array in a `.json`, or is cut where only more lines can follow, or has two values.
     """
     opening = first.lstrip()[:1]
-    if opening == b"[" and (".json" in context.name.lower().replace(".jsonl", "") or not first.endswith(b"\n")):
+    text = first.decode(errors="replace").strip()
+    if opening == b"[" and (
+        ".json" in context.name.lower().replace(".jsonl", "")
+        or not first.endswith(b"\n")
+        or text[1:].lstrip().startswith("{")
+    ):
         return False
-    if opening not in (b"[", b"{") or (len(first) >= _CHUNK and not first.endswith(b"\n")):
+    if opening not in (b"[", b"{"):
         return True
-    text = first.decode(errors="replace").rstrip()
+    if len(first) >= _CHUNK and not first.endswith(b"\n"):
+        return not _begins_with_two_objects(text)
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -57,6 +64,14 @@ def _is_lines(context: Context, first: bytes) -> bool:
     except (ValueError, RecursionError):
         pass
     return True
+
+
+def _begins_with_two_objects(text: str) -> bool:
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):  # ValueError: the first one is longer
+        return False
+    return text[end:].lstrip().startswith("{")
 
 
 def _lines(context: Context, stream: io.BufferedReader, longest: int, number: int, start: int) -> Iterator[Document]:
@@ -90,7 +105,7 @@ def _long_line(head: bytes, stream: io.BufferedReader, longest: int) -> bytearra
 
 def _line(context: Context, number: int, line: bytes | bytearray, where: str) -> Document:
     try:
-        value = json.loads(line.decode())
+        value = _parsed(line.decode())
     except UnicodeDecodeError as error:
         why = f"invalid UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x})"
         return unusable(context, number, "invalid UTF-8", f"{where}: {why}")
@@ -99,6 +114,17 @@ def _line(context: Context, number: int, line: bytes | bytearray, where: str) ->
     except ValueError as error:
         return unusable(context, number, "malformed JSON", f"{where}: malformed JSON ({error})")
     return _record(context, number, value, where)
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        if not line.startswith(_MARK):
+            raise
+        return _parsed(line.lstrip(_MARK))  # of a file that was appended
+    except ValueError:  # an integer of more than 4,300 digits
+        return json.loads(line, parse_int=float)
 
 
 def _record(context: Context, number: int, value: object, where: str) -> Document:
@@ -207,7 +233,10 @@ class _Window:
             except RecursionError:
                 raise _MalformedError("nested too deeply") from None
             except ValueError as error:
-                at = getattr(error, "pos", 0)
+                if not isinstance(error, json.JSONDecodeError):  # an integer of more than 4,300 digits
+                    self._parse = json.JSONDecoder(parse_int=float).raw_decode
+                    continue
+                at = error.pos
                 cut = at > len(self._text) - 16 or str(error).startswith("Unterminated string")
                 if self._ended or not cut:
                     raise _MalformedError(str(error).partition(": line")[0]) from None

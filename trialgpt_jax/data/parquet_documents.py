@@ -155,7 +155,10 @@ def _sources(batch) -> list:
         return [""] * len(batch)
     column = batch.column(batch.schema.names.index("source"))
     if pyarrow.types.is_temporal(column.type) or pyarrow.types.is_decimal(column.type):
-        column = column.cast(pyarrow.string())  # Python's own types have other ranges
+        try:
+            column = column.cast(pyarrow.string())  # Python's own types have other ranges
+        except pyarrow.ArrowInvalid:  # an unknown time zone
+            return [str(column.type) if valid else None for valid in column.is_valid().to_pylist()]
     try:
         return column.to_pylist()
     except (UnicodeDecodeError, ValueError, OverflowError):  # not UTF-8; times within a list

@@ -34,6 +34,19 @@ def read_up_to(stream: io.IOBase, n: int) -> bytearray:
     return data
 
 
+def peeked(stream: io.IOBase) -> tuple[bytes, io.BufferedReader]:
+    """The first `HEAD` bytes, and the stream from its beginning; what precedes a damaged place is kept."""
+    read, data = _read1(stream), bytearray()
+    try:
+        while len(data) < HEAD and (more := read(HEAD - len(data))):
+            data += more
+    except DAMAGE as error:
+        if not data:
+            raise
+        stream = _Damaged(error)
+    return bytes(data), buffered(stream, bytes(data))
+
+
 def decompressed(raw: io.IOBase, compression: str) -> io.IOBase:
     """A stream of what `raw` holds; `compression` is one of `formats.COMPRESSIONS` or "". Reads raise `DAMAGE`."""
     if compression == ".gz":
@@ -88,6 +101,16 @@ class _Chained(Readable):
             head, self._head = self._head[:n], self._head[n:]
             return head
         return self._read(n)
+
+
+class _Damaged(Readable):
+    """The rest of a stream from a damaged place on."""
+
+    def __init__(self, error: Exception):
+        self._error = error
+
+    def next_bytes(self, n: int) -> bytes:
+        raise self._error
 
 
 class _Decompressed(Readable):

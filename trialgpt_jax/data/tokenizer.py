@@ -218,7 +218,7 @@ def from_store(folder: str) -> Vocabulary:
     path = os.path.join(folder, MANIFEST_FILE)
     if not os.path.exists(path):
         meta = os.path.join(folder, META_FILE)
-        return read_meta(meta) if os.path.exists(meta) else load("gpt2")
+        return read_meta(meta) if os.path.lexists(meta) else load("gpt2")
     try:
         saved = json_files.read(path, _HasTokenizer)["tokenizer"]
     except (OSError, ValueError) as error:

@@ -24,7 +24,7 @@ HIDDEN, ENDING, OTHER_NAME, UNREADABLE = "hidden", "other ending", "another name
 OTHER_FOLDER, NOT_REGULAR, DANGLING = "another name of a folder", "not a regular file", "dangling link"
 CARD, STORE, MODEL, FOLDER = "dataset card", "in a token store", "in a model's folder", "folder"
 
-_CARD = "README.md"
+_CARD = "readme.md"  # in any case
 _DATASET_JSON = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")  # of the library `datasets`
 _OF_STORE = re.compile(
     r"manifest(_input)?\.json|progress_\d+_of_\d+\.json|lock(_\d+_of_\d+)?|(train|val)_\d+(_\d+)?\.bin"
@@ -218,15 +218,15 @@ class Walk:
                 return os.path.exists(os.path.join(beside, "dataset_info.json"))
             if name in _DATASET_JSON:
                 return True
-            if name != _CARD:
+            if name.lower() != _CARD:
                 return False
-            if _begins_with_yaml(file.path) or _keeps_lfs_files(beside):
+            if _begins_with_yaml(file.name, file.path) or _keeps_lfs_files(beside):
                 return True
             below = f"{folder}/" if folder else ""  # the names below are neighbours, because they are sorted
             inside = itertools.takewhile(
                 lambda each: each.startswith(below), itertools.islice(names, bisect.bisect_left(names, below), None)
             )
-            others = [each for each in inside if os.path.basename(each) not in (_CARD, *_DATASET_JSON)]
+            others = [each for each in inside if os.path.basename(each).lower() not in (_CARD, *_DATASET_JSON)]
             return bool(others) and all(formats.of(each).kind in ("json", "parquet") for each in others)
 
         names = [file.name for file in files]
@@ -264,10 +264,14 @@ def _positions(pattern: list[str], names: list[str]) -> frozenset[int]:
             part = pattern[position]
             if part == "**" and not hidden:
                 following.add(position)
-            elif part != "**" and (not hidden or part.startswith(".")) and fnmatch.fnmatchcase(name, part):
+            elif part != "**" and (not hidden or part.startswith(".")) and _is_meant(part, name):
                 following.add(position + 1)
         found = _past_stars(pattern, following)
     return found
+
+
+def _is_meant(part: str, name: str) -> bool:
+    return name == part or fnmatch.fnmatchcase(name, part)  # a folder may really be called `[1]`
 
 
 def _past_stars(pattern: list[str], positions: set[int]) -> frozenset[int]:
@@ -299,10 +303,10 @@ def _is_model_folder(names: set[str]) -> bool:
     )
 
 
-def _begins_with_yaml(path: str) -> bool:
+def _begins_with_yaml(name: str, path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.readline(100).removeprefix(b"\xef\xbb\xbf").rstrip() == b"---"
+            return formats.is_card(name, file.readline(100))
     except OSError:
         return False  # reading it as a document finds that
 

@@ -42,6 +42,16 @@ class _Drawing(NamedTuple):
     stop_id: jax.Array
 
 
+def keep_ids(params: dict, config: GPTConfig, n_ids: int) -> tuple[dict, GPTConfig]:
+    """The model with its first `n_ids` ids: those beyond its tokenizer's have no text. Before `split_layers`."""
+    if n_ids >= config.vocab_size:
+        return params, config
+    config = dataclasses.replace(config, vocab_size=n_ids)
+    for name in {"wte", "lm_head"} & params.keys():
+        params = params | {name: {"embedding": params[name]["embedding"][: config.padded_vocab_size]}}
+    return params, config
+
+
 def split_layers(params, config: GPTConfig):
     """Parameters in the layout of `config.decode`: cast to `config.dtype`, layers apart, kernels [out, in].
 

@@ -73,7 +73,7 @@ def _limit(logits_BxV, top_k, top_p):
     sorted_BxV = jnp.where(jnp.arange(V) < jnp.where(top_k > 0, top_k, V), sorted_BxV, -jnp.inf)
     probabilities = jax.nn.softmax(sorted_BxV, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # top_p >= 1: the rounded sum reaches 1 before the last token, which must be kept all the same
+    # top_p >= 1: the rounded sum reaches 1 before the last token, which is kept anyway
     keep = ((before < top_p) | (top_p >= 1)) & (sorted_BxV > -jnp.inf)
     threshold_Bx1 = jnp.min(jnp.where(keep, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BxV < threshold_Bx1, -jnp.inf, logits_BxV)

@@ -1,4 +1,4 @@
-"""What the environment says about JAX, checked before JAX acts on it: XLA_FLAGS, JAX_PLATFORMS, the cache folder."""
+"""Environment variables that JAX reads, checked before it does: XLA_FLAGS, JAX_PLATFORMS, the cache folder."""
 
 import logging
 import os
@@ -52,8 +52,10 @@ def check_devices() -> None:
     """Starts JAX's devices. A package of JAX that does not work here is a line of the log.
 
     Raises:
-      UserError: there is none of those that JAX_PLATFORMS asks for; names what there is.
+      UserError: there is none of those that JAX_PLATFORMS asks for (names what there is), or JAX_DISABLE_JIT is set.
     """
+    if jax.config.jax_disable_jit:
+        raise UserError("JAX_DISABLE_JIT is set, but steps are compiled before they run; unset JAX_DISABLE_JIT")
     wanted, broken = jax.config.jax_platforms, _BrokenPlugins()
     log = logging.getLogger(xla_bridge.__name__)
     log.addFilter(broken)
@@ -63,6 +65,8 @@ def check_devices() -> None:
         why = " ".join(str(error).split(" (set ")[0].split()) or "no such package of JAX works here"
         if not wanted:
             raise UserError(f"JAX finds no device ({why[:200]})") from None
+        if wanted == "cpu":
+            raise UserError(f"JAX cannot start on the CPU{why}; unset JAX_NUM_CPU_DEVICES and XLA_FLAGS") from None
         there = ", ".join(sorted(set(xla_bridge._backend_factories) - set(wanted.split(","))))
         raise UserError(
             f"JAX_PLATFORMS={wanted}, but JAX finds no such device here ({why[:200]}); JAX is installed for {there}; "
@@ -96,11 +100,12 @@ def cache_folder(env) -> str | None:
     """JAX_COMPILATION_CACHE_DIR, or a folder in XDG_CACHE_HOME or in `.cache` of HOME; created if it does not exist.
 
     Returns:
-      None if it cannot be written, or if there is no home folder: it is never made in the current folder.
+      None if it cannot be written, is in a store other than gs:// and s3://, or if there is no home folder: it is never
+        made in the current folder.
     """
     given = env.get("JAX_COMPILATION_CACHE_DIR", "")
     if "://" in given:
-        return given
+        return given if given.startswith(("gs://", "s3://")) else None
     folder, home = os.path.expanduser(given), env.get("HOME", "")
     if not folder:
         cache = os.path.expanduser(env.get("XDG_CACHE_HOME", ""))

@@ -110,6 +110,8 @@ def _given(flags) -> tuple[str, int, int] | None:
         raise UserError(
             f"--process_id={flags.process_id} is not below --num_processes={flags.num_processes}; they count from 0"
         )
+    if not re.fullmatch(r".+:\d{1,5}", flags.coordinator_address):
+        raise UserError(f"--coordinator_address={flags.coordinator_address} is not host:port")
     return flags.coordinator_address, flags.num_processes, flags.process_id
 
 

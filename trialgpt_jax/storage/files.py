@@ -130,7 +130,7 @@ def remove_parts(folder: str, which: Callable[[str], object] = lambda name: True
 
 def is_lfs_pointer(head: bytes) -> bool:
     """Whether a file that begins with these bytes is a pointer that Git LFS left in place of the file."""
-    return head.startswith(b"version https://git-lfs.github.com/spec/")
+    return bool(re.match(rb"version https://(git-lfs|hawser)\.github\.com/spec/v[0-9]+\s*(\n|\Z)", head))
 
 
 def sync_folder(folder: str) -> None:

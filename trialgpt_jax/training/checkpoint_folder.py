@@ -159,11 +159,12 @@ class CheckpointFolder:
         except (OSError, ValueError):
             return {}
 
-    def check_before_saving(self, n_bytes: int) -> None:
+    def check_before_saving(self, n_bytes: int, most: float = math.inf) -> None:
         """Refuses a folder in which orbax cannot save, and a disk without space for the checkpoints to be kept.
 
         Args:
           n_bytes: of the arrays of one checkpoint.
+          most: checkpoints that the run saves in all.
 
         Raises:
           UserError: names the characters in the path, or says how much space is needed and how much is free.
@@ -177,12 +178,15 @@ class CheckpointFolder:
             )
         free = files.free_bytes(self._folder)
         kept = self._keep_last + self._keep_best + 1
+        number = f"checkpoint.keep_last + checkpoint.keep_best + 1 = {kept}"
+        if most < kept:
+            kept, number = most, f"the {most} that are saved"
         missing = max(1, kept - len(self.steps())) * n_bytes
         if free is not None and free < missing:
             raise UserError(
-                f"{self._folder}: a checkpoint takes {human_size(n_bytes)}, and checkpoint.keep_last + "
-                f"checkpoint.keep_best + 1 = {kept} of them need {human_size(missing)} more, but {human_size(free)} "
-                "are free; free some, keep fewer, or choose another --workdir"
+                f"{self._folder}: a checkpoint takes {human_size(n_bytes)}, and {number} of them need "
+                f"{human_size(missing)} more, but {human_size(free)} are free; free some, keep fewer, or choose "
+                "another --workdir"
             )
 
     def discard_interrupted(self) -> None:

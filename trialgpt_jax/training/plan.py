@@ -26,7 +26,7 @@ _MEASURED_STEPS = 3
 
 
 def check_run(program: Program) -> None:
-    """Refuses a run that would fail later for want of memory or of Weights & Biases; nothing is compiled."""
+    """Refuses a run that has too little memory or cannot use Weights & Biases; nothing is compiled."""
     check_state(program)
     check_wandb(program.config.log)
 
@@ -34,7 +34,7 @@ def check_run(program: Program) -> None:
 def check_state(program: Program) -> None:
     """Refuses a state that does not fit the memory of its devices, from the shapes alone: nothing is compiled.
 
-    A step needs gradients, activations and logits besides, see `check_memory`.
+    A step also needs gradients, activations and logits, see `check_memory`.
 
     Raises:
       UserError: says how much the state takes, and how much there is.
@@ -53,6 +53,14 @@ def check_state(program: Program) -> None:
             f"the token ids of a batch take {_gib(batch)} in the memory of the host, which has "
             f"{_gib(accelerators.host_bytes())}; lower train.batch_size"
         )
+
+
+def most_saves(config: ConfigDict) -> float:
+    """Checkpoints that an uninterrupted run saves from step 0 on; infinite if the clock decides."""
+    if config.checkpoint.every_minutes:
+        return math.inf
+    every = config.checkpoint.every_steps or config.train.steps
+    return -(-config.train.steps // every)
 
 
 def compile_steps(program: Program, strict: bool) -> str:
@@ -96,12 +104,12 @@ def check_memory(program: Program, strict: bool) -> str:
 
 
 def describe(program: Program, store: TokenStore) -> str:
-    """Devices, model, data and disk, for the log; with a warning if the data are repeated absurdly often."""
+    """Devices, model, data and disk, for the log; with a warning above `_MANY_EPOCHS`."""
     config, train, device = program.config, program.config.train, jax.devices()[0]
     tokens_per_step = train.batch_size * program.gpt.block_size
     total, split = train.steps * tokens_per_step, store.split("train")
     mfu = "" if accelerators.chip(device.device_kind) else "; no MFU because the peak of this chip is not known"
-    kept = config.checkpoint.keep_last + config.checkpoint.keep_best
+    kept = min(config.checkpoint.keep_last + config.checkpoint.keep_best, most_saves(config))
     epochs, params, gpt = _epochs(total / split.n_tokens), program.params_layout, program.gpt
     text = (
         f"{jax.device_count()} x {device.device_kind}, mesh {dict(program.mesh.shape)}, "

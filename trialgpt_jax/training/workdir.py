@@ -4,8 +4,9 @@ The lock is `<workdir>/lock`, see `storage.lock`.
 """
 
 import os
-from typing import NamedTuple, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
+import msgspec
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
@@ -22,6 +23,9 @@ class _Data(TypedDict):
 
 class _Snapshot(TypedDict):
     data: _Data
+
+
+_Member = Annotated[list[str], msgspec.Meta(min_length=2, max_length=3)]  # a `KeptStore`; older runs have no place
 
 
 def config_path(workdir: str) -> str:
@@ -156,11 +160,11 @@ def kept_data(workdir: str) -> list[KeptStore]:
     """
     path = data_path(workdir)
     try:
-        return [KeptStore(*member, *[""] * (3 - len(member))) for member in json_files.read(path, list[list[str]])]
+        return [KeptStore(*member, *[""] * (3 - len(member))) for member in json_files.read(path, list[_Member])]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the digests of the token stores: {error!r}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as the digests of the token stores: {error}") from None
 
 
 def find_data(data_dir: str, workdir: str) -> str:
