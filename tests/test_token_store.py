@@ -204,6 +204,13 @@ def test_the_tokenizer_of_foreign_files_is_said(tmp_path, capsys):
     assert said == f"{tmp_path} has no manifest.json; its ids are taken for those of the tokenizer gpt2\n"
 
 
+@pytest.mark.parametrize(("largest", "warned"), [(64, True), (255, True), (256, False)])
+def test_ids_of_characters_without_their_meta_pkl_are_a_warning(tmp_path, capsys, largest, warned):
+    (np.arange(20_000) % (largest + 1)).astype(np.uint16).tofile(tmp_path / "train.bin")
+    token_store.open_store(str(tmp_path))
+    assert ("hardly GPT-2's" in capsys.readouterr().err) == warned
+
+
 def test_an_id_beyond_the_vocabulary_is_found_in_a_large_file_without_reading_all_of_it(tmp_path):
     ids = np.zeros(1 << 25, np.uint16)
     ids[-5] = 50257

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
 from trialgpt_jax.data.char_tokenizer import META_FILE, read_meta
 from trialgpt_jax.data.splits import NAMES, Shard, Split
 from trialgpt_jax.data.vocabulary import TokenizerId
@@ -21,6 +22,7 @@ from trialgpt_jax.storage import files
 _MAGIC, _VERSION, _HEADER = 20240520, 1, 256 * 4
 _LLAMA_MAGIC = 20240801  # uint32 ids of Llama 3's tokenizer
 _EVAL_MAGIC = 20240522  # multiple-choice questions
+_MANY = 10_000  # ids of English text hold one above 255 among the first few
 _END_BYTES = 64 << 10
 _MOST_CHECKED = 1 << 24  # ids that are compared with the vocabulary when a store is opened
 
@@ -75,6 +77,7 @@ def check_ids(folder: str, split: Split, tokenizer_id: TokenizerId) -> None:
     """
     char = tokenizer_id.name == "char"
     name = f"the tokenizer char of {META_FILE}" if char else "gpt2, the tokenizer of such files,"
+    checked = largest = 0
     for ids in split.sample(_MOST_CHECKED):
         high, low = ids[1::2], ids[::2]  # as halves of uint32 ids
         if len(ids) >= 256 and low.any() and (not high.any() or ((high < 4).all() and low.max() > 255)):
@@ -82,6 +85,12 @@ def check_ids(folder: str, split: Split, tokenizer_id: TokenizerId) -> None:
                 f"{folder}: the {NAMES[split.name]} split holds uint32 ids, but nanoGPT's files hold uint16"
             )
         split.check_id(int(ids.max()), name)
+        checked, largest = checked + len(ids), max(largest, int(ids.max()))
+    if not char and checked >= _MANY and largest < 256:
+        say(
+            f"warning: {folder}: the largest of {checked:,} ids of the {NAMES[split.name]} split is {largest}, so they are "
+            f"hardly GPT-2's; nanoGPT's character data have their {META_FILE} beside them"
+        )
 
 
 def shard(path: str, dtype: np.dtype, offset: int, tokens: int) -> Shard:
