@@ -205,6 +205,8 @@ def test_a_path_in_which_orbax_cannot_save_and_a_disk_that_is_too_small(tmp_path
     # follows: choose another --workdir
     # follows: free some, keep fewer, or choose another --workdir
     assert message(Checkpoints(str(tmp_path / "a[1]")).check_before_saving, 1).endswith("choose another --workdir")
+    # follows: below a path that is not UTF-8; choose another --workdir
+    assert "not UTF-8" in message(Checkpoints(str(tmp_path / os.fsdecode(b"n\xff"))).check_before_saving, 1)
     Checkpoints(str(tmp_path / "a")).check_before_saving(1)
     monkeypatch.setattr(files, "free_bytes", lambda path: 25)
     refusal = message(Checkpoints(str(tmp_path), keep_last=2).check_before_saving, 10)

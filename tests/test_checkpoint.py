@@ -271,7 +271,7 @@ def test_space_is_asked_for_before_the_first_save(saved, monkeypatch):
         Checkpoints("/nowhere", keep_last=3).check_before_saving(2_600_000)
     many = Checkpoints("/nowhere", keep_last=10**9)  # "keep all": the run saves 3
     many.check_before_saving(3_000_000, 3)
-    with pytest.raises(UserError, match="and the 3 that are saved of them need 12.0 MB more"):
+    with pytest.raises(UserError, match="and all 3 of them need 12.0 MB more"):
         many.check_before_saving(4_000_000, 3)
 
 

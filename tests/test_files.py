@@ -2,11 +2,13 @@
 
 import errno
 import json
+import logging
 import os
 import stat
 
 import numpy as np
 import pytest
+from conftest import call, refused
 
 from trialgpt_jax.data.shard_writer import ShardWriter
 from trialgpt_jax.model import hf
@@ -194,3 +196,17 @@ def test_an_export_is_durable_and_its_config_comes_last(tmp_path, disk, monkeypa
     assert ("fsync", str(tmp_path / "tokenizer.json")) in disk.events
     assert sorted(os.listdir(tmp_path)) == sorted([*renamed, "tokenizer.json"])
     assert json.loads((tmp_path / "config.json").read_text())["n_embd"] == 2
+
+
+def test_a_bucket_that_cannot_be_reached_is_not_logged_with_a_traceback_for_each_request():
+    pytest.importorskip("gcsfs")
+    files._store.cache_clear()
+    files.resolve("gs://bucket/run")
+    assert not logging.getLogger("gcsfs").isEnabledFor(logging.ERROR)
+
+
+def test_a_pipe_in_place_of_a_file_is_an_error_and_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(OSError, match="a pipe, not a file"):
+        json_files.read(str(tmp_path / "config.json"))
+    refused(call("evaluate", f"--workdir={tmp_path}"), "config.json", "a pipe, not a file")

@@ -25,7 +25,7 @@ from trialgpt_jax.data.records import (
     too_large,
     unusable,
 )
-from trialgpt_jax.storage.files import is_lfs_pointer, is_remote
+from trialgpt_jax.storage.files import is_lfs_pointer, is_remote, open_file
 
 _LFS_POINTER = "is a Git LFS pointer and not the file; `git lfs pull` in its repository fetches that"
 __all__ = ["Document", "InputFile", "count_rows", "is_readable", "is_text", "read_documents"]
@@ -40,7 +40,7 @@ def read_documents(file: InputFile, path: str, options: Mapping, start: int = 0)
     wanted = {name.strip()[:MAX_SOURCE] for name in options["subset"].split(",") if name.strip()}
     number = start
     try:
-        with open(path, "rb") as raw:
+        with open_file(path) as raw:
             context = Context(file.name, options, raw.tell, raw)
             for record in _records(context, raw, start):
                 if record.problem == UNREADABLE:  # not before `start`, where the file could be read once

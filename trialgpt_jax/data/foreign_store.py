@@ -88,8 +88,8 @@ def check_ids(folder: str, split: Split, tokenizer_id: TokenizerId) -> None:
         checked, largest = checked + len(ids), max(largest, int(ids.max()))
     if not char and checked >= _MANY and largest < 256:
         say(
-            f"warning: {folder}: the largest of {checked:,} ids of the {NAMES[split.name]} split is {largest}, so they are "
-            f"hardly GPT-2's; nanoGPT's character data have their {META_FILE} beside them"
+            f"warning: {folder}: the largest of {checked:,} ids of the {NAMES[split.name]} split is {largest}, so they "
+            f"are hardly GPT-2's; nanoGPT's character data have their {META_FILE} beside them"
         )
 
 

@@ -74,8 +74,12 @@ def exists(path: str) -> bool:
 
 
 def open_file(path: str, mode: str = "rb") -> IO:
-    """Opens a file for reading; `mode` is "rb" or "r"."""
-    return _fs(path).open(path, mode) if is_remote(path) else open(path, mode)
+    """Opens a file for reading; `mode` is "rb" or "r". Raises OSError, also for a pipe, which would wait for a writer."""
+    if is_remote(path):
+        return _fs(path).open(path, mode)
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "a pipe, not a file", path)
+    return open(path, mode)
 
 
 def write(path: str, data: bytes | str) -> None:

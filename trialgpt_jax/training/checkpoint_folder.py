@@ -176,11 +176,17 @@ class CheckpointFolder:
                 f"{self._folder}: checkpoints cannot be saved below a path with {' '.join(found)}; choose another "
                 "--workdir"
             )
+        try:
+            self._folder.encode()
+        except UnicodeEncodeError:  # tensorstore takes paths as UTF-8
+            raise UserError(
+                f"{self._folder}: checkpoints cannot be saved below a path that is not UTF-8; choose another --workdir"
+            ) from None
         free = files.free_bytes(self._folder)
         kept = self._keep_last + self._keep_best + 1
         number = f"checkpoint.keep_last + checkpoint.keep_best + 1 = {kept}"
         if most < kept:
-            kept, number = most, f"the {most} that are saved"
+            kept, number = most, f"all {most}"
         missing = max(1, kept - len(self.steps())) * n_bytes
         if free is not None and free < missing:
             raise UserError(
