@@ -74,7 +74,7 @@ def exists(path: str) -> bool:
 
 
 def open_file(path: str, mode: str = "rb") -> IO:
-    """Opens a file for reading; `mode` is "rb" or "r". Raises OSError, also for a pipe, which would wait for a writer."""
+    """Opens a file for reading; `mode` is "rb" or "r". Raises OSError; a pipe, which would wait for a writer, too."""
     if is_remote(path):
         return _fs(path).open(path, mode)
     if stat.S_ISFIFO(os.stat(path).st_mode):
