@@ -582,7 +582,7 @@ def test_what_was_begun_with_stop_goes_on_with_skip_and_gives_the_same_bytes(tmp
         ({"other": "another file"}, "0/1"),
     ],
 )
-def test_a_store_without_finished_documents_is_begun_anew_with_any_settings(tmp_path, change, worker):
+def test_a_store_without_finished_documents_is_started_again_with_any_settings(tmp_path, change, worker):
     corpus = write_texts(tmp_path / "corpus", [])
     (corpus / "a.txt").write_bytes(b"text \xe9")
     begun = {"path": corpus, "tokenizer": "bpe:270", "val_fraction": 0.0}
@@ -604,7 +604,7 @@ def test_a_store_without_finished_documents_is_begun_anew_with_any_settings(tmp_
     assert_same_folders(tmp_path / "fresh", tmp_path / "store")
 
 
-def test_a_store_is_not_begun_anew_while_another_share_runs_or_after_one_has_finished_documents(tmp_path, corpus):
+def test_a_store_is_not_started_again_while_another_share_runs_or_after_one_has_finished_documents(tmp_path, corpus):
     common = {"path": corpus, "on_error": "skip", "shard_tokens": 60_000}
     config = make_config(tmp_path / "store", **common)
     other = make_config(tmp_path / "store", split_seed=7, **common)
