@@ -149,7 +149,7 @@ def list_addresses(repo: str, path: str, folder: str) -> list[tuple[str, int, st
 
     Returns:
       Name, bytes (0 if unknown) and URL of each. The name is the last part of the address, or all of it after the
-      scheme where others end alike.
+      scheme where another address has the same last part.
 
     Raises UserError if a line is not such an address, the list is empty, or a server cannot be reached.
     """
@@ -236,7 +236,7 @@ def download(address: str, folder: str) -> str:
         repo, revision, path = match.groups()
         where = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
         return with_retries(lambda: huggingface_hub.hf_hub_download(repo, path, **where), address)
-    # The hash, because addresses of two servers can end alike
+    # The hash, because addresses of two servers can have the same last part
     path, etag = os.path.join(folder, f"{hashlib.sha256(address.encode()).hexdigest()[:16]}_{_file_name(address)}"), ""
     remove(path)
 
