@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -233,9 +234,12 @@ def test_processes_that_find_no_others(monkeypatch):
 
 def test_an_object_store_without_its_package(monkeypatch):
     # follows: needs `pip install {}`
+    def missing(*_, **__):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
     files._store.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "gcsfs", None)
+        patch.setattr(fsspec, "filesystem", missing)
         (package,) = re.findall("`pip install (.*)`", message(files.resolve, "gs://bucket/run"))
     files._store.cache_clear()
     assert importlib.util.find_spec(package) and files.resolve("gs://bucket/run") == "gs://bucket/run"
