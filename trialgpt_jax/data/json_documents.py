@@ -13,7 +13,7 @@ from trialgpt_jax.data import streams
 from trialgpt_jax.data.records import Context, Document, document, failed, too_large, unusable
 
 _WANTED = "one JSON object a line, or an array of objects, is wanted"
-_CHUNK, _ROOM = 1 << 18, 1 << 20  # _ROOM: of a record, for its other fields
+_CHUNK, _ROOM = 1 << 18, 1 << 20  # _ROOM: bytes that the other fields of a record may take
 _ESCAPES = re.compile(r'(?:\\.[^"\\]{0,8}+)++', re.DOTALL)  # many of them, as in text that is not English
 _DELIMITER = re.compile(r'["{}\[\]]')
 _MARK = "\ufeff"  # the byte order mark

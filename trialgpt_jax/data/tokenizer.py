@@ -181,12 +181,6 @@ def read_identity(folder: str) -> TokenizerId | None:
     return TokenizerId(saved["name"], saved["hash"])
 
 
-def save_with_identity(tokenizer: Vocabulary, folder: str) -> None:
-    """Writes a workdir's tokenizer: its own file, and then `tokenizer.json` with name and hash."""
-    tokenizer.save(folder)
-    write_identity(tokenizer.id, folder)
-
-
 def write_identity(identity: TokenizerId, folder: str) -> None:
     """Writes a workdir's `tokenizer.json`."""
     json_files.write(os.path.join(folder, IDENTITY_FILE), identity._asdict())
