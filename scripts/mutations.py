@@ -114,8 +114,8 @@ MUTATIONS = [
     Mutation("model/layers.py", "return jax.nn.silu(gate) * x", "return jax.nn.silu(x) * gate", "layers gpt"),
     Mutation(
         "model/attention.py",
-        "jnp.tile(positions_T, G)[:, None]",
-        "jnp.repeat(positions_T, G)[:, None]",
+        "query_slots = jnp.tile(positions, G if",
+        "query_slots = jnp.repeat(positions, G if",
         "generate attention",
     ),
     Mutation("model/gpt.py", "q, k = layers.rms(q), layers.rms(k)", "q, k = layers.rms(q), k", "gpt"),

@@ -15,9 +15,12 @@ LAYERS = (
     ("parallel",),
     ("data", "model"),
     ("training",),
+    ("config_fields",),
     ("config",),
     ("arguments", "config_file"),
     ("cli",),
+    ("language_model",),
+    ("evaluation",),
     COMMANDS,
 )
 # Pure Python at the bottom of a package: importable from anywhere above `schema`.

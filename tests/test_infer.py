@@ -38,7 +38,7 @@ def test_a_fault_of_the_disk_while_a_model_is_read(workdir, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(workdir / "tokenizer.json"))
 
     with monkeypatch.context() as patch:
-        patch.setattr("trialgpt_jax.infer.load_params", broken)
+        patch.setattr("trialgpt_jax.language_model.load_params", broken)
         refused(
             infer(workdir, "--max_new_tokens=1"), "tokenizer.json: Input/output error", "run the same command again"
         )

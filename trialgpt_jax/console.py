@@ -11,7 +11,8 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 # What a shell reports for a process that a signal has ended.
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -220,3 +221,37 @@ def _leave(*_) -> None:
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted\n")  # not `say`: the signal may interrupt a print, and its buffer is not reentrant
     os._exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def requests_bar(
+    total: int, what: str, shown: bool, then: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr: requests, time left, tokens and tokens/s.
+
+    Args:
+      total: requests.
+      what: they are.
+      shown: False = no bar.
+      then: called after each advance.
+
+    Yields:
+      A function to call with the numbers of requests and tokens that are done since the last call.
+    """
+    from tqdm import tqdm  # late: most commands show no bar
+
+    started, n_tokens = time.perf_counter(), 0
+
+    def advance(n: int, tokens: int) -> None:
+        nonlocal n_tokens
+        n_tokens += tokens
+        rate = n_tokens / (time.perf_counter() - started)
+        bar.set_postfix_str(f"{n_tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+        bar.update(n)
+        then()
+
+    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
+    with tqdm(
+        total=total, desc=what, unit="", mininterval=interval, disable=not (shown and _enabled), file=sys.stderr
+    ) as bar:
+        yield advance

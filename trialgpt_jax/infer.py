@@ -10,21 +10,17 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, cli
-from trialgpt_jax import config as config_lib
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.vocabulary import Vocabulary
-from trialgpt_jax.model.generate import generate, keep_ids, split_layers
+from trialgpt_jax.language_model import LanguageModel
 from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Sampling
 from trialgpt_jax.parallel import processes
-from trialgpt_jax.parallel.axes import AXES
 from trialgpt_jax.parallel.sharding import make_mesh
-from trialgpt_jax.training.program import Program
-from trialgpt_jax.training.start import load_params
 
 _LONGEST_PROMPT = 16 << 20  # bytes; no model has so long a context
 
@@ -38,7 +34,7 @@ def infer(
     max_new_tokens: int = 200,
     sampling: Sampling = DEFAULT_SAMPLING,
     seed: int = 0,
-    step: int = -1,
+    step: int | str = -1,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """Continues a prompt with the model of a workdir, with its heads split over the devices if they divide them.
@@ -51,7 +47,7 @@ def infer(
       max_new_tokens: tokens of each; end-of-text, if the tokenizer has it, ends a continuation earlier.
       sampling: temperature, top-k, top-p.
       seed: sample i of a seed does not depend on num_samples.
-      step: of the checkpoint; -1 = the newest whole one.
+      step: of the checkpoint; -1 = the newest whole one, "best" = the one with the lowest validation loss.
       on_text: called with the prompt and then with pieces of the first sample's text.
 
     Returns:
@@ -61,41 +57,26 @@ def infer(
       UserError: a prompt, number or checkpoint that cannot be used.
     """
     sampling.validate()
-    config_lib.enable_x64(config)
     # One copy of the model, split along tensor, because decoding is bound by reading the weights.
     heads = config.model.n_kv_head or config.model.n_head
     tensor = math.gcd(heads, jax.device_count())
     mesh = _decoding_mesh(tensor)
-    tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
-    ids = _start_ids(tokenizer, prompt)
-    program = Program(config, mesh=mesh)
-    gpt = program.gpt
-    with jax.set_mesh(mesh):
-        params, step = load_params(workdir, program.params_layout, step)
-        say(f"checkpoint {step}, {gpt.dtype} on {tensor} x {mesh.devices.flat[0].device_kind}")
-        params, gpt = keep_ids(params, gpt, tokenizer.vocab_size)
-        params = split_layers(params, gpt)
-        on_text(prompt or "")
-        decoder = tokenizer_lib.StreamingDecoder(tokenizer)
-        pieces = []
-        for new in generate(
-            params,
-            gpt,
-            np.asarray(ids),
-            max_new_tokens=max_new_tokens,
-            num_samples=num_samples,
-            sampling=sampling,
-            seed=seed,
-            stop_id=tokenizer.eot_id,
-        ):
-            pieces.append(new)
-            on_text("".join(decoder.push(i) for i in new[0] if i != tokenizer.eot_id))
-        on_text(decoder.finish())
+    ids = _start_ids(tokenizer_lib.from_workdir(workdir, config.data.tokenizer), prompt)
+    model = LanguageModel.load(workdir, step, config, mesh)
+    tokenizer = model.tokenizer
+    say(f"checkpoint {model.step}, {model.config.dtype} on {tensor} x {mesh.devices.flat[0].device_kind}")
+    on_text(prompt or "")
+    decoder = tokenizer_lib.StreamingDecoder(tokenizer)
+    pieces = []
+    for new in model.stream(ids, num_samples=num_samples, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed):
+        pieces.append(new)
+        on_text("".join(decoder.push(i) for i in new[0] if i != tokenizer.eot_id))
+    on_text(decoder.finish())
     samples = []
     for row in np.concatenate(pieces, axis=1).tolist():
         ended = row.index(tokenizer.eot_id) if tokenizer.eot_id in row else len(row)
         samples.append({"text": tokenizer.decode(row[:ended]), "tokens": row[:ended]})
-    return {"step": step, "prompt": prompt, "samples": samples}
+    return {"step": model.step, "prompt": prompt, "samples": samples}
 
 
 def _start_ids(tokenizer: Vocabulary, prompt: str | None) -> list[int]:
@@ -116,14 +97,10 @@ def _start_ids(tokenizer: Vocabulary, prompt: str | None) -> list[int]:
 
 
 def _decoding_mesh(tensor: int) -> Mesh:
-    """A mesh of `tensor` devices; with several processes of all devices, because each process must own some of them.
-
-    The other devices then repeat the work along an additional axis, over which nothing is split.
-    """
+    """A mesh of `tensor` devices; with several processes of all devices, because each process must own some of them."""
     if jax.process_count() == 1:
         return make_mesh({"data": 1, "fsdp": 1, "tensor": tensor}, jax.devices()[:tensor])
-    devices = make_mesh({"data": jax.device_count() // tensor, "fsdp": 1, "tensor": tensor}).devices
-    return Mesh(devices[:, None], ("copies", *AXES), axis_types=(AxisType.Auto,) * 4)
+    return make_mesh({"data": jax.device_count() // tensor, "fsdp": 1, "tensor": tensor})
 
 
 def read_prompt(prompt: str | None) -> str | None:

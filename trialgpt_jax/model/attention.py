@@ -1,10 +1,12 @@
-"""Causal self-attention: cuDNN on GPU, Splash on TPU, XLA elsewhere, and the cached form for decoding.
+"""Causal self-attention: cuDNN on GPU, Splash on TPU, XLA elsewhere; the cached form for decoding and the packed form
+for scoring.
 
 Shapes: B batch, T query length, S cache length, H query heads, K key/value heads (H = K * G), D head width, N = K * B.
 Softmax runs in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,21 +53,55 @@ def reference_attention(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD):
     return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
 
+class Packing(NamedTuple):
+    """Which tokens of a row belong together: a row has several trees, each a trunk with branches.
+
+    Attributes:
+      tree_BxT: int32 number of the tree.
+      branch_BxT: int32 number of the branch within the tree; 0 = the trunk, which all its branches continue.
+    """
+
+    tree_BxT: jax.Array
+    branch_BxT: jax.Array
+
+
+def packed_attention(q_BxTxHxD: jax.Array, k_BxTxKxD: jax.Array, v_BxTxKxD: jax.Array, packing: Packing) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v, where a token attends to itself and to the earlier tokens of its trunk and branch.
+
+    The weights [B, H, T, T] are in memory. Positions within a tree are the caller's.
+
+    Returns:
+      [B, T, H, D] in the dtype of the inputs.
+    """
+    B, T, H, D = q_BxTxHxD.shape
+    K = k_BxTxKxD.shape[2]
+    tree, branch = packing
+    same_tree = tree[:, :, None] == tree[:, None, :]
+    continues = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    visible_BxTxT = same_tree & continues & jnp.tril(jnp.ones((T, T), bool))
+    q_BxTxKxGxD = q_BxTxHxD.reshape(B, T, K, H // K, D)
+    dtype = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q_BxTxKxGxD, k_BxTxKxD, preferred_element_type=dtype) / math.sqrt(D)
+    weights_BxKxGxTxT = jax.nn.softmax(jnp.where(visible_BxTxT[:, None, None], scores, jnp.finfo(dtype).min))
+    out = jnp.einsum("bkgts,bskd->btkgd", weights_BxKxGxTxT.astype(v_BxTxKxD.dtype), v_BxTxKxD)
+    return out.reshape(B, T, H, D)
+
+
 def cached_attention(
     q_BxTxHxD: jax.Array,
     k_BxTxKxD: jax.Array,
     v_BxTxKxD: jax.Array,
     cache: tuple[jax.Array, jax.Array],
-    positions_T: jax.Array,
+    positions: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention of T new tokens over a cache, after their keys and values are written to it.
 
     Args:
-      q_BxTxHxD, k_BxTxKxD, v_BxTxKxD: of the tokens at `positions_T`.
+      q_BxTxHxD, k_BxTxKxD, v_BxTxKxD: of the tokens at `positions`.
       cache: keys and values [K * B, S, D]. Slots past a query's position are masked; they may hold anything finite.
         The keys of one head of one sample are contiguous, so that XLA on CPU does not copy the cache at every token
         (docs/performance.md#decode-layout).
-      positions_T: int32, consecutive slots of the new tokens.
+      positions: int32 [T], consecutive slots of the new tokens; [B, T] where rows differ.
 
     Returns:
       [B, T, H, D] in the dtype of q, and the cache.
@@ -73,15 +109,23 @@ def cached_attention(
     B, T, H, D = q_BxTxHxD.shape
     K = k_BxTxKxD.shape[2]
     G = H // K
-    k_NxSxD, v_NxSxD = (
-        jax.lax.dynamic_update_slice_in_dim(old, new.transpose(2, 0, 1, 3).reshape(K * B, T, D), positions_T[0], axis=1)
-        for old, new in zip(cache, (k_BxTxKxD, v_BxTxKxD), strict=True)
-    )
+
+    def write(old_NxSxD, new_BxTxKxD):
+        new_NxTxD = new_BxTxKxD.transpose(2, 0, 1, 3).reshape(K * B, T, D)
+        if positions.ndim == 1:
+            return jax.lax.dynamic_update_slice_in_dim(old_NxSxD, new_NxTxD, positions[0], axis=1)
+        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
+            old_NxSxD, new_NxTxD, jnp.tile(positions[:, 0], K), 0
+        )
+
+    k_NxSxD, v_NxSxD = (write(old, new) for old, new in zip(cache, (k_BxTxKxD, v_BxTxKxD), strict=True))
     q_NxMxD = q_BxTxHxD.reshape(B, T, K, G, D).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, D)
     dtype = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
     scores_NxMxS = jnp.einsum("nmd,nsd->nms", q_NxMxD, k_NxSxD, preferred_element_type=dtype)
-    visible_MxS = jnp.arange(k_NxSxD.shape[1]) <= jnp.tile(positions_T, G)[:, None]
-    weights = jax.nn.softmax(jnp.where(visible_MxS, scores_NxMxS / math.sqrt(D), -jnp.inf), axis=-1)
+    # [M, S], or [N, M, S] where rows differ
+    query_slots = jnp.tile(positions, G if positions.ndim == 1 else (K, G))
+    visible = jnp.arange(k_NxSxD.shape[1]) <= query_slots[..., None]
+    weights = jax.nn.softmax(jnp.where(visible, scores_NxMxS / math.sqrt(D), -jnp.inf), axis=-1)
     out_NxMxD = jnp.einsum("nms,nsd->nmd", weights.astype(q_BxTxHxD.dtype), v_NxSxD)
     out = out_NxMxD.reshape(K, B, G, T, D).transpose(1, 3, 0, 2, 4).reshape(B, T, H, D)
     return out, (k_NxSxD, v_NxSxD)

@@ -8,7 +8,7 @@ Shapes: B samples, P prompt length, S cache length, T window length, V vocab_siz
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -136,6 +136,60 @@ def generate(
         yield new
 
 
+def generate_batch(
+    params,
+    config: GPTConfig,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    sample_numbers: Sequence[int] | None = None,
+    prompt_length: int = 0,
+    cache_length: int = 0,
+    sampling: Sampling = DEFAULT_SAMPLING,
+    seed: int = 0,
+    stop_id: int | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[np.ndarray]:
+    """Continues B prompts of any lengths, one sample each. Prompt and new tokens together fit into block_size.
+
+    Args:
+      params, config, max_new_tokens, sampling, seed, stop_id, chunk: as in `generate`.
+      prompts: ids [P], P at least 1.
+      sample_numbers: of each prompt: its random numbers follow from (seed, this number, position); default: 0 ... B-1.
+      prompt_length, cache_length: at least the longest P and the longest P + max_new_tokens; calls with equal ones, and
+        equally many prompts, share their compiled programs. 0 = what the prompts need.
+
+    Yields:
+      int32 [B, n] as `generate` does.
+
+    Raises:
+      UserError: as `generate` does, or a prompt that leaves no room for max_new_tokens.
+    """
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    for prompt in prompts:
+        _check(prompt, config, max_new_tokens, len(prompts), sampling)
+    if (longest := int(lengths_B.max())) + max_new_tokens > config.block_size:
+        raise UserError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than "
+            f"model.block_size={config.block_size}"
+        )
+    tokens_BxP = np.zeros((len(prompts), prompt_length or longest), np.int32)
+    for row, prompt in zip(tokens_BxP, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    S = max(cache_length or _cache_length(config, longest, max_new_tokens), tokens_BxP.shape[1])
+    drawing = _drawing(sampling, len(prompts) if sample_numbers is None else np.asarray(sample_numbers), seed, stop_id)
+    first_BxV, memory = _prefill(params, config, tokens_BxP, lengths_B, len(prompts), S)
+    zeros_B = jnp.zeros(len(prompts), jnp.int32)
+    state = _next(_State(zeros_B, jnp.int32(0), zeros_B > 0, memory), first_BxV, drawing)
+    yield np.asarray(state.last_B)[:, None]
+    n_new = 1
+    while n_new < max_new_tokens and not np.asarray(state.done_B).all():
+        n = min(chunk, max_new_tokens - n_new)
+        state, tokens_BxN = _decode(params, config, state, jnp.asarray(lengths_B - 1), jnp.int32(n), chunk, drawing)
+        n_new += n
+        yield np.asarray(tokens_BxN)[:, :n]
+
+
 def _check(prompt: np.ndarray, config: GPTConfig, max_new_tokens: int, num_samples: int, sampling: Sampling) -> None:
     sampling.validate()
     if len(prompt) == 0:
@@ -192,8 +246,10 @@ def compile_decode(
         return _decode.lower(params, config, state, length, length, CHUNK, drawing).compile()
 
 
-def _drawing(sampling: Sampling, num_samples: int, seed: int, stop_id: int | None) -> _Drawing:
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
+def _drawing(sampling: Sampling, samples: int | np.ndarray, seed: int, stop_id: int | None) -> _Drawing:
+    """`samples`: the numbers of the samples, or how many there are."""
+    numbers_B = np.arange(samples) if isinstance(samples, int) else samples
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers_B))
     return _Drawing(Draw.of(sampling), keys_B, jnp.int32(-1 if stop_id is None else stop_id))
 
 
@@ -206,24 +262,26 @@ def _power_of_two(n: int) -> int:
     return 1 << max(4, (n - 1).bit_length())
 
 
-def _forward(params, config: GPTConfig, tokens_BxT, positions_T=None, caches=None):
+def _forward(params, config: GPTConfig, tokens_BxT, positions=None, caches=None):
     """The GPT on parameters from `split_layers`."""
     config = dataclasses.replace(config, decode=True)
-    return GPT(config).apply({"params": params}, tokens_BxT, positions_T=positions_T, caches=caches)
+    return GPT(config).apply({"params": params}, tokens_BxT, positions=positions, caches=caches)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4, 5))
-def _prefill(params, config, tokens_1xP, length, num_samples, cache_length):
-    """Logits [B, V] after the `length` tokens of the prompt, and the caches, for B equal samples.
+def _prefill(params, config, tokens_RxP, length, num_samples, cache_length):
+    """Logits [B, V] after the `length` tokens of the prompts, and the caches. R is B, or 1 for B equal samples.
 
-    Slots from `length` on hold keys of the padding; each is overwritten before a query can see it.
+    `length` is a scalar or [R]. Slots from `length` on hold keys of the padding; each is overwritten before a query can
+    see it.
     """
-    empty = jnp.zeros((config.n_kv_head, cache_length, config.head_dim), config.dtype)
+    R, P = tokens_RxP.shape
+    empty = jnp.zeros((config.n_kv_head * R, cache_length, config.head_dim), config.dtype)
     caches = ((empty, empty),) * config.n_layer
-    hidden, caches = _forward(params, config, tokens_1xP, jnp.arange(tokens_1xP.shape[1]), caches)
-    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+    hidden, caches = _forward(params, config, tokens_RxP, jnp.arange(P), caches)
+    last = jnp.take_along_axis(hidden, jnp.reshape(length - 1, (-1, 1, 1)), axis=1)
     result = (logits(params, config, last)[:, 0], caches)
-    return jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), result)
+    return jax.tree.map(lambda x: jnp.repeat(x, num_samples // R, axis=0), result)
 
 
 @jax.jit
@@ -255,11 +313,12 @@ def _loop(step, state: _State, n, chunk: int):
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
 def _decode(params, config, state, before_first, n, chunk, drawing):
-    """n more tokens with the cache. The newest token's slot is `before_first` + the number of tokens generated."""
+    """n more tokens with the cache. The newest token's slot is `before_first` + the number of tokens generated;
+    `before_first` is a scalar, or [B] where prompts differ in length."""
 
     def step(state):
-        positions_T = (before_first + state.n_new)[None]
-        hidden, caches = _forward(params, config, state.last_B[:, None], positions_T, state.memory)
+        positions = (before_first + state.n_new)[..., None]
+        hidden, caches = _forward(params, config, state.last_B[:, None], positions, state.memory)
         return _next(state._replace(memory=caches), logits(params, config, hidden)[:, 0], drawing)
 
     return _loop(step, state, n, chunk)

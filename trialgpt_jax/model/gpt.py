@@ -5,8 +5,7 @@
 - optionally: no biases, untied head, qk-norm, norm after the embedding, logit softcap
 - layers are stacked and scanned for training; `config.decode` has one set of parameters per layer
 
-Shapes: B batch, T length, C n_embd, H query heads, K key/value heads, D head width, S cache length, V padded
-vocabulary.
+Shapes: B batch, T length, C n_embd, H query heads, K key/value heads, D head width, S cache length, V padded ids.
 
 Parameters (after `nn.unbox`):
   wte/embedding [V, C]   wpe/embedding [block_size, C] (learned positions)   lm_head/embedding [V, C] (untied)
@@ -20,13 +19,12 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from trialgpt_jax.model import layers
-from trialgpt_jax.model.attention import cached_attention, causal_attention
+from trialgpt_jax.model.attention import Packing, cached_attention, causal_attention, packed_attention
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.layers import Dense, Norm, normal, projection_std, rows, vocabulary
 from trialgpt_jax.schema import choose
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [K * B, S, D]
-Caches = tuple[Cache, ...]  # one per layer
 
 
 class CausalSelfAttention(nn.Module):
@@ -35,11 +33,10 @@ class CausalSelfAttention(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_BxTxC, positions_T, deterministic: bool, cache: Cache | None = None):
+    def __call__(self, x_BxTxC, positions, deterministic: bool, cache: Cache | None, packing: Packing | None):
         """Returns [B, T, C] and the cache with the new keys and values (None without a cache)."""
         c = self.config
-        B, T, C = x_BxTxC.shape
-        H, K, D = c.n_head, c.n_kv_head, c.head_dim
+        (B, T, C), (H, K, D) = x_BxTxC.shape, (c.n_head, c.n_kv_head, c.head_dim)
         # k, v before q saves a pass over dx on XLA:GPU (docs/performance.md#qkv-order)
         x_NxC = rows(x_BxTxC)
         k = Dense(c, K * D, ("embed", "kv_heads"), 0.02, name="c_k")(x_NxC)
@@ -50,12 +47,14 @@ class CausalSelfAttention(nn.Module):
         if c.qk_norm:
             q, k = layers.rms(q), layers.rms(k)
         rotate = choose(layers.POSITIONS, c.position, "model.position")
-        q, k = rotate(q, positions_T), rotate(k, positions_T)
-        if cache is None:
+        q, k = rotate(q, positions), rotate(k, positions)
+        if packing is not None:
+            y = packed_attention(q, k, v, packing)
+        elif cache is None:
             key = None if deterministic or not c.dropout else self.make_rng("dropout")
             y = causal_attention(q, k, v, c.attention, c.dropout, key)
         else:
-            y, cache = cached_attention(q, k, v, cache, positions_T)
+            y, cache = cached_attention(q, k, v, cache, positions)
         y = Dense(c, C, ("heads_in", "hidden"), projection_std(c), name="c_proj")(y.reshape(B, T, H * D))
         return nn.Dropout(c.dropout)(y, deterministic), cache
 
@@ -69,8 +68,7 @@ class MLP(nn.Module):
     def __call__(self, x, deterministic: bool):
         c = self.config
         names = ("c_fc", "c_gate") if c.activation in layers.GATED else ("c_fc",)
-        hidden = [Dense(c, c.mlp_width, ("embed", "mlp"), 0.02, name=name)(x) for name in names]
-        hidden = [checkpoint_name(h, "mlp") for h in hidden]
+        hidden = [checkpoint_name(Dense(c, c.mlp_width, ("embed", "mlp"), 0.02, name=name)(x), "mlp") for name in names]
         h = choose(layers.ACTIVATIONS, c.activation, "model.activation")(*hidden)
         h = Dense(c, c.n_embd, ("mlp_in", "hidden"), projection_std(c), name="c_proj")(h)
         return nn.Dropout(c.dropout)(h, deterministic)
@@ -82,11 +80,12 @@ class Block(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x, positions_T, deterministic: bool = True, cache: Cache | None = None):
+    def __call__(self, x, positions, deterministic: bool = True, cache: Cache | None = None, packing=None):
         """[B, T, C] -> [B, T, C], and the cache."""
         c = self.config
         x = checkpoint_name(nn.with_logical_constraint(x, ("batch", "length", "hidden")), "input")
-        y, cache = CausalSelfAttention(c, name="attn")(Norm(c, name="ln_1")(x), positions_T, deterministic, cache)
+        h = Norm(c, name="ln_1")(x)
+        y, cache = CausalSelfAttention(c, name="attn")(h, positions, deterministic, cache, packing)
         # 2-D so that cuBLASLt can fuse the residual add (docs/performance.md#residual-rows)
         x_NxC = checkpoint_name(rows(x) + rows(y), "residual")
         x_NxC = x_NxC + MLP(c, name="mlp")(Norm(c, name="ln_2")(x_NxC), deterministic)
@@ -113,35 +112,36 @@ class GPT(nn.Module):
             std = 0.0 if c.zero_init_proj else 0.02
             self.lm_head = nn.Embed(c.padded_vocab_size, embedding_init=vocabulary(c, std), **table)
 
-    def __call__(self, tokens_BxT, *, positions_T=None, deterministic: bool = True, caches: Caches | None = None):
+    def __call__(self, tokens_BxT, *, positions=None, deterministic: bool = True, caches=None, packing=None):
         """Hidden states of sequences, or of the next tokens of sequences whose keys and values are cached.
 
         Args:
-          tokens_BxT: int32 ids below vocab_size; T at most block_size.
-          positions_T: int32 positions in the sequence; None = 0 ... T-1.
+          tokens_BxT: int32 ids below vocab_size; T at most block_size, unless they are packed.
+          positions: int32 [T] or [B, T], below block_size: places in the sequence; None = 0 ... T-1.
           deterministic: False = dropout, from the "dropout" rng.
-          caches: one per layer (`config.decode` only); the call adds the new keys and values at `positions_T`.
+          caches: a `Cache` per layer (`config.decode` only); the call adds the new keys and values at `positions`.
+          packing: an `attention.Packing` of rows that hold several sequences.
 
         Returns:
           [B, T, C] of `config.dtype` after the final norm; with caches a pair of that and the new caches.
         """
         c = self.config
-        positions_T = jnp.arange(tokens_BxT.shape[1]) if positions_T is None else positions_T
+        positions = jnp.arange(tokens_BxT.shape[1]) if positions is None else positions
         x = layers.lookup(self.wte, tokens_BxT)
         if c.position == "learned":
             table = nn.with_logical_constraint(self.wpe.embedding.astype(c.dtype), ("position", "hidden"))
-            x = x + jnp.take(table, positions_T, axis=0)
+            x = x + jnp.take(table, positions, axis=0)
         if c.embed_norm:
             x = self.ln_e(x)
         x = nn.with_logical_constraint(self.drop(x, deterministic), ("batch", "length", "hidden"))
         if c.decode:
             new = []
             for block, cache in zip(self.blocks, caches or [None] * c.n_layer, strict=True):
-                x, cache = block(x, positions_T, deterministic, cache)
+                x, cache = block(x, positions, deterministic, cache)
                 new.append(cache)
             caches = caches and tuple(new)
         else:
-            x, _ = self.blocks(x, positions_T, deterministic)
+            x, _ = self.blocks(x, positions, deterministic, None, packing)
         if self.is_initializing() and not c.tie_embeddings:
             self.lm_head(tokens_BxT[:, :1])
         return (self.ln_f(x), caches) if caches else self.ln_f(x)
@@ -152,14 +152,14 @@ def _scanned_blocks(c: GPTConfig) -> nn.Module:
     block = Block
     if c.remat != "none" or c.scan_unroll < c.n_layer:
         # Fully unrolled layers take no remat: XLA would merge the recomputation (docs/performance.md#scan-unroll).
-        policy = choose(layers.REMAT, c.remat, "train.remat")
         # prevent_cse=False: inside a scan the forward and the backward loop are separate
+        policy = choose(layers.REMAT, c.remat, "train.remat")
         block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
     return nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=(nn.broadcast,) * 4,
         length=c.n_layer,
         unroll=c.scan_unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -255,19 +255,22 @@ GATED = ("swiglu",)  # activations of two matmul outputs
 # ---- positions
 
 
-def rope(x_BxTxHxD: jax.Array, positions_T: jax.Array) -> jax.Array:
-    """Rotary position embedding, base 10,000; dimension i pairs with i + D/2 (Su et al. 2021; GPT-NeoX's pairing)."""
+def rope(x_BxTxHxD: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding, base 10,000; dimension i pairs with i + D/2 (Su et al. 2021; GPT-NeoX's pairing).
+
+    `positions` is [T], or [B, T] where rows differ.
+    """
     half = x_BxTxHxD.shape[-1] // 2
     dtype = jnp.promote_types(x_BxTxHxD.dtype, jnp.float32)
     frequency = 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
-    angle_Tx1xD = positions_T.astype(dtype)[:, None, None] * frequency
-    cos, sin = jnp.cos(angle_Tx1xD), jnp.sin(angle_Tx1xD)
+    angle = positions.astype(dtype)[..., None, None] * frequency  # [T, 1, D/2] or [B, T, 1, D/2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x_BxTxHxD.astype(dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxTxHxD.dtype)
 
 
 # What a position encoding does to queries and keys; learned positions are added to the embeddings instead.
-POSITIONS = {"learned": lambda x, positions_T: x, "rope": rope}
+POSITIONS = {"learned": lambda x, positions: x, "rope": rope}
 
 
 # ---- rematerialisation: what of a layer, besides its input, is stored for the backward pass

@@ -38,6 +38,7 @@ FLAGS = {
 # Keys of the key-value store.
 _FAILURE, _EXITED = "trialgpt_jax/failure", "trialgpt_jax/exited/"
 _VALUE, _STEP = "trialgpt_jax/value/", "trialgpt_jax/step/"
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # of XLA's preemption service
 _POLL_SECONDS = 0.5  # between two reads of _FAILURE
 _EXIT_SECONDS = 5.0  # process 0 waits this long for the others to read _FAILURE, because the store ends with it
 _DAY = 24 * 3600
@@ -129,7 +130,12 @@ def from_first(compute: Callable[[], T]) -> T:
         value = compute()
         client.key_value_set(key, json.dumps(value))
         return value
-    return json.loads(client.blocking_key_value_get(key, _DAY * 1000))
+    return json.loads(wait_for(key))
+
+
+def wait_for(key: str) -> str:
+    """The value of a key of the key-value store, once a process has set it."""
+    return distributed.global_state.client.blocking_key_value_get(key, _DAY * 1000)
 
 
 def meet() -> None:
@@ -141,6 +147,20 @@ def meet() -> None:
     """
     if distributed.global_state.num_processes != 1:
         distributed.global_state.client.wait_at_barrier(f"trialgpt_jax/meeting/{next(_meetings)}", _DAY * 1000)
+
+
+def stop_noticed() -> bool:
+    """Whether any process of the job has had a SIGTERM, as process 0 knows up to a second later.
+
+    JAX's preemption service tells it to the processes by this key, long before the step at which they stop.
+    """
+    if distributed.global_state.num_processes == 1:
+        return False
+    try:
+        distributed.global_state.client.key_value_try_get(_NOTICE)
+    except jax.errors.JaxRuntimeError:  # no such key
+        return False
+    return True
 
 
 class AgreedStep:

@@ -161,3 +161,8 @@ def put_batch(local_rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return local_rows[place : place + size]
 
     return jax.make_array_from_callback((size * n_blocks, *local_rows.shape[1:]), sharding, rows)
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The global array of which every process has the whole content."""
+    return jax.make_array_from_callback(np.shape(array), sharding, lambda index: array[index])

@@ -65,6 +65,16 @@ class CheckpointFolder:
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
 
+    def best(self) -> int:
+        """The step with the lowest validation loss; of equal ones the earliest.
+
+        Raises:
+          UserError: no checkpoint was saved with a validation loss.
+        """
+        if not (steps := _by_loss(self._losses())):
+            raise UserError(f"{self._folder} has no checkpoint with a validation loss")
+        return steps[0]
+
     def newest_whole(self) -> int | None:
         """The newest step whose checkpoint is whole; logs damaged newer ones. None when there are no checkpoints.
 
@@ -231,6 +241,14 @@ class CheckpointFolder:
             raise ValueError(f"{path} is of step {record.get('step')}")
         return record
 
+    def _losses(self) -> dict[int, float | None]:
+        """Step -> validation loss, None if it is not known; without steps whose record is damaged."""
+        losses = {}
+        for step in self.steps():
+            with contextlib.suppress(OSError, ValueError):
+                losses[step] = self._record(step)["val_loss"]
+        return losses
+
     def _mark_unfinished(self, step: int) -> None:
         files.make_folder(self._folder)
         files.write(self._marker, str(step))
@@ -260,13 +278,9 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         """Removes the checkpoints that are not to be kept, and damaged ones whose step has been saved again."""
-        losses = {}
-        for step in self.steps():
-            with contextlib.suppress(OSError, ValueError):  # damaged: neither removed nor counted
-                losses[step] = self._record(step)["val_loss"]
+        losses = self._losses()  # a damaged one is neither removed nor counted
         whole = list(losses)
-        best = sorted((step for step in whole if losses[step] is not None), key=lambda step: losses[step])
-        keep = set(whole[-self._keep_last :]) | set(best[: self._keep_best])
+        keep = set(whole[-self._keep_last :]) | set(_by_loss(losses)[: self._keep_best])
         keep |= {step for step in whole if self._keep_period and step % self._keep_period == 0}
         self._finish_removals()
         for step in whole:
@@ -302,3 +316,8 @@ class CheckpointFolder:
             yield
         except OSError as error:
             self._say(f"warning: {self._path(name)} cannot be removed: {error.strerror or error}")
+
+
+def _by_loss(losses: dict[int, float | None]) -> list[int]:
+    """The steps that have a loss, lowest first."""
+    return sorted((step for step, loss in losses.items() if loss is not None), key=lambda step: losses[step])

@@ -187,6 +187,15 @@ class Program:
         return compiled
 
 
+def run_mesh(config: ConfigDict) -> Mesh:
+    """The run's mesh over all devices if they suffice for it, otherwise all of them along data."""
+    try:
+        return make_mesh(mesh_sizes(config.mesh, jax.device_count()))
+    except UserError as error:
+        say(f"{error}; using mesh.data={jax.device_count()} instead")
+        return make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1})
+
+
 def params_layout(gpt: GPTConfig, mesh: Mesh):
     """The parameters of a model as ShapeDtypeStructs with their shardings on `mesh`."""
     return shard_shapes(jax.eval_shape(functools.partial(steps.init_params, gpt, 0)), mesh)
