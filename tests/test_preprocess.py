@@ -1067,7 +1067,7 @@ def test_offline_mode_uses_the_cache_and_otherwise_says_so_at_once(tmp_path, mon
 
 
 def list_with(monkeypatch, tmp_path, text):
-    monkeypatch.setattr(hub, "_check_reachable", lambda *arguments: None)
+    monkeypatch.setattr(hub, "check_reachable", lambda *arguments: None)
     monkeypatch.setattr(hub, "download", lambda *arguments: str(tmp_path / "list.txt"))
     (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     return hub.list_addresses("owner/lists", "list.txt", str(tmp_path))

@@ -37,14 +37,14 @@ def list_dataset(repo: str, config: str, split: str, revision: str) -> list[tupl
     """
     import huggingface_hub
 
-    _quiet()
+    quiet()
     try:
         huggingface_hub.utils.validate_repo_id(repo)
     except huggingface_hub.errors.HFValidationError as error:
         raise UserError(f"config field `data.source` is 'hf:{repo}', but should be hf:owner/name: {error}") from None
     if huggingface_hub.constants.is_offline_mode():
         return _list_cached(repo, config, split, revision)
-    _check_reachable(repo, revision)
+    check_reachable(repo, revision)
     addresses = with_retries(
         lambda: _data_files(repo, f"hf://datasets/{repo}", config, split, revision), f"the list of files of hf:{repo}"
     )
@@ -110,7 +110,7 @@ def _missing_parts(paths: list[str]) -> str:
     return ""
 
 
-def _check_reachable(repo: str, revision: str = "") -> None:
+def check_reachable(repo: str, revision: str = "") -> None:
     """One small request, because `datasets` and `huggingface_hub` retry for minutes. Raises UserError.
 
     Before it the folder that they write to is checked, whose errors they report as a missing dataset.
@@ -134,7 +134,7 @@ def _check_reachable(repo: str, revision: str = "") -> None:
     with_retries(ask, f"hf:{repo}", seconds=network.FIRST_SECONDS)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Turns off what `datasets` and `huggingface_hub` log and show; `with_retries` reports what matters."""
     import datasets
     import huggingface_hub
@@ -153,9 +153,9 @@ def list_addresses(repo: str, path: str, folder: str) -> list[tuple[str, int, st
 
     Raises UserError if a line is not such an address, the list is empty, or a server cannot be reached.
     """
-    _quiet()
+    quiet()
     what = f"the list of files {path} of hf:{repo}"
-    _check_reachable(repo)
+    check_reachable(repo)
     try:
         with open(download(f"hf://datasets/{repo}@main/{path}", folder), encoding="utf-8-sig") as file:
             lines = [(i, line.strip()) for i, line in enumerate(file, 1)]
@@ -232,7 +232,7 @@ def download(address: str, folder: str) -> str:
     if match := _ADDRESS.fullmatch(address):
         import huggingface_hub
 
-        _quiet()
+        quiet()
         repo, revision, path = match.groups()
         where = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
         return with_retries(lambda: huggingface_hub.hf_hub_download(repo, path, **where), address)
@@ -263,7 +263,7 @@ def count_rows(address: str) -> int:
     import huggingface_hub
     import pyarrow.parquet
 
-    _quiet()
+    quiet()
 
     def read() -> int:
         with huggingface_hub.HfFileSystem().open(address, "rb") as file:
