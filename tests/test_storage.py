@@ -12,6 +12,9 @@ from conftest import call, command, metrics, overrides, refused, run
 from gcs_server import serve
 
 from trialgpt_jax import UserError
+from trialgpt_jax.evaluation import report
+from trialgpt_jax.evaluation.suite import Outcome
+from trialgpt_jax.evaluation.task import Result, Task
 from trialgpt_jax.storage import files, json_files, lease, lock
 
 pytest.importorskip("gcsfs", reason="the extra `gs`")
@@ -55,6 +58,22 @@ def test_files_are_written_listed_and_removed_as_on_disk(bucket, tmp_path):
         files.remove_tree(os.path.join(root, "moved"))
         files.remove_tree(os.path.join(root, "moved"))
         assert files.sizes(root) == {}
+
+
+def test_the_scores_of_a_run_in_a_bucket_are_written_and_merged_as_on_disk(bucket, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lease, "PATIENCE", 0.3)
+    task = Task("a", "llm.c", "", "0", 0, None)
+    for workdir in ("gs://bucket/scored", str(tmp_path)):
+        for name, score in (("a", 0.5), ("b", 0.25), ("a", 0.75)):
+            outcome = Outcome(task._replace(name=name), {name: Result({"acc": score}, 8)})
+            report.save(workdir, report.add(report.empty(5), outcome, None, "float32"))
+        assert f"the scores are in {workdir}/evaluations/5.json" in capsys.readouterr().err
+    written = objects(bucket, "scored/")
+    assert {name.removeprefix("scored/evaluations/"): data for name, data in written.items()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "evaluations").iterdir()
+    }
+    whole = json.loads(written["scored/evaluations/5.json"])
+    assert {name: scores["acc"] for name, scores in whole["tasks"].items()} == {"a": 0.75, "b": 0.25}
 
 
 def test_urls_of_unsupported_stores_are_refused(tmp_path):

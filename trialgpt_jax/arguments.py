@@ -13,7 +13,8 @@ from trialgpt_jax.config import default_config, fields, unknown_field
 from trialgpt_jax.schema import parse_value
 
 _FLAG = re.compile(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
-_PATH_FLAGS = ("workdir", "to_hf", "from_hf")
+_PATH_FIELDS = ("data.source_options.path", "train.init_from", "eval.core_bundle", "eval.include_path")
+_PATH_FLAGS = ("workdir", "to_hf", "from_hf", "include_path", "core_bundle")
 
 
 class Arguments(NamedTuple):
@@ -129,7 +130,7 @@ def expand(value: object, where: str, name: str = "") -> object:
         prefix, colon, path = value.partition(":")
         has_path = prefix in (("FILE",) if name == "prompt" else ("from", "file"))
         return f"{prefix}{colon}{_home(path, where)}" if has_path else value
-    if name in ("", *_PATH_FLAGS, "data.source_options.path", "train.init_from"):
+    if name in ("", *_PATH_FLAGS, *_PATH_FIELDS):
         return _home(value, where)
     return value
 

@@ -1,10 +1,12 @@
 """Evaluates a trained model: `python -m trialgpt_jax.evaluate --workdir=runs/quickstart`.
 
-Loss and bits per byte over the whole validation split, every window once. With --json, stdout is one JSON object.
+Loss and bits per byte over the whole validation split, every window once. With --tasks=hellaswag,lambada_openai the
+model is also scored on these tasks, see docs/evaluation.md. With --json, stdout is one JSON object.
 """
 
 import json
 import math
+import re
 import sys
 
 import jax
@@ -13,23 +15,26 @@ from ml_collections import ConfigDict
 from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.console import say
-from trialgpt_jax.data.token_store import SPLITS, open_store
+from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.data.batches import eval_batches
+from trialgpt_jax.data.token_store import SPLITS, TokenStore, open_store
+from trialgpt_jax.evaluation import report, suite
+from trialgpt_jax.language_model import LanguageModel, run_mesh
 from trialgpt_jax.parallel import processes
-from trialgpt_jax.parallel.axes import mesh_sizes
-from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.metrics import bits_per_byte, finite
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.start import load_params
 from trialgpt_jax.training.workdir import check_tokenizer, find_data, require_data
 
 
-def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0, split: str = "val") -> dict:
+def evaluate(config: ConfigDict, workdir: str, step: int | str = -1, batches: int = 0, split: str = "val") -> dict:
     """Evaluates one checkpoint.
 
     Args:
       config: the workdir's, see `config.load_snapshot`; another data.dir evaluates on other text.
       workdir: of a run.
-      step: of the checkpoint; -1 = the newest whole one.
+      step: of the checkpoint; -1 = the newest whole one, "best" = that with the lowest validation loss.
       batches: of train.batch_size sequences; 0 = the whole split.
       split: "val" or "train".
 
@@ -40,31 +45,36 @@ def evaluate(config: ConfigDict, workdir: str, step: int = -1, batches: int = 0,
     Raises:
       UserError: no or a damaged checkpoint, or a token store that was made with another tokenizer.
     """
-    config_lib.enable_x64(config)
+    store = _open_store(config, workdir)
+    program, params, step = _load(config, workdir, step)
+    return {"step": step, **_loss(program, params, store, batches, split)}
+
+
+def _open_store(config: ConfigDict, workdir: str) -> TokenStore:
     store = open_store(config.data.dir)
     check_tokenizer(store, workdir)
-    program = Program(config, mesh=make_mesh(_mesh_sizes(config)))
-    params, step = load_params(workdir, program.params_layout, step)
+    return store
+
+
+def _load(config: ConfigDict, workdir: str, step: int | str) -> tuple[Program, dict, int]:
+    config_lib.enable_x64(config)
+    program = Program(config, mesh=run_mesh(config))
+    if step == "best":
+        step = processes.from_first(Checkpoints(workdir, say=say).best)
+    return program, *load_params(workdir, program.params_layout, step)
+
+
+def _loss(program: Program, params, store: TokenStore, batches: int, split: str) -> dict:
     text = store.split(split)
     loss, n_tokens = program.evaluate(params, program.eval_batches(text, batches))
     per_byte = bits_per_byte(loss, text.n_tokens, text.n_bytes)
     return {
-        "step": step,
         "split": split,
         "loss": finite(loss),
         "perplexity": math.exp(loss) if loss < math.log(sys.float_info.max) else None,
         "bits_per_byte": None if per_byte is None else finite(per_byte),
         "tokens": n_tokens,
     }
-
-
-def _mesh_sizes(config: ConfigDict) -> dict[str, int]:
-    """The run's mesh if there are devices for it, otherwise all devices along data."""
-    try:
-        return mesh_sizes(config.mesh, jax.device_count())
-    except UserError as error:
-        say(f"{error}; evaluating with mesh.data={jax.device_count()} instead")
-        return {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
 
 
 def format_result(result: dict) -> str:
@@ -80,27 +90,82 @@ def format_result(result: dict) -> str:
 
 FLAGS = {
     "workdir": (None, "folder of the run"),
-    "checkpoint_step": (-1, "which checkpoint; -1 = the newest whole one"),
+    "checkpoint_step": ("-1", "which checkpoint; -1 = the newest whole one, best = the lowest validation loss"),
     "batches": (0, "batches of train.batch_size sequences; 0 = the whole split"),
     "split": ("val", "val or train"),
     "json": (False, "print one JSON object on stdout"),
-} | processes.FLAGS
+} | (suite.FLAGS | processes.FLAGS)
+
+
+def _step(text: str) -> int | str:
+    if text == "best" or re.fullmatch(r"-?[0-9]{1,10}", text):
+        return text if text == "best" else int(text)
+    raise UserError(f"--checkpoint_step={text} is neither a step, nor -1 (the newest), nor best")
+
+
+def _find_data(config: ConfigDict, workdir: str, given: bool) -> None:
+    if not given:
+        config.data.dir = find_data(config.data.dir, workdir)
+    require_data(config.data.dir, workdir)
+
+
+def _why_no_data(config: ConfigDict, workdir: str, split: str) -> str | None:
+    """Why the loss cannot be computed, for a command that has not asked for it."""
+    try:
+        _find_data(config, workdir, given=False)
+        text = _open_store(config, workdir).split(split)
+        next(eval_batches(text, block_size=config.model.block_size, batch_size=1))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def main(argv: list[str]) -> None:
     flags, config = cli.parse(argv, __doc__, FLAGS)
-    workdir = cli.require_workdir(flags)
-    if "data.dir" not in cli.given_fields(argv, FLAGS):
-        config.data.dir = find_data(config.data.dir, workdir)
-    require_data(config.data.dir, workdir)
+    workdir, step = cli.require_workdir(flags), _step(flags.checkpoint_step)
     if flags.split not in SPLITS:
         raise UserError(f"--split={flags.split} is not val or train")
     if flags.batches < 0:
         raise UserError(f"--batches={flags.batches} must be at least 1, or 0 for the whole split")
+    specs, options = suite.from_flags(flags)
+    given = "data.dir" in cli.given_fields(argv, FLAGS)
+    asked = not specs or given or flags["split"].present or flags["batches"].present
+    if asked:
+        _find_data(config, workdir, given)
     with cli.start(flags, config, reuse_memory=True):
-        result = evaluate(config, workdir, flags.checkpoint_step, flags.batches, flags.split)
-        if jax.process_index() == 0:
-            print(json.dumps(result) if flags.json else format_result(result), flush=True)
+        first = jax.process_index() == 0
+        tasks = suite.load(specs, **options)
+        why = None if asked else processes.from_first(lambda: _why_no_data(config, workdir, flags.split))
+        if why is None:
+            if not asked:
+                _find_data(config, workdir, given)
+            store = _open_store(config, workdir)
+        if specs:
+            tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
+        program, params, step = _load(config, workdir, step)
+        result = {"step": step, **dict.fromkeys(("split", "loss", "perplexity", "bits_per_byte", "tokens"))}
+        if why is None:
+            result |= _loss(program, params, store, flags.batches, flags.split)
+        line = format_result(result) if why is None else f"checkpoint {step}, no loss: {why}"
+        if flags.json and why is not None:
+            say(line)
+        elif first and not flags.json:
+            print(line, flush=True)
+        if specs:
+            made = report.empty(step) | {"loss": None if why else report.loss_part(result, store)}
+
+            def done(i: int, outcome: suite.Outcome) -> None:
+                nonlocal made
+                limit = specs[i].limit or options["limit"]
+                made = report.add(made, outcome, limit, str(program.gpt.dtype))
+                report.save(workdir, made, last=i + 1 == len(tasks))  # after each, because a set can take hours
+
+            suite.run_each(LanguageModel(params, program.gpt, tokenizer, program.mesh, step), tasks, done)
+            result["tasks"] = made["tasks"]
+            if first and not flags.json:
+                print(f"\n{report.table(made)}", flush=True)
+        if first and flags.json:
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
