@@ -100,7 +100,8 @@ def train_step_compiled_once():
 def overrides(config):
     """The `--config.x.y=v` flags that turn the default config into `config`."""
     default = fields(default_config())
-    return [f"--config.{name}={value}" for name, value in fields(config).items() if value != default[name]]
+    text = {name: "|".join(value) if isinstance(value, tuple) else value for name, value in fields(config).items()}
+    return [f"--config.{name}={text[name]}" for name, value in fields(config).items() if value != default[name]]
 
 
 @pytest.fixture

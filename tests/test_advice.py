@@ -280,11 +280,11 @@ def test_a_log_of_metrics_that_is_damaged(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for damaged, repaired in (('{"step": 1}\n{"st\n', '{"step": 1}\n'), ('{"step": 1}\n' * 2, '{"step": 1}\n')):
         path.write_text(damaged)
-        assert "repair or remove the file" in message(metrics._lines_up_to, str(path), 1)
+        assert "repair or remove the file" in message(metrics.read_metrics, str(tmp_path), 1)
         path.write_text(repaired)
-        assert metrics._lines_up_to(str(path), 1) == [{"step": 1}]
+        assert metrics.read_metrics(str(tmp_path), 1) == [{"step": 1}]
         path.unlink()
-        assert metrics._lines_up_to(str(path), 1) == []
+        assert metrics.read_metrics(str(tmp_path), 1) == []
 
 
 def test_text_that_yields_too_few_merges():
@@ -347,7 +347,7 @@ def test_a_split_by_rows_of_what_has_no_rows(store, tmp_path):
 
 def test_a_dataset_whose_data_are_outside_the_hub(store, tmp_path, monkeypatch):
     # follows: download it and use data.source=files
-    monkeypatch.setattr(hub, "_check_reachable", lambda *_: None)
+    monkeypatch.setattr(hub, "check_reachable", lambda *_: None)
     monkeypatch.setattr(hub, "_data_files", lambda *_: ["https://example.com/a.txt"])
     config = small_config(tmp_path)
     config.data.update({"source": "hf:owner/name", "tokenizer": "gpt2", "val_fraction": 0.1})

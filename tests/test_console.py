@@ -195,7 +195,7 @@ def test_ctrl_c_in_the_work_of_a_reader_is_status_130(workdir, monkeypatch, stor
         time.sleep(10)
 
     monkeypatch.setattr("trialgpt_jax.training.program.Program.evaluate", interrupted)
-    monkeypatch.setattr("trialgpt_jax.infer.generate", interrupted)
+    monkeypatch.setattr("trialgpt_jax.language_model.LanguageModel.stream", interrupted)
     monkeypatch.setattr("trialgpt_jax.convert.load_params", interrupted)
     monkeypatch.setattr(token_store, "verify", interrupted)
     for module, *arguments in (
@@ -270,10 +270,10 @@ def test_a_stop_is_requested_by_ctrl_c_and_by_sigterm_and_sighup_together(number
     """systemd sends SIGHUP with each SIGTERM: that is no second request."""
     with StopRequest() as stop:
         stop.begin()
-        assert not stop.requested(1, 0.0, 0.0)
+        assert not stop.requested(1)
         for number in numbers:
             os.kill(os.getpid(), number)
-        assert stop.requested(2, 0.0, 0.0)
+        assert stop.requested(2)
 
 
 def test_sighup_that_nohup_ignores_stays_ignored():
@@ -282,7 +282,7 @@ def test_sighup_that_nohup_ignores_stays_ignored():
         for context in (StopRequest(), console.terminations_interrupt()):
             with context as stop:
                 os.kill(os.getpid(), signal.SIGHUP)
-                assert not stop or not stop.requested(1, 0.0, 0.0)
+                assert not stop or not stop.requested(1)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -298,7 +298,7 @@ number = int(sys.argv[1])
 with StopRequest() as stop:
     stop.begin()
     os.kill(os.getpid(), number)
-    assert stop.requested(1, 0.0, 0.0)
+    assert stop.requested(1)
     try:
         signal.raise_signal(number)
     finally:

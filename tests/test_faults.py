@@ -14,6 +14,7 @@ from test_train import assert_same_bits, final_state
 
 from trialgpt_jax import UserError
 from trialgpt_jax.storage import files
+from trialgpt_jax.storage.json_lines import JsonLines
 from trialgpt_jax.training import metrics as metrics_lib
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint import Checkpoints
@@ -178,7 +179,7 @@ def test_a_mistake_of_the_program_is_no_fault_of_the_storage(tmp_path):
 @pytest.mark.parametrize(
     ("module", "name", "file"),
     [
-        (metrics_lib.MetricsLog, "_append", "run/metrics.jsonl"),
+        (JsonLines, "_append", "run/metrics.jsonl"),
         (metrics_lib, "EventFile", "run/tensorboard"),
         (workdir_lib, "save_snapshot", "run/config.json"),
     ],

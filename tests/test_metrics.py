@@ -16,6 +16,7 @@ from trialgpt_jax.config import default_config
 from trialgpt_jax.console import say
 from trialgpt_jax.parallel.accelerators import chip
 from trialgpt_jax.parallel.sharding import single_device
+from trialgpt_jax.storage import json_lines
 from trialgpt_jax.training import metrics
 from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, time_left
 from trialgpt_jax.training.program import gpt_config, params_layout
@@ -224,7 +225,7 @@ def test_lines_that_cannot_be_written_stay_in_memory_until_the_next_save(tmp_pat
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((os, "fsync", fail) if function == "fsync" else (metrics, "open", fail, False)))
+        patch.setattr(*((os, "fsync", fail) if function == "fsync" else (json_lines, "open", fail, False)))
         log.write({"step": 3})
         with pytest.raises(OSError, match="metrics.jsonl"):
             log.sync()

@@ -159,12 +159,12 @@ def test_a_signal_during_a_write_to_stderr_requests_a_stop(monkeypatch, capfd):
     with StopRequest() as stop:
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
         print("step 1", file=sys.stderr, flush=True)
-        assert stop.requested(1, 0.0, 0.0)
+        assert stop.requested(1)
     assert "stopping after this step; once more to leave at once\n" in capfd.readouterr().err
 
 
 def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(reference, long_config, tmp_path, default_file):
-    # follows: which is saved; run the same command to continue
+    # follows: stopped {}; run the same command to continue
     workdir = tmp_path / "run"
     argv, env = command("train", f"--config={default_file}", *overrides(long_config), f"--workdir={workdir}")
     process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)

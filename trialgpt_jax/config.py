@@ -1,4 +1,4 @@
-"""The configuration: every field with its default, range and meaning, and the checks that refuse a wrong config.
+"""The configuration as an object, and the checks that refuse a wrong one; `config_fields` has the fields.
 
 One `ml_collections.ConfigDict` drives every command. A config file (`configs/*.py`) defines `get_config()`, which
 starts from `default_config()` and changes fields; `--config.x.y=v` overrides any field on the command line. A config
@@ -7,157 +7,29 @@ file is Python code and is executed. The snapshot that `train` writes to the wor
 This module imports no JAX, so that `preprocess` starts without it.
 """
 
-import dataclasses
+import re
 
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, aliases
-from trialgpt_jax.data.vocabulary import TOKENIZERS, is_tokenizer
+from trialgpt_jax.config_fields import Config
+from trialgpt_jax.data.vocabulary import TOKENIZERS, has_valid_utf8, is_tokenizer
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.axes import mesh_sizes
-from trialgpt_jax.schema import check, field, number, specs
+from trialgpt_jax.schema import check, like, specs
 from trialgpt_jax.training.workdir import config_path
 from trialgpt_jax.training.workdir import load_snapshot as read_snapshot
 
-
-@dataclasses.dataclass
-class SourceOptions:
-    path: str = field("", "for source `files`: a file, a folder or a glob")
-    extensions: str = field("", "more endings or file names that are read as text, `.py .rst LICENSE`")
-    text_field: str = field("text", "field of a JSON record or parquet row that holds the document; `a.b` is b of a")
-    subset: str = field("", "comma-separated values of a row's `source` field; other rows are left out; empty = all")
-    max_document_bytes: int = field(64 << 20, "longest document, bytes of UTF-8; a longer one is unusable", at_least=1)
-    on_error: str = field("stop", "at an unusable document; skipped ones are counted", choices=("stop", "skip"))
-    config: str = field("", "for source `hf:owner/name`: configuration of the dataset; empty = its default")
-    split: str = field("train", "for source `hf:owner/name`: split of the dataset")
-    revision: str = field("", "for source `hf:owner/name`: branch, tag or commit; empty = main")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Data:
-    dir: str = field("data/openwebtext", "token store; for training also a mixture of stores, `a:0.7,b:0.3`")
-    source: str = field("openwebtext", "corpus by name (data/corpora.py); `files` reads source_options.path")
-    source_options: SourceOptions
-    tokenizer: str = field(
-        "gpt2",
-        "`gpt2`; `bpe:N`: a byte-level BPE of N ids trained on the corpus; `char`: its characters; `from:FOLDER`: that "
-        "of a workdir or token store; `file:PATH/tokenizer.json`: a byte-level BPE of the library `tokenizers`",
-    )
-    val_fraction: float = field(0.0005, "share of the documents in the validation split", at_least=0, below=1)
-    split: str = field("hash", "by a seeded hash of the document, or by row as nanoGPT", choices=("hash", "nanogpt"))
-    split_seed: int = field(2357, "seed of the train/validation split", at_least=0)
-    shard_tokens: int = field(100_000_000, "tokens per shard file", at_least=1)
-    num_workers: int = field(
-        0, "tokenizer processes, no matter for the result; 0 = one per core", at_least=0, at_most=1024
-    )
-    encoder: str = field("tiktoken", "gigatoken must agree with it on a sample", choices=("tiktoken", "gigatoken"))
-    shuffle: bool = field(True, "False: training windows in the order of the corpus")
-
-
-@dataclasses.dataclass
-class Optim:
-    name: str = field("adamw", "muon: hidden matrices by Muon, the rest by AdamW", choices=("adamw", "muon"))
-    learning_rate: float = field(6e-4, "peak of AdamW's learning rate", at_least=0)
-    muon_learning_rate: float = field(0.02, "peak of Muon's learning rate", at_least=0)
-    muon_momentum: float = field(0.95, "momentum of Muon", at_least=0, below=1)
-    schedule: str = field("cosine", "after the warmup", choices=("cosine", "linear", "wsd", "constant"))
-    warmup_steps: int = field(2000, "steps of linear warmup", at_least=0)
-    min_lr_ratio: float = field(0.1, "final learning rate / peak", at_least=0, at_most=1)
-    decay_fraction: float = field(0.2, "wsd: share of the steps, at the end, that decays", at_least=0, at_most=1)
-    weight_decay: float = field(0.1, "decoupled, on matrices only", at_least=0)
-    b1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
-    b2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
-    eps: float = field(1e-8, "AdamW's epsilon", at_least=0)
-    clip_norm: float = field(1.0, "maximum global gradient norm; 0 = no clipping", at_least=0)
-
-
-@dataclasses.dataclass
-class Train:
-    steps: int = field(600_000, "optimizer steps", at_least=1)
-    batch_size: int = field(480, "sequences per optimizer step, over all devices", at_least=1)
-    accumulate_steps: int = field(1, "microbatches per optimizer step", at_least=1)
-    dtype: str = field(
-        "auto", "of matmuls; auto = bfloat16, on CPU float32", choices=("auto", "float32", "bfloat16", "float64")
-    )
-    param_dtype: str = field("float32", "of parameters and optimizer state", choices=("float32", "float64"))
-    attention: str = field(
-        "auto", "kernel; auto = cudnn on GPU, splash on TPU, xla on CPU", choices=("auto", "cudnn", "splash", "xla")
-    )
-    remat: str = field(
-        "none",
-        "what backward recomputes: norms and activations (none), all but matmuls (dots), whole layers (block), or "
-        "whole layers whose inputs are kept in host memory (offload)",
-        choices=("none", "dots", "block", "offload"),
-    )
-    scan_unroll: int = field(
-        0, "layers per scan iteration; 0 = 1; all on GPU or up to 12 on CPU without remat", at_least=0
-    )
-    init_from: str = field(
-        "", "workdir, Hugging Face folder or hf:owner/name whose weights and model start this run (fine-tuning)"
-    )
-    max_seconds: float = field(0.0, "save and exit with status 75 after this time; 0 = no limit", at_least=0)
-    skip_spikes: float = field(  # see training/spikes.py
-        0.0,
-        "skip updates whose loss or grad norm exceeds mean + k * std of the last 128 good steps; 0 = off",
-        at_least=0,
-    )
-    max_skipped: int = field(10, "consecutive skipped steps that stop the run", at_least=1)
-
-
-@dataclasses.dataclass
-class Mesh:
-    data: int = field(-1, "data parallelism: devices, -1 = the rest; each holds a full copy of the model")
-    fsdp: int = field(1, "fully sharded data parallelism: devices that split parameters and optimizer state, or -1")
-    tensor: int = field(1, "tensor parallelism: devices that split heads, hidden units and vocabulary, or -1")
-
-
-@dataclasses.dataclass
-class Checkpoint:
-    every_steps: int = field(1000, "0 = only at the end", at_least=0)
-    every_minutes: float = field(0.0, "in addition to every_steps; 0 = off", at_least=0)
-    keep_last: int = field(2, "newest checkpoints kept", at_least=1)
-    keep_best: int = field(1, "additional checkpoints kept, those with the lowest validation loss", at_least=0)
-    keep_period: int = field(0, "checkpoints of steps divisible by this are never deleted; 0 = off", at_least=0)
-    on_error: str = field("stop", "when a checkpoint cannot be saved (disk full)", choices=("stop", "continue"))
-
-
-@dataclasses.dataclass
-class Eval:
-    every_steps: int = field(1000, "0 = never", at_least=0)
-    batches: int = field(50, "batches of train.batch_size sequences; 0 = the whole validation split", at_least=0)
-
-
-@dataclasses.dataclass
-class Log:
-    every_steps: int = field(10, "steps between lines of metrics.jsonl and of the log", at_least=1)
-    tensorboard: bool = field(True, "event files in <workdir>/tensorboard")
-    wandb: str = field("", "Weights & Biases project; empty = off")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Config:
-    """The whole config. The defaults are GPT-2 124M with nanoGPT's hyperparameters."""
-
-    seed: int = field(1337, "of initial weights, data order and dropout", at_least=0)
-    data: Data
-    model: GPTConfig
-    optim: Optim
-    train: Train
-    mesh: Mesh
-    checkpoint: Checkpoint
-    eval: Eval
-    log: Log
-
-
 _SPECS = specs(Config)
+_TASK = re.compile(r"[^\s,:=]+(:[1-9][0-9]{0,8})?")  # of `eval.tasks`
 _MOST_TOKENS = 2**28  # of a step: 1 GiB of ids, of which several batches are prefetched
 
 
 class _Fields(ConfigDict):
-    """A ConfigDict that takes 1e3 for an integer, and numpy's numbers; otherwise a field keeps its type."""
+    """A ConfigDict that converts values as `schema.like` does; otherwise a field keeps its type."""
 
     def __setitem__(self, key, value):
-        super().__setitem__(key, number(value, self[key]) if key in self else value)
+        super().__setitem__(key, like(value, self[key]) if key in self else value)
 
 
 def default_config() -> ConfigDict:
@@ -232,8 +104,30 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
             f"train.batch_size={train.batch_size} x model.block_size={gpt.block_size} are more than {_MOST_TOKENS} "
             "tokens in a step; lower train.batch_size"
         )
+    _check_eval(config.eval, gpt.block_size)
     if n_devices is not None:
         _check_divisible(gpt, train.batch_size // train.accumulate_steps, mesh_sizes(config.mesh, n_devices))
+
+
+def _check_eval(group: ConfigDict, block_size: int) -> None:
+    """Refuses tasks and prompts that are not well-formed; `train` looks at what they name."""
+    for item in group.tasks.split(",") if group.tasks else []:
+        if not _TASK.fullmatch(item.strip()):
+            raise UserError(
+                f"config field `eval.tasks` has {item!r:.100}, but should be NAME or NAME:N, N of at least 1, "
+                "separated by commas"
+            )
+    for prompt in group.sample_prompts:
+        if not isinstance(prompt, str) or not prompt or not has_valid_utf8(prompt):
+            raise UserError(
+                f"config field `eval.sample_prompts` has {prompt!r:.100}, but each should be a text of UTF-8 that is "
+                "not empty"
+            )
+    if group.sample_prompts and group.sample_tokens >= block_size:
+        raise UserError(
+            f"config field `eval.sample_tokens` is {group.sample_tokens}, but must be below "
+            f"model.block_size={block_size}, because prompt and continuation share the context"
+        )
 
 
 def _check_divisible(gpt: GPTConfig, microbatch: int, sizes: dict[str, int]) -> None:
@@ -267,7 +161,7 @@ def update(config: ConfigDict, values: dict, path: str, prefix: str = "") -> Non
         if name not in config:
             raise UserError(f"{path}: {unknown_field(f'{prefix}{name}')}")
         old = config[name]
-        value = number(value, old)
+        value = like(value, old)
         if isinstance(old, ConfigDict) and isinstance(value, dict):
             update(old, value, path, f"{prefix}{name}.")
         elif type(value) is type(old):

@@ -58,8 +58,13 @@ def check(name: str, value: Any, spec: Spec) -> None:
         raise UserError(f"config field `{name}` is {value}, but must be at least {spec.at_least} and finite")
 
 
-def number(value: object, old: object) -> object:
-    """`value` as a number of the type of `old` if that does not change it; otherwise unchanged."""
+def like(value: object, old: object) -> object:
+    """`value` in the type of `old`: a number if that does not change it, a tuple of a list or of texts separated by
+    `|`; otherwise unchanged."""
+    if type(old) is tuple and isinstance(value, str):
+        return tuple(value.split("|")) if value else ()
+    if type(old) is tuple and isinstance(value, list):
+        return tuple(value)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
     if type(old) is int and type(value) is float and value.is_integer():
@@ -80,13 +85,13 @@ def parse_value(name: str, text: str, default: object) -> object:
         if text.lower() not in ("true", "t", "1", "false", "f", "0"):
             raise UserError(f"config field `{name}` is {text!r}, but should be true or false")
         return text.lower() in ("true", "t", "1")
-    if isinstance(default, str):
+    if isinstance(default, (str, tuple)):
         if text == "None":
             raise UserError(f"config field `{name}` is the text 'None'; for none write --config.{name}= with no value")
-        return text
+        return like(text, default)
     for kind in (int, float):
         with contextlib.suppress(ValueError):
-            value = number(kind(text), default)
+            value = like(kind(text), default)
             if type(value) is type(default):
                 return value
     wanted = "an integer" if isinstance(default, int) else "a number"

@@ -5,25 +5,25 @@ The same command resumes a workdir that has checkpoints, exactly. SIGTERM or Ctr
 
 import collections
 import contextlib
-import time
-from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError, cli
+from trialgpt_jax import cli
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.console import say
 from trialgpt_jax.data.token_store import open_store
+from trialgpt_jax.evaluation.in_loop import InLoop
 from trialgpt_jax.parallel import accelerators, processes
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
 from trialgpt_jax.storage import files, lock
 from trialgpt_jax.training import plan
 from trialgpt_jax.training import start as start_lib
 from trialgpt_jax.training import workdir as workdir_lib
-from trialgpt_jax.training.checkpoint import Checkpoints, SaveError, state_bytes
+from trialgpt_jax.training.checkpoint import Checkpoints, state_bytes
 from trialgpt_jax.training.program import Program, resolve
 from trialgpt_jax.training.reporter import Reporter
+from trialgpt_jax.training.saver import Saver
 from trialgpt_jax.training.stop import StopRequest
 
 
@@ -32,7 +32,8 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
 
     Args:
       config: see `config.default_config`.
-      workdir: folder for config.json, metrics.jsonl, checkpoints/ and tensorboard/; created if it does not exist.
+      workdir: folder for config.json, metrics.jsonl, samples.jsonl, checkpoints/ and tensorboard/; created if it does
+        not exist.
       allow_config_change: fields in which the config may differ from that of the workdir's run.
       dry_run: check everything, compile and read one batch, and leave the workdir unchanged.
 
@@ -47,15 +48,13 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     store = open_store(workdir_lib.find_data(config.data.dir, workdir))
     workdir_lib.check_tokenizer(store, workdir)
     config = resolve(config, store)
-    if config.checkpoint.on_error == "continue" and jax.process_count() > 1:
-        raise UserError("checkpoint.on_error=continue is for one process: others would wait for the one that failed")
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.storage_faults(workdir))
         if dry_run:
             lock.probe(workdir)
         else:
             stack.enter_context(lock.hold(workdir, take=jax.process_index() == 0))
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(config.train.max_seconds))
 
         # what the run starts from
         keep = config.checkpoint
@@ -71,7 +70,8 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
                 say(change)
         start = start_lib.decide(config, workdir, store, whole, converted)
         first_step = start.step or 0
-        if start.step is not None and first_step >= config.train.steps:
+        in_loop = InLoop(config, workdir, start.step)
+        if start.step is not None and first_step >= config.train.steps and not in_loop.due(first_step):
             say(f"done: {workdir} has the checkpoint of step {first_step}; nothing to do")
             return 0
 
@@ -79,11 +79,12 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         # prefetched meanwhile.
         program = Program(config)
         plan.check_run(program)
+        evaluations = in_loop.prepare(program, store)
         batches = program.train_batches(store.split("train"), first_step)
         if config.eval.every_steps:
             next(program.eval_batches(store.split("val"), config.eval.batches))
         checkpoints.check_before_saving(state_bytes(program.layout), plan.most_saves(config))
-        say(plan.describe(program, store))
+        say("\n".join(filter(None, (plan.describe(program, store), evaluations))))
         say(plan.compile_steps(program, strict=dry_run))
         if dry_run:
             begin = f"go on from checkpoint {first_step}" if first_step else "start at step 0"
@@ -97,26 +98,28 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
                 workdir_lib.keep_tokenizer(store, workdir)
                 workdir_lib.keep_data(store, workdir)
                 workdir_lib.save_snapshot(config, workdir)
-            return _loop(program, state, first_step, batches, checkpoints, stop, reporter)
+            return _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_loop)
 
 
-def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> int:
+def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_loop) -> int:
     """Runs the steps after `first_step`; returns the exit status."""
     config, n_steps, sharding = program.config, program.config.train.steps, batch_sharding(program.mesh)
-    started = saved_at = time.monotonic()
+    saver = Saver(checkpoints, reporter, config, first_step)
+    stop.start_clock()
     if first_step == 0 and config.eval.every_steps:
         reporter.evaluate(0, state.params)
+    step, stopped = first_step, not in_loop.run(first_step, state.params, reporter, stop)
     reporter.restart_clock(first_step)
     stop.begin()
     pending = collections.deque()  # (step, metrics): dispatched, not fetched yet
     # Metrics are fetched one step late, so that the device never waits. On CPU a step runs synchronously.
     late = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
-    saved_step, stopped, save_by_clock = first_step, False, processes.AgreedStep()
+    save_by_clock = processes.AgreedStep()
     batch = put_batch(next(batches), sharding)
     try:
-        for step in range(first_step + 1, n_steps + 1):
-            with _save_errors(config):
-                checkpoints.poll()
+        while step < n_steps and not stopped:
+            step += 1
+            saver.poll()
 
             # one optimizer step; the next batch is transferred while the device computes
             state, metrics = program.step(state, batch)
@@ -128,22 +131,22 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> i
                 reporter.step(*pending.popleft())
 
             # once in a while: evaluate, save, stop
-            now, last = time.monotonic(), step == n_steps
+            last = step == n_steps
             minutes, every = config.checkpoint.every_minutes, config.checkpoint.every_steps
-            clock = bool(minutes) and save_by_clock.due(step, now - saved_at >= 60 * minutes)
-            stopped = not last and stop.requested(step, now - started, config.train.max_seconds)
+            clock = bool(minutes) and save_by_clock.due(step, saver.seconds >= 60 * minutes)
+            stopped = not last and stop.requested(step)
             evaluate = config.eval.every_steps and (last or step % config.eval.every_steps == 0)
             save = last or stopped or clock or (every and step % every == 0)
-            if evaluate or save:
+            if evaluate or save or in_loop.due(step):
                 while pending:
                     reporter.step(*pending.popleft())
                 val_loss = reporter.evaluate(step, state.params) if evaluate else None
                 if save:
-                    _save(checkpoints, step, state, val_loss, reporter, config, last=last or stopped)
-                    saved_at, saved_step = time.monotonic(), step
+                    saver.save(step, state, val_loss, last=last or stopped)
+                if not stopped and not in_loop.run(step, state.params, reporter, stop):  # a long one, cut short
+                    stopped = True
+                    saver.save(step, state, val_loss, last=True)
                 reporter.restart_clock(step)
-            if stopped:
-                break
         checkpoints.wait()
     except FloatingPointError as error:  # too many skipped steps, or a state that is not saved
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}") from None
@@ -151,30 +154,11 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter) -> i
         batches.close()
         checkpoints.settle()  # a save that has begun is completed
     if stopped:
-        say(f"stopped after step {saved_step}, which is saved; run the same command to continue")
+        where = f"after step {step}, which is saved" if step else "before step 1"
+        say(f"stopped {where}; run the same command to continue")
         return cli.EXIT_STOPPED
     say(f"done: step {n_steps}, {reporter.seconds:.1f} s of training")
     return 0
-
-
-def _save(checkpoints, step, state, val_loss, reporter, config, last) -> None:
-    with _save_errors(config):
-        checkpoints.wait()
-    with _save_errors(config, last):
-        reporter.sync()
-        blocked = checkpoints.save(step, state, val_loss)
-        say(f"step {step}: saving a checkpoint; it held training up for {blocked:.2f} s")
-
-
-@contextlib.contextmanager
-def _save_errors(config: ConfigDict, last: bool = False) -> Iterator[None]:
-    """Reports a failed save and goes on where the config says so; the `last` save must succeed."""
-    try:
-        yield
-    except (SaveError, OSError) as error:
-        if last or config.checkpoint.on_error == "stop":
-            raise
-        say(f"{error}; training goes on (checkpoint.on_error=continue)")
 
 
 FLAGS = {

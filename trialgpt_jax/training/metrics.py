@@ -1,4 +1,4 @@
-"""The numbers of a run: FLOPs, bits per byte, clocks and rates, and `metrics.jsonl` with its copies."""
+"""The numbers of a run: FLOPs, bits per byte, clocks and rates; `metrics.jsonl`, `samples.jsonl` and their copies."""
 
 import contextlib
 import hashlib
@@ -7,8 +7,11 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, TypedDict
 
 import jax
+import msgspec
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
@@ -16,7 +19,8 @@ from trialgpt_jax.console import say
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import head
 from trialgpt_jax.schema import INT32_MAX
-from trialgpt_jax.storage import files
+from trialgpt_jax.storage import files, json_files, json_lines
+from trialgpt_jax.storage.json_lines import JsonLines
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.tensorboard import EventFile
 
@@ -124,10 +128,11 @@ def finite(value) -> float | None:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one JSON object per line, copied to TensorBoard and Weights & Biases if they are enabled.
+    """`metrics.jsonl`, one JSON object per line, and `samples.jsonl`, a line per text that the model has written; both
+    copied to TensorBoard, and the numbers to Weights & Biases, if they are enabled.
 
     Attributes:
-      last: the last line kept from an earlier process in the workdir, or {}.
+      last: the last line of metrics kept from an earlier process in the workdir, or {}.
     """
 
     def __init__(self, workdir: str, log: ConfigDict, resume_step: int, config: ConfigDict):
@@ -136,14 +141,12 @@ class MetricsLog:
         Raises:
           UserError: W&B is enabled and cannot be started, or a line of the steps to keep is damaged.
         """
-        self._path = workdir_lib.metrics_path(workdir)
-        kept = _lines_up_to(self._path, resume_step)
+        kept = read_metrics(workdir, resume_step)
         self.last = kept[-1] if kept else {}
-        text = "".join(_to_json(line) for line in kept)
-        files.write(self._path, text)
-        self._text = text if files.is_remote(workdir) else ""  # object stores cannot append
-        self._durable = len(text.encode())  # bytes
-        self._pending, self._in_file = b"", 0  # lines after that; how many bytes of them are in the file, not synced
+        samples, prompts = workdir_lib.samples_path(workdir), config.eval.sample_prompts
+        kept_samples = read_samples(workdir, resume_step, prompts)
+        self._lines = JsonLines(workdir_lib.metrics_path(workdir), kept)
+        self._samples = JsonLines(samples, kept_samples) if prompts or files.exists(samples) else None
         self._tensorboard = self._wandb = None
         if log.tensorboard and files.is_remote(workdir):
             say("log.tensorboard is off: its files are appended to, which an object store cannot do")
@@ -158,17 +161,11 @@ class MetricsLog:
         While it cannot be written, for example on a full disk, it stays in memory, and `sync` raises.
         """
         line = {name: finite(value) if isinstance(value, float) else value for name, value in line.items()}
-        self._pending += _to_json(line).encode()
-        if not files.is_remote(self._path):
-            with contextlib.suppress(OSError):
-                self._append(self._in_file)
+        self._lines.write(line)
         numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
-        try:
+        with self._copy(line["step"]):
             if self._tensorboard:
                 self._tensorboard.write(line["step"], numbers)
-        except OSError as error:
-            say(f"log.tensorboard is off from step {line['step']} on: {error}")
-            self._tensorboard = None
         try:
             if self._wandb:
                 self._wandb.log(numbers, step=line["step"])
@@ -176,16 +173,27 @@ class MetricsLog:
             say(f"log.wandb is off from step {line['step']} on: {type(error).__name__}: {error}")
             self._wandb = None
 
-    def _append(self, start: int, sync: bool = False) -> None:
-        """Writes the pending lines from byte `start` of them on."""
-        with files.named(self._path), open(self._path, "r+b") as file:
-            file.seek(self._durable + start)
-            file.write(self._pending[start:])
-            file.truncate()  # a full disk may have cut a longer write short
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        self._in_file = len(self._pending)
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Adds a line for each prompt and the text with which the model continues it at `step`; otherwise as `write`.
+
+        TensorBoard shows them under `sample/0`, ... as Markdown.
+        """
+        self._samples.write(
+            *({"step": step, "index": i, "prompt": prompt, "text": text} for i, (prompt, text) in enumerate(samples))
+        )
+        with self._copy(step):
+            if self._tensorboard:
+                texts = {f"sample/{i}": prompt + text for i, (prompt, text) in enumerate(samples)}
+                self._tensorboard.write_texts(step, texts)
+
+    @contextlib.contextmanager
+    def _copy(self, step: int) -> Iterator[None]:
+        """Turns TensorBoard off if its file cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            say(f"log.tensorboard is off from step {step} on: {error}")
+            self._tensorboard = None
 
     def sync(self) -> None:
         """Writes all lines durably. Called before a checkpoint, which guarantees the lines up to its step.
@@ -193,13 +201,8 @@ class MetricsLog:
         Raises:
           OSError: they cannot be written; they stay in memory.
         """
-        if files.is_remote(self._path):
-            self._text, self._pending = self._text + self._pending.decode(), b""
-            files.write(self._path, self._text)
-            return
-        # All of them again: the kernel drops what an fsync has failed to write, and the next fsync succeeds.
-        self._append(0, sync=True)
-        self._durable, self._pending, self._in_file = self._durable + len(self._pending), b"", 0
+        for lines in filter(None, (self._lines, self._samples)):
+            lines.sync()
 
     def close(self) -> None:
         """Closes the log. Lines that cannot be written are later than every checkpoint: a resumed run writes them."""
@@ -238,41 +241,60 @@ def wandb_id(name: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}-{digest}"
 
 
-def _to_json(line: dict) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"
+# ---- lines of an earlier process
+
+_TASK = "task/"  # how the names of a task's metrics begin
+_Step = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 
 
-def _lines_up_to(path: str, step: int) -> list[dict]:
-    """The lines of steps <= `step`, none for 0, as `MetricsLog.write` has written them.
+class _Sample(TypedDict):
+    """A line of samples.jsonl: the text with which the model continues prompt number `index` at `step`."""
 
-    Later lines were not synced when the process or its host ended, so the last one may be incomplete, and after a loss
-    of power some may be zeros; those are dropped. Any other line that was not written so is refused.
+    step: _Step
+    index: Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
+    prompt: str
+    text: str
+
+
+def read_metrics(workdir: str, step: int) -> list[dict]:
+    """The lines of `metrics.jsonl` that a run which continues from checkpoint `step` keeps, see `json_lines.read`.
+
+    A step has up to three, in this order: of training, of the validation loss, of tasks.
     """
-    if not step or not files.exists(path):  # without a checkpoint the run starts over, with the evaluation of step 0
-        return []
-    with files.named(path), files.open_file(path) as file:
-        *raw, _incomplete = file.read().split(b"\n")
-    lines, last, lost = [], (-1, False), 0
-    for number, text in enumerate(raw, 1):
-        if b"\0" in text:
-            lost = lost or number
-            continue
-        try:
-            line = _parse(text)
-            place = line["step"], "val_loss" in line
-        except (ValueError, TypeError, RecursionError) as error:
-            why = "is not JSON" if isinstance(error, json.JSONDecodeError) else f"is not a line of metrics: {error}"
-            raise UserError(f"{path}, line {number} {why}; repair or remove the file") from None
-        if place <= last:
-            raise UserError(
-                f"{path}, line {number}: step {place[0]} again or after step {last[0]}; repair or remove the file"
-            )
-        if place[0] <= step:
-            if lost:
-                raise UserError(f"{path}, line {lost}: zeros instead of metrics; repair or remove the file")
-            lines.append(line)
-        last = place
-    return lines
+
+    def place(line: dict) -> tuple[int, int]:
+        return line["step"], 2 if has_tasks(line) else int("val_loss" in line)
+
+    return json_lines.read(workdir_lib.metrics_path(workdir), step, "metrics", _parse, place)
+
+
+def read_samples(workdir: str, step: int, prompts: Sequence[str]) -> list[dict]:
+    """The lines of `samples.jsonl` that a run which continues from checkpoint `step` keeps, see `json_lines.read`.
+
+    Those of `step` itself are dropped if they are only the first of `prompts`: the process ended between two of them.
+    """
+
+    def parse(text: bytes) -> dict:
+        return json_files.parse(text, _Sample)
+
+    def place(line: dict) -> tuple[int, int]:
+        return line["step"], line["index"]
+
+    kept = json_lines.read(workdir_lib.samples_path(workdir), step, "samples", parse, place)
+    last = [line["prompt"] for line in kept if line["step"] == step]
+    if len(last) < len(prompts) and last == list(prompts[: len(last)]):
+        kept = kept[: len(kept) - len(last)]
+    return kept
+
+
+def has_tasks(line: dict) -> bool:
+    """Whether a line of metrics is that of tasks."""
+    return any(name.startswith(_TASK) for name in line)
+
+
+def task_line(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
+    """`task/NAME/METRIC` -> value, None if it is not finite, of results by name and metric."""
+    return {f"{_TASK}{name}/{key}": finite(value) for name, values in results.items() for key, value in values.items()}
 
 
 def _parse(text: bytes) -> dict[str, int | float | None]:

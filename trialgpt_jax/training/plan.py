@@ -26,7 +26,10 @@ _MEASURED_STEPS = 3
 
 
 def check_run(program: Program) -> None:
-    """Refuses a run that has too little memory or cannot use Weights & Biases; nothing is compiled."""
+    """Refuses a run that has too little memory, cannot use Weights & Biases, or could not end together; nothing is
+    compiled."""
+    if program.config.checkpoint.on_error == "continue" and jax.process_count() > 1:
+        raise UserError("checkpoint.on_error=continue is for one process: others would wait for the one that failed")
     check_state(program)
     check_wandb(program.config.log)
 

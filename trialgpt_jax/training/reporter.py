@@ -1,18 +1,34 @@
-"""The reports of a training run: a line per step and per evaluation, and the refusal of a run that only skips."""
+"""The reports of a training run: lines of steps, evaluations and samples, and the refusal of a run that only skips."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import jax
 
-from trialgpt_jax.console import say
+from trialgpt_jax.console import one_line, say
 from trialgpt_jax.data.token_store import Mixture, Split
 from trialgpt_jax.parallel import accelerators
-from trialgpt_jax.training.metrics import Meter, MetricsLog, bits_per_byte, finite, flops_per_token, progress_line
+from trialgpt_jax.training.metrics import (
+    Meter,
+    MetricsLog,
+    bits_per_byte,
+    finite,
+    flops_per_token,
+    progress_line,
+    task_line,
+)
 from trialgpt_jax.training.program import Program
+
+_LONGEST_SAMPLE = 160  # characters in the log
+
+
+def _short(value: float) -> str:
+    """A number with four decimals, without zeros at its end."""
+    return f"{value:.4f}".rstrip("0").rstrip(".")
 
 
 class Reporter:
-    """What a run writes while it trains: a line per step and per evaluation, in the log and in `metrics.jsonl`.
+    """What a run writes while it trains, to the log, `metrics.jsonl` and `samples.jsonl`.
 
     Args:
       program: the run's.
@@ -104,6 +120,26 @@ class Reporter:
         text = f", {per_byte:.4f} bits per byte" if per_byte is not None else ""
         say(f"step {step}: validation loss {loss:.4f}{text} over {n_tokens:,} tokens")
         return finite(loss)
+
+    def tasks(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Writes the scores of tasks at `step`, metric -> value by name; a metric `m_stderr` is the error of `m`."""
+        line = {"step": step, "tokens": step * self._tokens_per_step, "seconds": self.seconds}
+        self._write(line | task_line(results))
+        for name, values in results.items():
+            scores = {metric: f"{metric} {_short(value)}" for metric, value in values.items()}
+            for metric in values:
+                if (error := f"{metric}_stderr") in values:
+                    scores[metric] += f" +- {_short(values[error])}"
+                    del scores[error]
+            say(f"step {step}: {name}: {', '.join(scores.values())}")
+
+    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Writes prompts and the texts with which the model continues them at `step`."""
+        if self._log:
+            self._log.write_samples(step, samples)
+        for prompt, text in samples:
+            whole = one_line(prompt + text)
+            say(f"step {step}: {whole if len(whole) <= _LONGEST_SAMPLE else whole[: _LONGEST_SAMPLE - 3] + '...'}")
 
     def _write(self, line: dict) -> None:
         if self._log:

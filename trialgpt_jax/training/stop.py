@@ -1,11 +1,15 @@
 """Stopping a run on request, by a signal or a time limit; all processes of a job stop after the same step."""
 
 import contextlib
+import math
 import os
 import signal
+import time
 
 import jax
 from jax.experimental import multihost_utils
+
+from trialgpt_jax.parallel import processes
 
 
 class StopRequest:
@@ -19,7 +23,13 @@ class StopRequest:
     With several processes JAX's preemption service listens for SIGTERM in each of them and agrees on a step at which
     all can stop. A second SIGTERM has no effect there, because a scheduler that takes hosts away signals them one by
     one.
+
+    Args:
+      max_seconds: after `start_clock`, when a stop is asked for as well; 0 = never.
     """
+
+    def __init__(self, max_seconds: float = 0.0):
+        self._max_seconds, self._deadline = max_seconds, math.inf
 
     def __enter__(self):
         self._asked = False
@@ -29,6 +39,10 @@ class StopRequest:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             self._handle(signal.SIGHUP)
         return self
+
+    def start_clock(self) -> None:
+        """Starts the time limit."""
+        self._deadline = time.monotonic() + (self._max_seconds or math.inf)
 
     def begin(self) -> None:
         """The first step follows: from here on Ctrl-C asks for a stop."""
@@ -59,17 +73,21 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def requested(self, step: int, elapsed: float, max_seconds: float) -> bool:
-        """Whether to stop after `step`; all processes get the same answer at the same step.
+    def asked(self) -> bool:
+        """Whether a stop has been asked for, between two steps.
 
-        Args:
-          step: the step that has just been dispatched.
-          elapsed: seconds since the run started.
-          max_seconds: the time limit; 0 = none.
+        Of several processes process 0 knows of every request, and its answer is the one to act on.
         """
-        late = bool(max_seconds) and elapsed >= max_seconds
+        return self._asked or self._late() or processes.stop_noticed()
+
+    def _late(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`, which has just been dispatched; all processes get the same answer at the same
+        step."""
         if jax.process_count() == 1:
-            return self._asked or late
-        if late:
+            return self._asked or self._late()
+        if self._late():
             self._ask_all()  # clocks differ: the first process past the limit asks, and the service agrees on a step
         return multihost_utils.reached_preemption_sync_point(step)

@@ -1,7 +1,8 @@
-"""Event files for TensorBoard: scalars in TFRecord framing, written without a library.
+"""Event files for TensorBoard: scalars and texts in TFRecord framing, written without a library.
 
 tensorboardX imports torch if it is installed, which takes two seconds of every start, and a full disk ends its writer
-thread, after which the run waits without end. Formats: TensorFlow's `event.proto`, `summary.proto` and TFRecord.
+thread, after which the run waits without end. Formats: TensorFlow's `event.proto`, `summary.proto`,
+`tensor.proto` and TFRecord.
 """
 
 import math
@@ -48,6 +49,13 @@ def _field(number: int, data: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
+_TEXT = _field(9, _field(1, _field(1, b"text")))  # metadata {plugin_data {plugin_name}}
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
 def _float32(value: float) -> bytes:
     try:
         return struct.pack("<f", value)
@@ -84,6 +92,20 @@ class EventFile:
         self._add(step, _field(5, b"".join(_field(1, value) for value in values)))
         if time.monotonic() - self._flushed > 30:
             self._flush()
+
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Adds texts, which TensorBoard shows as Markdown, under their tags; flushed at once.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        # summary {value {tag, tensor {dtype: DT_STRING, tensor_shape {}, string_val}, metadata}}
+        values = (
+            _field(1, tag.encode()) + _field(8, b"\x08\x07" + _field(2, b"") + _field(8, _utf8(text))) + _TEXT
+            for tag, text in texts.items()
+        )
+        self._add(step, _field(5, b"".join(_field(1, value) for value in values)))
+        self._flush()
 
     def _add(self, step: int, what: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + b"\x10" + _varint(step) + what  # wall_time, step

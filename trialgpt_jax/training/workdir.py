@@ -38,6 +38,11 @@ def metrics_path(workdir: str) -> str:
     return os.path.join(workdir, "metrics.jsonl")
 
 
+def samples_path(workdir: str) -> str:
+    """The texts that the model has written during the run, one JSON object per line."""
+    return os.path.join(workdir, "samples.jsonl")
+
+
 def checkpoints_path(workdir: str) -> str:
     """The folder of the checkpoints, one folder per step."""
     return os.path.join(workdir, "checkpoints")
