@@ -4,6 +4,7 @@
     python scripts/aot_compile.py --config=configs/gpt2.py:124m --target=v5e:2x2 --config.train.batch_size=64
     python scripts/aot_compile.py --config=configs/gpt2.py:124m --target=v5e:1x1 --find_batch   # the largest that fits
     python scripts/aot_compile.py --config=configs/gpt2.py:124m --target=v5e:1x1 --decode=8     # decode 8 samples
+    python scripts/aot_compile.py --config=configs/gpt2.py:124m --target=v5e:1x1 --score=1024   # score rows of 1,024
 
 Targets: v5e:4x4, v5p:2x2x1, v6e:4x4, v4:2x2x1, TPU7x:2x2x1 (require `libtpu`, from the extras `test` and `tpu`), h200
 or h200:8 (require the extra `cuda`). The compiler is the one that a job on the chip uses, so whether the step fits, its
@@ -29,6 +30,7 @@ from jax.experimental import topologies
 from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.model.generate import CHUNK, compile_decode
+from trialgpt_jax.model.scoring import Scorer
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.training.metrics import flops_per_token, parameter_count
@@ -70,13 +72,14 @@ def target_devices(target: str) -> list[jax.Device]:
         raise UserError(f"--target={target} cannot be compiled for here: {reason}; see the top of this file") from None
 
 
-def compile_for(config, target: str, decode: int = 0) -> tuple[dict, str]:
-    """Compiles the train step or the decode loop.
+def compile_for(config, target: str, decode: int = 0, score: int = 0) -> tuple[dict, str]:
+    """Compiles the train step, the decode loop or the scoring of tasks.
 
     Args:
       config: the config, for all chips of the target.
       target: see the top of this file.
-      decode: number of samples that the decode loop generates at a time; 0 = compile the train step.
+      decode: number of samples that the decode loop generates at a time; 0 = no decode loop.
+      score: length of the rows in which requests are scored; 0 = no scoring.
 
     Returns:
       The report that `--json` prints, and the text of the program; "" if there is none.
@@ -85,12 +88,13 @@ def compile_for(config, target: str, decode: int = 0) -> tuple[dict, str]:
       UserError: see `target_devices`; or a config that the target does not support.
     """
     devices = target_devices(target)
-    if not decode:
+    if not (decode or score):
         config_lib.validate(config, len(devices))
     program = Program(config, devices=devices)
     gpt, params = program.gpt, program.params_layout
-    n_tokens = decode * CHUNK or config.train.batch_size * gpt.block_size
-    flops = 2 * parameter_count(params) if decode else flops_per_token(params, gpt)
+    rows = score and Scorer(gpt, program.mesh).batch_rows(score)
+    n_tokens = decode * CHUNK or rows * score or config.train.batch_size * gpt.block_size
+    flops = 2 * parameter_count(params) if decode or score else flops_per_token(params, gpt)
     known = accelerators.chip(devices[0].device_kind)
     report = {
         "target": target,
@@ -98,7 +102,7 @@ def compile_for(config, target: str, decode: int = 0) -> tuple[dict, str]:
         "chips": len(devices),
         "mesh": dict(program.mesh.shape),
         "parameters": parameter_count(params),
-        "program": "decode" if decode else "train_step",
+        "program": "decode" if decode else "score" if score else "train_step",
         "tokens_per_step": n_tokens,
         "flops_per_step": flops * n_tokens,
         "attention": gpt.attention,
@@ -107,7 +111,12 @@ def compile_for(config, target: str, decode: int = 0) -> tuple[dict, str]:
         "bytes_of_chip": known and known.memory_bytes,
     }
     try:
-        compiled = _compile_decode(program, decode) if decode else program.train_step
+        if decode:
+            compiled = _compile_decode(program, decode)
+        elif score:
+            compiled = Scorer(gpt, program.mesh).compile(params, rows, score)
+        else:
+            compiled = program.train_step
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -216,6 +225,7 @@ FLAGS = {
     "hlo": (None, "file for the optimised program"),
     "find_batch": (False, "find the largest microbatch that fits; compiles the step several times"),
     "decode": (0, "compile the decode loop for this many samples instead of the train step"),
+    "score": (0, "compile the scoring of tasks in rows of this many tokens instead of the train step"),
 }
 
 
@@ -227,7 +237,7 @@ def main(argv: list[str]) -> int:
     if flags.find_batch:
         report, text = find_batch(config, flags.target)
     else:
-        report, text = compile_for(config, flags.target, flags.decode)
+        report, text = compile_for(config, flags.target, flags.decode, flags.score)
     if flags.hlo and text:
         with open(flags.hlo, "w") as file:
             file.write(text)

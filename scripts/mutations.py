@@ -169,7 +169,7 @@ MUTATIONS = [
     Mutation("training/optimizer.py", "peak / (warmup + 1), peak, warmup", "0.0, peak, warmup", "optimizer"),
     Mutation("training/reporter.py", "if skipped >= train.max_skipped:", "if skipped > train.max_skipped:", "reporter"),
     Mutation("training/reporter.py", 'self._log.last.get("seconds", 0.0)', "0.0", "faults"),
-    Mutation("train.py", "        reporter.sync()\n", "", "power_loss faults"),
+    Mutation("training/saver.py", "self._reporter.sync()", "pass", "power_loss faults"),
     Mutation(
         "training/checkpoint.py",
         "                files.sync_tree(self._path(step))  # orbax syncs the arrays, but none of its metadata files\n",
@@ -182,11 +182,40 @@ MUTATIONS = [
     ),
     Mutation(
         "training/checkpoint_folder.py",
-        "set(best[: self._keep_best])",
-        "set(best[: self._keep_best + 1])",
+        "set(_by_loss(losses)[: self._keep_best])",
+        "set(_by_loss(losses)[: self._keep_best + 1])",
         "checkpoint",
     ),
     Mutation("training/start.py", "checkpoints.set_aside_after(start.whole)", "pass", "finetune checkpoint"),
+    # evaluation
+    Mutation(
+        "model/packing.py", "len(self.ids) - 1 - self.n_scored", "len(self.ids) - self.n_scored", "language_model"
+    ),
+    Mutation("model/scoring.py", "target_M - max_M - jnp.log(sum_M)", "target_M - jnp.log(sum_M)", "language_model"),
+    Mutation("language_model.py", "first = max(0, stop - self.block_size)", "first = start", "language_model"),
+    Mutation(
+        "evaluation/core.py", "solved = [task.items[i + (i >= index)]", "solved = [task.items[i + (i > index)]", "core"
+    ),
+    Mutation("evaluation/scoring.py", "if loss < losses[best]:", "if loss <= losses[best]:", "core hellaswag"),
+    Mutation("evaluation/hellaswag.py", "model.block_size + 1)", "model.block_size)", "hellaswag"),
+    Mutation(
+        "evaluation/report.py",
+        "metric: _finite(value) if metric in result.exact else rounded_to(value)",
+        "metric: rounded_to(value)",
+        "evaluate_tasks",
+    ),
+    Mutation(
+        "evaluation/harness_tasks.py",
+        "request.resps, request.filtered_resps = [], {}",
+        "request.filtered_resps = {}",
+        "harness",
+    ),
+    Mutation(
+        "evaluation/in_loop.py",
+        "if step != self._resumed or kind not in self._written]",
+        "if step != self._resumed]",
+        "in_loop",
+    ),
 ]
 
 

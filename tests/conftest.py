@@ -32,6 +32,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, databas
 settings.load_profile("repeatable")
 
 _LONGEST = ("distributed", "train", "train_step", "power_loss", "console", "chaos", "storage", "meshes")
+_LONGEST += ("in_loop", "harness", "evaluate_tasks", "core", "language_model")
 
 
 def pytest_collection_modifyitems(items):
@@ -95,6 +96,24 @@ def train_step_compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Program, "train_step", shared)
         yield
+
+
+@contextlib.contextmanager
+def programs_compiled_once():
+    """Models of one config and mesh share their scoring programs, and XLA leaves most optimizations out, because
+    compilation takes most of the time of a small model."""
+    import jax
+
+    from trialgpt_jax import language_model
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(language_model, "Scorer", functools.cache(language_model.Scorer))
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def overrides(config):

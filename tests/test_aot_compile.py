@@ -105,6 +105,15 @@ def test_the_decode_loop_compiles_and_reads_each_weight_at_most_once_per_token()
     assert decode["fits"] and 0 < decode["bytes_moved"] / 16 < 2 * 2 * decode["parameters"]
 
 
+def test_the_scoring_of_tasks_compiles_for_a_tpu_with_split_heads_and_vocabulary():
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
+    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    score = json.loads(aot_compile(*SMALL, "--target=v5e:2x2", "--score=256", *mesh, "--json").stdout)
+    assert score["program"] == "score" and score["tokens_per_step"] == 2 * 16384 and score["fits"]
+    # log-probabilities of all rows go to all devices; no array with an axis of the vocabulary does
+    assert score["collectives"]["all-gather"]["bytes"] < 2**21
+
+
 @pytest.mark.parametrize(("largest", "found"), [(0, 1), (1, 1), (7, 7), (29, 28), (100, 96)])
 def test_find_batch_ends_within_an_eighth_of_the_largest_microbatch_that_fits(monkeypatch, largest, found):
     sys.path.insert(0, str(ROOT / "scripts"))

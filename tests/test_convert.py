@@ -345,7 +345,7 @@ BOTH = "give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify"
         ("--to_hf={new} --from_hf={hf} --workdir={new}", [BOTH]),
         ("--to_hf={new} --verify --workdir={run}", [BOTH]),
         ("--to_hf={new} --workdir={run} --step=7", ["no checkpoint of step 7; it has 5, 10"]),
-        ("--to_hf={new} --workdir={run} --step=-5", ["--step must be the number of a checkpoint, or -1"]),
+        ("--to_hf={new} --workdir={run} --step=-5", ["--step=-5 is neither a step, nor -1 (the newest), nor best"]),
         ("--to_hf={new} --workdir={new}", ["config.json does not exist; --workdir must be a folder that"]),
         ("--to_hf={new} --workdir={hf}", ["is a Hugging Face folder, not a workdir"]),
         ("--verify --workdir={new}", ["config.json does not exist; --workdir must be a folder that"]),

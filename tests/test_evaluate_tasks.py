@@ -13,7 +13,7 @@ import shutil
 import core_bundle
 import pytest
 import task_files
-from conftest import call, overrides, refused, small_config
+from conftest import call, overrides, programs_compiled_once, refused, small_config
 from test_distributed import job
 
 from trialgpt_jax import UserError, __version__
@@ -24,6 +24,12 @@ from trialgpt_jax.evaluation.task import Result, Task
 from trialgpt_jax.preprocess import preprocess
 from trialgpt_jax.storage import files, integrity, json_files, lock
 from trialgpt_jax.training.program import Program
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    with programs_compiled_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +249,17 @@ def test_the_scores_of_finished_tasks_are_written_when_a_later_one_fails(world, 
     assert saved(workdir)["tasks"].keys() == {"piqa"} and saved(workdir)["loss"]
 
 
+def test_what_a_task_cannot_score_is_one_line_with_its_name(world, workdir, fakes, monkeypatch):
+    def fail(model):
+        raise UserError("character 'x' (U+0078) at position 3 of the text is not among those of the tokenizer")
+
+    task = fake("hellaswag_llmc")._replace(run=fail)
+    monkeypatch.setattr("trialgpt_jax.evaluation.hellaswag.load", lambda *_: task)
+    result = call("evaluate", f"--workdir={workdir}", "--tasks=piqa,hellaswag_llmc")
+    refused(result, "error: task hellaswag_llmc: character 'x'")
+    assert saved(workdir)["tasks"].keys() == {"piqa"}
+
+
 @pytest.mark.parametrize("how", ["read-only", "busy", "a file in its place"])
 def test_where_no_file_can_be_written_it_prints_and_says_why(world, workdir, fakes, monkeypatch, how):
     folder = str(workdir / "evaluations")
@@ -382,6 +399,8 @@ WRONG = [
     ("--tasks=piqa --task_data=piqqa=a", "--task_data: piqqa is not among the tasks piqa; did you mean piqa?"),
     ("--tasks=piqa --task_data=wikitext=a", "--task_data: wikitext is not among the tasks piqa"),
     ("--tasks=hellaswag_llmc --task_data=hellaswag=a", "hellaswag is not among the tasks hellaswag_llmc"),
+    ("--tasks=piqa --task_data=piqa:train=a", "--task_data: piqa:train has the examples", "missing: piqa=FILE"),
+    ("--tasks=hellaswag_llmc --task_data=hellaswag_llmc:train=a", "hellaswag_llmc:train is for tasks of lm-eval"),
     ("--tasks=hellaswag_llmc --task_data=hellaswag_llmc={new}/none", "none"),
     ("--tasks=piqa --task_data=piqa={new}/none", "none"),
     ("--checkpoint_step=newest", "--checkpoint_step=newest is neither a step, nor -1 (the newest), nor best"),

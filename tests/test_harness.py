@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 
 import datasets
 import huggingface_hub
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 import task_files
-from conftest import ROOT
+from conftest import ROOT, programs_compiled_once
 from hub_server import HubServer
 from model_options import random_params
 
@@ -34,6 +35,12 @@ from trialgpt_jax.parallel.sharding import put, replicated, single_device
 
 pytest.importorskip("lm_eval")
 NAMES = [*task_files.SIX, *task_files.GENERATE]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    with programs_compiled_once():
+        yield
 
 
 def on_device(params):
@@ -369,9 +376,13 @@ def test_examples_are_other_items_or_those_of_a_second_file(folder, tmp_path):
         assert len(examples) == 3 and last == f"Question: {row['goal']}\nAnswer:" and last not in prompt[: -len(last)]
         assert all(any(f"Question: {each['goal']}\n" in text for each in rows) for text in examples)
     train = task_files.rows("piqa", 5, seed=1)
-    for prompt in prompts(2, train=task_files.write(tmp_path / "train.jsonl", train)):
+    train_path = task_files.write(tmp_path / "train.jsonl", train)
+    for prompt in prompts(2, train=train_path) + prompts(4, train=train_path):
         examples = prompt.split("\n\n")[:-1]
+        assert len(examples) in (2, 4)
         assert all(any(f"Question: {each['goal']}\n" in text for each in train) for text in examples)
+    with pytest.raises(UserError, match=r"piqa: 5 examples \(num_fewshot\) need more than the 5 that it has"):
+        prompts(5, train=train_path)
     with pytest.raises(UserError, match=r"piqa: 200 examples \(num_fewshot\) need more than the 200 that it has"):
         prompts(200)
 
@@ -394,28 +405,28 @@ def put_in(**fields):
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("hellaswag", drop("endings"), "no field `endings`, only ind, activity_label"),
-        ("hellaswag", put_in(label="4"), "field `label` is '4', but the item has 4 choices, 0 ... 3"),
-        ("hellaswag", put_in(label=-1), "field `label` is -1, but the item has 4 choices, 0 ... 3"),
-        ("hellaswag", put_in(label=""), "field `label` is '', but the item has 4 choices"),
-        ("hellaswag", put_in(endings=["a", 1, "b", "c"]), "field `endings[1]`: Expected str, got int"),
-        ("hellaswag", put_in(ctx_a=None), "field `ctx_a`: Expected str, got null"),
+        ("hellaswag", drop("endings"), "field `endings` is missing; the item has 'ind', 'activity_label'"),
+        ("hellaswag", put_in(label="4"), "field `label` is 4, but should be 0 ... 3, because there are 4 choices"),
+        ("hellaswag", put_in(label=-1), "field `label` is -1, but should be 0 ... 3"),
+        ("hellaswag", put_in(label=""), "field `label` is '', but should be 0 ... 3"),
+        ("hellaswag", put_in(endings=["a", 1, "b", "c"]), "field `endings[1]` is 1, but should be a string"),
+        ("hellaswag", put_in(ctx_a=None), "field `ctx_a` is null, but should be a string"),
         ("lambada_openai", put_in(text=" "), "field `text` is blank"),
-        ("lambada_openai", put_in(text=5), "field `text`: Expected str, got int"),
-        ("piqa", put_in(label="1"), "field `label`: Expected int, got str"),
-        ("piqa", put_in(label=2), "field `label` is 2, but the item has 2 choices, 0 ... 1"),
-        ("piqa", drop("goal"), "no field `goal`, only sol1, sol2, label"),
+        ("lambada_openai", put_in(text=5), "field `text` is 5, but should be a string"),
+        ("piqa", put_in(label="1"), "field `label` is '1', but should be 0 ... 1"),
+        ("piqa", put_in(label=2), "field `label` is 2, but should be 0 ... 1"),
+        ("piqa", drop("goal"), "field `goal` is missing; the item has 'sol1', 'sol2', 'label'"),
         ("arc_easy", put_in(answerKey="E"), "field `answerKey` is 'E', not one of the labels A, B, C, D"),
         (
             "arc_easy",
             put_in(choices={"text": ["a", "b"], "label": ["A"] * 3}),
             "field `choices` has 2 texts and 3 labels",
         ),
-        ("arc_easy", put_in(choices=["a", "b"]), "field `choices`: Expected object, got array"),
+        ("arc_easy", put_in(choices=["a", "b"]), "field `choices` is a list, but should be an object"),
         ("winogrande", put_in(answer="3"), "field `answer` is '3', not '1' or '2'"),
         ("winogrande", put_in(sentence="none"), "field `sentence` has no _"),
         ("wikitext", put_in(page=""), "field `page` is blank"),
-        ("wikitext", drop("page"), "no field `page`, only an empty {}"),
+        ("wikitext", drop("page"), "field `page` is missing; the item has no fields"),
     ],
 )
 def test_a_wrong_item_is_named_by_file_line_and_field(tmp_path, task, change, message):
@@ -429,16 +440,18 @@ def test_a_wrong_item_is_named_by_file_line_and_field(tmp_path, task, change, me
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "{} is empty; it should have one JSON object per line"),
-        (b"\n \n", "{} is empty"),
-        (b'{"text": "a b"}\n\n{"text": \n', "{}, line 3: not JSON"),
-        (b'{"text": "a b"}\n[1]\n', "{}, line 2: list, not a JSON object"),
-        (b'{"text": "a b"}\n{"text": "\xff"}\n', "{}, line 2: not UTF-8 text"),
+        (b"", "{} has no items; it should have one JSON object per line"),
+        (b"\n \n", "{} has no items"),
+        (b'{"text": "a b"}\n\n{"text": \n', "{}, line 3: malformed JSON"),
+        (b'{"text": "a b"}\n[1]\n', "{}, line 2: this is a list, but should be an object"),
+        (b'{"text": "a b"}\n{"text": "\xff"}\n', "{}, line 2: invalid UTF-8 at byte 10"),
         (b'{"text": "a \\ud800"}\n', "{}, line 1: half of a surrogate pair"),
-        (b"[" * 100_000, "{}, line 1: nested too deeply"),
+        (b"[" * 100_000, "{}, line 1: malformed JSON (nested too deeply)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "{} is a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "{} is gzip data, not json"),
+        (b"\n<!DOCTYPE html>\n<html>", "{} is an HTML or XML page, not JSON"),
         (None, "{} does not exist"),
-        ("folder", "{} is a folder"),
+        ("folder", "{} is not a regular file"),
     ],
 )
 def test_a_file_without_items_is_refused(tmp_path, content, message):
@@ -484,11 +497,11 @@ def own(tmp_path, rows, text=OWN, **code):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("question"), "no field `question`, only options, gold"),
-        (drop("gold"), "no field `gold`, only question, options"),
-        (drop("options"), "no field `options`, only question, gold"),
-        (put_in(gold=3), "field `gold` is 3, but the item has 3 choices, 0 ... 2"),
-        (put_in(gold=-1), "field `gold` is -1, but the item has 3 choices, 0 ... 2"),
+        (drop("question"), "field `question` is missing; the item has 'options', 'gold'"),
+        (drop("gold"), "field `gold` is missing; the item has 'question', 'options'"),
+        (drop("options"), "field `options` is missing; the item has 'question', 'gold'"),
+        (put_in(gold=3), "field `gold` is 3, but should be 0 ... 2, because there are 3 choices"),
+        (put_in(gold=-1), "field `gold` is -1, but should be 0 ... 2"),
         (put_in(gold="x"), 'field `gold` is "x", of another type than in the lines before'),
         (put_in(question=7), "field `question` is 7, of another type than in the lines before"),
         (put_in(question=None), "field `question`: UndefinedError"),
@@ -513,7 +526,7 @@ def test_a_type_that_is_wrong_in_every_line_and_a_field_that_code_needs(tmp_path
     del rows[4]["raw"]
     with pytest.raises(UserError, match="line 5: AttributeError: 'NoneType' object"):
         own(tmp_path, rows, text, **code)
-    with pytest.raises(UserError, match="line 1: no field `raw`, only question, options, gold"):
+    with pytest.raises(UserError, match="line 1: field `raw` is missing; the item has 'question', 'options', 'gold'"):
         own(tmp_path, [GOOD] * 3, text, **code)
 
 
@@ -542,7 +555,7 @@ def test_a_wrong_definition_is_one_line(tmp_path, text, message):
 
 def test_a_folder_without_definitions(tmp_path):
     for path, message in ((tmp_path, "has no file that ends in .yaml"), (tmp_path / "none", "is not a folder")):
-        with pytest.raises(UserError, match=f"--include_path={path} {message}"):
+        with pytest.raises(UserError, match=f"^include_path={path} {message}"):
             harness.load(["own"], include_path=str(path))
     with pytest.raises(UserError, match="`own` is not a task, group or tag of lm-eval"):
         harness.load(["own"])
@@ -579,6 +592,12 @@ def test_a_continuation_that_cannot_be_scored_is_shown(model, tmp_path):
         (task,) = own(tmp_path, [GOOD, GOOD | {"options": ["a", option]}], text)
         with pytest.raises(UserError, match=f"the continuation '.*' after 'Q' .*{message}"):
             task.run(model)
+
+
+def test_a_request_without_context_and_continuation_is_refused(model):
+    request = types.SimpleNamespace(args=("", ""), task_name="own")
+    with pytest.raises(UserError, match="the continuation '' after '' has no tokens of its own"):
+        harness_model.wrap(model).loglikelihood([request])
 
 
 # ---- the hub

@@ -1,6 +1,5 @@
 """Tasks and samples during training: their lines, exact resume, stop requests, and refusals before compilation."""
 
-import functools
 import json
 import os
 import pathlib
@@ -13,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 import task_files
-from conftest import overrides, small_config, train_step_compiled_once, tree
+from conftest import overrides, programs_compiled_once, small_config, train_step_compiled_once, tree
 from test_distributed import job
 from test_train import assert_same_bits, final_state
 
-from trialgpt_jax import UserError, cli, config_file, language_model
+from trialgpt_jax import UserError, cli, config_file
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.config import default_config
 from trialgpt_jax.evaluation import suite
@@ -55,19 +54,15 @@ def config(store, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """Every run has the same model, so that one compilation of each program serves all."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # compilation takes most of the time
     first, real = [], Program.init_state
 
     def init_state(program):
         first[:] = first or [jax.device_get(real(program))]
         return jax.device_put(first[0], jax.tree.map(lambda leaf: leaf.sharding, program.layout))
 
-    with train_step_compiled_once(), pytest.MonkeyPatch.context() as patch:
+    with programs_compiled_once(), train_step_compiled_once(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Program, "init_state", init_state)
-        patch.setattr(language_model, "Scorer", functools.cache(language_model.Scorer))
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

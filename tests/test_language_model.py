@@ -1,6 +1,7 @@
 """The model as an object: scores and texts against NumPy and one request at a time, packing, bounds on compilation."""
 
 import dataclasses
+import functools
 import re
 import types
 
@@ -8,11 +9,13 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import programs_compiled_once
+from hypothesis import example, given, settings
 from model_options import random_params, reference_logits
 
 from trialgpt_jax import UserError
 from trialgpt_jax.language_model import LanguageModel
+from trialgpt_jax.model import generate as decoding
 from trialgpt_jax.model import packing, scoring
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.sampling import Sampling
@@ -53,9 +56,18 @@ class Letters:
         return "".join(chr(i) for i in ids)
 
 
+parameters = functools.cache(random_params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    with programs_compiled_once():
+        yield
+
+
 def model(name="gpt2", dtype="float32", **changes):
     config = GPTConfig(**(SMALL | MODELS[name] | changes))
-    params = random_params(dataclasses.replace(config, dtype="float64", param_dtype="float64"))
+    params = parameters(dataclasses.replace(config, dtype="float64", param_dtype="float64"))
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     params = jax.tree.map(lambda x: jax.device_put(x.astype(dtype)), params)
     made = LanguageModel(params, config, Letters(), single_device())
@@ -171,6 +183,14 @@ def test_any_number_of_requests_of_any_length_takes_at_most_six_programs():
     assert 3 <= len(lm._scorer._programs) <= 6
 
 
+def test_prompts_of_any_length_take_at_most_eight_programs():
+    lm = model(block_size=64, n_layer=1)
+    before = decoding._prefill._cache_size() + decoding._decode._cache_size()
+    for count in (1, 2, 20):
+        lm.generate(["x" * (1 + i * 61 % 70) for i in range(count)], max_new_tokens=2)
+    assert 3 <= decoding._prefill._cache_size() + decoding._decode._cache_size() - before <= 8
+
+
 def test_logits_are_computed_for_the_scored_positions_alone():
     lm = model(vocab_size=50_000)
     lm.score_tokens([([1, 2], [3]), ([4, 5], [6])])
@@ -215,7 +235,7 @@ def test_rolling_log_probabilities_are_those_of_lm_evals_windows(length):
     np.testing.assert_allclose(lm.rolling([text, "b"])[0], want, rtol=1e-5)
 
 
-PROMPTS = ["a", "hello", "\x7f" * 3, "prompt"]
+PROMPTS = ["a", "hello", "\x7f" * 7, "prompt"]  # two lengths of compiled prefills
 
 
 @pytest.mark.parametrize("name, sampling", [("7b", Sampling(0.0)), ("gpt2", Sampling(0.9, top_k=40))])
@@ -236,9 +256,39 @@ def test_a_continuation_ends_before_the_first_stop_string_and_at_end_of_text():
     assert lm.generate(["hello"], max_new_tokens=12, until=["", whole[7:9], whole[4:6]]) == [
         whole[: whole.find(whole[4:6])]
     ]
+    assert lm.generate(["hello"], max_new_tokens=12, until=f"{whole[2]}\x01") == [whole]  # one string, not two
     lm.tokenizer.eot_id = ord(whole[3])
     (short,) = lm.generate(["hello"], max_new_tokens=12)
     assert short == whole[: whole.index(whole[3])] and len(short) < 12
+
+
+STOPS = st.lists(st.text("ab:\n", max_size=3), max_size=3)
+
+
+@given(st.lists(st.text("ab:\n", min_size=12, max_size=12), min_size=1, max_size=3), STOPS, st.integers(1, 12))
+@example(["a\nb:aaaaaaaa"], ["b:", "\nb:"], 12)
+@example(["a\nb:aaaaaaaa"], ["\nb:", "b:"], 12)
+@example(["abbbbbbbbbbb"], ["abb", "b"], 12)
+def test_stop_strings_are_cut_as_lm_eval_cuts_the_text_that_ends_with_the_first_of_them(texts, until, size):
+    """Whatever the size of the pieces, and nothing is read after the last text has ended."""
+    from lm_eval.models.utils import postprocess_generated_text
+
+    lm = LanguageModel(None, GPTConfig(**SMALL, n_head=2), Letters(), single_device())
+    ids, read = np.array([lm.encode(text) for text in texts]), []
+
+    def pieces():
+        for start in range(0, 12, size):
+            read.append(start)
+            yield ids[:, start : start + size]
+
+    def first_end(text):
+        """The number of characters after which the text has a stop string."""
+        return next((n for n in range(13) if any(stop and stop in text[:n] for stop in until)), 12)
+
+    found, _ = lm._read(pieces(), len(texts), until)
+    assert found == [postprocess_generated_text(text[: first_end(text)], until, None) for text in texts]
+    if all(any(stop and stop in text for stop in until) for text in texts):
+        assert len(read) == -(-max(map(first_end, texts)) // size)
 
 
 def test_a_long_prompt_keeps_its_end_and_one_without_room_is_refused():

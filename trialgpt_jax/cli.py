@@ -6,6 +6,7 @@ This module imports no JAX; `start` does.
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
@@ -17,6 +18,8 @@ from trialgpt_jax.config import default_config, enable_x64, fields, load_snapsho
 from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files
 
+# The flag of the commands that read a checkpoint, see `checkpoint_step`.
+CHECKPOINT_STEP = ("-1", "which checkpoint; -1 = the newest whole one, best = the one with the lowest validation loss")
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved on request, the same command continues
 
@@ -109,6 +112,18 @@ def require_workdir(flags: absl_flags.FlagValues, what: str = "the folder of a r
     if not flags.workdir:
         raise UserError(f"--workdir=FOLDER is missing: {what}")
     return flags.workdir
+
+
+def checkpoint_step(flags: absl_flags.FlagValues, name: str = "checkpoint_step") -> int | str:
+    """The value of a flag like CHECKPOINT_STEP, as `training.start.load_params` takes it.
+
+    Raises:
+      UserError: neither a step, nor -1, nor best.
+    """
+    text = flags[name].value
+    if text == "best" or re.fullmatch(r"-1|[0-9]{1,10}", text):
+        return text if text == "best" else int(text)
+    raise UserError(f"--{name}={text} is neither a step, nor -1 (the newest), nor best")
 
 
 def at_most(flags: absl_flags.FlagValues, **limits: int) -> None:

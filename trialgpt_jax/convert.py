@@ -34,14 +34,14 @@ from trialgpt_jax.training.start import check_memory, load_params
 from trialgpt_jax.training.train_step import check_finite, describe_nonfinite
 
 
-def to_hf(config: ConfigDict, workdir: str, folder: str, step: int = -1, allow_nonfinite: bool = False) -> int:
+def to_hf(config: ConfigDict, workdir: str, folder: str, step: int | str = -1, allow_nonfinite: bool = False) -> int:
     """Writes a checkpoint and its tokenizer in the format of transformers' GPT-2, without the vocabulary's padding.
 
     Args:
       config: the workdir's.
       workdir: of a run.
       folder: new or empty.
-      step: of the checkpoint; -1 = the newest whole one.
+      step: of the checkpoint; -1 = the newest whole one, "best" = the one with the lowest validation loss.
       allow_nonfinite: also convert NaN and infinite values.
 
     Returns:
@@ -153,8 +153,8 @@ FLAGS = {
     "workdir": (None, "folder of a run; with --from_hf the one to create"),
     "to_hf": (None, "new folder for Hugging Face files"),
     "from_hf": (None, "folder of Hugging Face files, or hf:owner/name@revision on the hub"),
-    "checkpoint_step": (-1, "with --to_hf: which checkpoint; -1 = the newest whole one"),
-    "step": (-1, "short for --checkpoint_step"),
+    "checkpoint_step": cli.CHECKPOINT_STEP,
+    "step": ("-1", "short for --checkpoint_step"),
     "allow_nonfinite": (False, "also convert weights that have NaN or infinite values"),
     "verify": (False, "check every checkpoint against its checksums"),
 }
@@ -166,13 +166,10 @@ def main(argv: list[str]) -> int:
     workdir = cli.require_workdir(flags, "the folder of a run, or the one to create")
     if bool(flags.to_hf) + bool(flags.from_hf) + flags.verify != 1:
         raise UserError("give one of --to_hf=FOLDER, --from_hf=FOLDER and --verify")
-    if not flags.to_hf and (flags.step, flags.checkpoint_step) != (-1, -1):
+    chosen = {cli.checkpoint_step(flags, name) for name in ("step", "checkpoint_step")} - {-1}
+    if chosen and not flags.to_hf:
         raise UserError("--step and --checkpoint_step choose a checkpoint for --to_hf")
-    if min(flags.step, flags.checkpoint_step) < -1:
-        raise UserError("--step must be the number of a checkpoint, or -1 for the newest whole one")
-    if flags.from_hf and (set_ := [name for name in cli.given_fields(argv, FLAGS) if name.startswith("model.")]):
-        raise UserError(f"config field `{min(set_)}` comes from the folder of --from_hf and cannot be set")
-    if -1 not in (flags.step, flags.checkpoint_step) and flags.step != flags.checkpoint_step:
+    if len(chosen) > 1:
         raise UserError(f"--step={flags.step} and --checkpoint_step={flags.checkpoint_step} name two checkpoints")
     with cli.start(flags, config, check=False):
         if flags.verify:
@@ -185,8 +182,7 @@ def main(argv: list[str]) -> int:
             sizes = ", ".join(f"{name}={model[name]}" for name in _SIZES)
             print(f"{workdir}: checkpoint 0, {sizes}")
             return 0
-        step = max(flags.step, flags.checkpoint_step)
-        step = to_hf(config, workdir, flags.to_hf, step, flags.allow_nonfinite)
+        step = to_hf(config, workdir, flags.to_hf, chosen.pop() if chosen else -1, flags.allow_nonfinite)
         print(f"{flags.to_hf}: checkpoint {step} for transformers' GPT2LMHeadModel and AutoTokenizer")
         return 0
 

@@ -6,7 +6,6 @@ model is also scored on these tasks, see docs/evaluation.md. With --json, stdout
 
 import json
 import math
-import re
 import sys
 
 import jax
@@ -19,11 +18,10 @@ from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import SPLITS, TokenStore, open_store
 from trialgpt_jax.evaluation import report, suite
-from trialgpt_jax.language_model import LanguageModel, run_mesh
+from trialgpt_jax.language_model import LanguageModel
 from trialgpt_jax.parallel import processes
-from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.metrics import bits_per_byte, finite
-from trialgpt_jax.training.program import Program
+from trialgpt_jax.training.program import Program, run_mesh
 from trialgpt_jax.training.start import load_params
 from trialgpt_jax.training.workdir import check_tokenizer, find_data, require_data
 
@@ -59,8 +57,6 @@ def _open_store(config: ConfigDict, workdir: str) -> TokenStore:
 def _load(config: ConfigDict, workdir: str, step: int | str) -> tuple[Program, dict, int]:
     config_lib.enable_x64(config)
     program = Program(config, mesh=run_mesh(config))
-    if step == "best":
-        step = processes.from_first(Checkpoints(workdir, say=say).best)
     return program, *load_params(workdir, program.params_layout, step)
 
 
@@ -90,17 +86,11 @@ def format_result(result: dict) -> str:
 
 FLAGS = {
     "workdir": (None, "folder of the run"),
-    "checkpoint_step": ("-1", "which checkpoint; -1 = the newest whole one, best = the lowest validation loss"),
+    "checkpoint_step": cli.CHECKPOINT_STEP,
     "batches": (0, "batches of train.batch_size sequences; 0 = the whole split"),
     "split": ("val", "val or train"),
     "json": (False, "print one JSON object on stdout"),
 } | (suite.FLAGS | processes.FLAGS)
-
-
-def _step(text: str) -> int | str:
-    if text == "best" or re.fullmatch(r"-?[0-9]{1,10}", text):
-        return text if text == "best" else int(text)
-    raise UserError(f"--checkpoint_step={text} is neither a step, nor -1 (the newest), nor best")
 
 
 def _find_data(config: ConfigDict, workdir: str, given: bool) -> None:
@@ -122,7 +112,7 @@ def _why_no_data(config: ConfigDict, workdir: str, split: str) -> str | None:
 
 def main(argv: list[str]) -> None:
     flags, config = cli.parse(argv, __doc__, FLAGS)
-    workdir, step = cli.require_workdir(flags), _step(flags.checkpoint_step)
+    workdir, step = cli.require_workdir(flags), cli.checkpoint_step(flags)
     if flags.split not in SPLITS:
         raise UserError(f"--split={flags.split} is not val or train")
     if flags.batches < 0:

@@ -136,7 +136,7 @@ FLAGS = {
     "top_k": (0, "sample from the k likeliest tokens; 0 = all"),
     "top_p": (1.0, "sample from the smallest set of likeliest tokens that reaches probability p; 1 = all"),
     "seed": (0, "of the random numbers; the same seed gives the same samples"),
-    "checkpoint_step": (-1, "which checkpoint; -1 = the newest whole one"),
+    "checkpoint_step": cli.CHECKPOINT_STEP,
     "json": (False, "print one JSON object on stdout"),
 } | processes.FLAGS
 
@@ -144,6 +144,7 @@ FLAGS = {
 def main(argv: list[str]) -> None:
     flags, config = cli.parse(argv, __doc__, FLAGS)
     workdir = cli.require_workdir(flags)
+    step = cli.checkpoint_step(flags)
     cli.at_most(flags, num_samples=10_000, max_new_tokens=10_000_000)
     prompt = read_prompt(flags.prompt)
 
@@ -163,7 +164,7 @@ def main(argv: list[str]) -> None:
             max_new_tokens=flags.max_new_tokens,
             sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
             seed=flags.seed,
-            step=flags.checkpoint_step,
+            step=step,
             on_text=stream,
         )
         stream("\n")

@@ -30,11 +30,9 @@ from trialgpt_jax.model.gpt import logits as head_logits
 from trialgpt_jax.model.packing import make_request
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.model.scoring import Scorer
-from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.axes import AXES
 from trialgpt_jax.parallel.driven import Driven
 from trialgpt_jax.parallel.sharding import mesh_axis, put, replicated
-from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program, run_mesh
 from trialgpt_jax.training.start import load_params
 
@@ -92,7 +90,7 @@ class LanguageModel(Driven):
 
         Args:
           workdir: of the run.
-          step: of the checkpoint; -1 = the newest whole one, "best" = the whole one with the lowest validation loss.
+          step: of the checkpoint; -1 = the newest whole one, "best" = the one with the lowest validation loss.
           config: default: the run's.
           mesh: default: the run's if the devices suffice for it, otherwise all devices along data.
 
@@ -102,8 +100,6 @@ class LanguageModel(Driven):
         config = config_lib.load_snapshot(workdir) if config is None else config
         config_lib.enable_x64(config)
         program = Program(config, mesh=run_mesh(config) if mesh is None else mesh)
-        if step == "best":
-            step = processes.from_first(Checkpoints(workdir, say=console.say).best)
         params, step = load_params(workdir, program.params_layout, step)
         tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
         return cls(params, program.gpt, tokenizer, program.mesh, step)
@@ -245,7 +241,7 @@ class LanguageModel(Driven):
 
         Args:
           prompts: texts or ids; "" is a new document. Of more than block_size - max_new_tokens ids the first are cut.
-          until: strings at the first of which a continuation ends; so does end-of-text. Neither is returned.
+          until: strings (or one) at the first of which a continuation ends; so does end-of-text. Neither is returned.
           max_new_tokens: of each continuation, less than block_size.
           sampling: how tokens are drawn; greedy by default.
           seed: of the random numbers; those of a prompt depend on its number in `prompts`, not on its batch.
@@ -257,6 +253,7 @@ class LanguageModel(Driven):
         Raises:
           UserError: no room for a prompt, characters that the tokenizer does not have, or numbers out of range.
         """
+        until = [until] if isinstance(until, str) else list(until)
         self._repeat(
             "generate", prompts, until=until, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, what=what
         )

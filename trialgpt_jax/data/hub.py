@@ -144,6 +144,23 @@ def quiet() -> None:
         library.utils.disable_progress_bars()
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """`datasets` uses its cache and sends no requests: without a network it retries for about 20 s."""
+    import datasets
+    import huggingface_hub
+
+    places = (huggingface_hub.constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in places]
+    try:
+        for module in places:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(places, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
 def list_addresses(repo: str, path: str, folder: str) -> list[tuple[str, int, str]]:
     """The files listed in a text file of a hub dataset, one http(s) address per line; `#` begins a comment.
 

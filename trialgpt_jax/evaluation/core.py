@@ -3,11 +3,11 @@
 DCLM (arXiv:2406.11794) defines the metric; nanochat's `core_eval.py` and `base_eval.py` are the protocol followed here,
 item by item: shots, rendering, where an answer begins, and the crop to the context.
 
-Items on which nanochat stops with an assertion are wrong and counted here: `no_common_prefix`, a context that is no
-prefix of itself with its continuation, as token ids; `too_long`, an answer that does not fit in the context. Counted
-and scored are `cropped`, prompts that lose their first tokens, and `empty_span`, choices of which one is the beginning
-of another (4 of PIQA's 1,838 in GPT-2's tokens): its mean loss is NaN, which nanochat's minimum takes if it is the
-first choice, and otherwise never.
+Items on which nanochat stops with an assertion are wrong and counted here: `no_common_prefix`, a context whose token
+ids do not begin those of context and continuation; `too_long`, an answer that does not fit in the context. Counted and
+scored are `cropped`, prompts that lose their first tokens, and `empty_span`, items of which one choice is the beginning
+of another (4 of PIQA's 1,838 in GPT-2's tokens) or has no token before its answer. The mean loss of that choice is NaN,
+which nanochat's minimum takes if it is the first choice, and otherwise never.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Tasks of lm-eval, EleutherAI's evaluation harness, run in process on a LanguageModel.
 
-Numbers equal those of `lm_eval --model hf` on the exported model, with its default seeds, `--bootstrap_iters 1000` and
-each task alone. lm_eval is the extra `eval`; it is imported when the first task is loaded, and torch is never.
+Numbers equal those of lm-eval's `hf` model on the exported weights, with its default seeds, bootstrap_iters=1000,
+logits_cache=False and each task alone. lm_eval is the extra `eval`; it is imported when the first task is loaded, and
+torch is never.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from trialgpt_jax.console import say
 from trialgpt_jax.data import hub
 from trialgpt_jax.evaluation import harness_index, harness_tasks
 from trialgpt_jax.evaluation.harness_model import wrap
-from trialgpt_jax.evaluation.task import Result, Task
+from trialgpt_jax.evaluation.task import Result, Task, random_state_kept
 from trialgpt_jax.language_model import LanguageModel
 
 # For the standard error of perplexities and F1 scores; those of means have a formula. lm-eval's default of 100,000
@@ -50,8 +51,8 @@ def load(
       names: of tasks, groups or tags.
       num_fewshot: examples before each item; None = the task's own number. As in lm-eval, a task that fixes 0 keeps it.
       limit: the first items of each task; None = all.
-      task_data: task -> file with its items, see `harness_data`. `NAME:train` is the file with the examples; without
-        it they are other items of the same file.
+      task_data: task -> file with its items, JSON lines in the field names of the hub. `NAME:train` is the file with
+        the examples; without it they are other items of the same file.
       include_path: folder with YAML files of further tasks.
 
     Returns:
@@ -116,15 +117,11 @@ def _visible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """Seeds the global generators as lm-eval does, for tasks that shuffle with them, and restores them."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    random.seed(_SEEDS[0])
-    np.random.seed(_SEEDS[1])
-    try:
+    """Seeds the global generators as lm-eval does, because some tasks shuffle with them, and restores them."""
+    with random_state_kept():
+        random.seed(_SEEDS[0])
+        np.random.seed(_SEEDS[1])
         yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager

@@ -124,10 +124,10 @@ def _check_folder(path: str) -> None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not os.path.isdir(path):
-        raise UserError(f"--include_path={path} is not a folder")
+        raise UserError(f"include_path={path} is not a folder")
     files = _yaml_files(path)
     if not files:
-        raise UserError(f"--include_path={path} has no file that ends in .yaml")
+        raise UserError(f"include_path={path} has no file that ends in .yaml")
     for file in files:
         try:
             load_yaml(file, resolve_func=False)

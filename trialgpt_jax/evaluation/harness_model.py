@@ -3,7 +3,6 @@
 lm_eval is imported when the first model is wrapped, and torch never.
 """
 
-import array
 import contextlib
 import functools
 import json
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data.tokenizer import END_OF_TEXT
+from trialgpt_jax.evaluation.scoring import Sequences, crop
 from trialgpt_jax.language_model import LanguageModel
 from trialgpt_jax.model.sampling import Sampling
 
@@ -55,21 +55,19 @@ def _adapter() -> type:
 
         def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             self._task = " ".join(dict.fromkeys(str(request.task_name) for request in requests))[:40]
+            if any(request.args == ("", "") for request in requests):  # of which lm-eval takes the first id
+                _check_continuation(("", ""), 0, self._model.block_size)
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **options) -> list[tuple[float, bool]]:
-            longest, distinct, places, keys = self._model.block_size + 1, [], {}, []
+            sequences, places = Sequences(), []
             for texts, context, ids in requests:
                 _check_continuation(texts, len(ids), self._model.block_size)
-                # Equal ones are scored once: rounding would decide between two choices that are equal after the cut.
-                key = array.array("q", (*context, *ids)[-longest:]).tobytes(), len(ids)
-                if key not in places:
-                    places[key] = len(distinct)
-                    distinct.append((context, ids))
-                keys.append(key)
+                span = crop((*context, *ids), len(context), self._model.block_size + 1)
+                places.append(sequences.add(span.ids, span.start))
             with self._visible():
-                scores = self._model.score_tokens(distinct, self._task)
-            return [(scores[places[key]].log_prob, scores[places[key]].is_greedy) for key in keys]
+                scores = sequences.score(self._model, self._task)
+            return [tuple(scores[place]) for place in places]
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
             with self._visible():

@@ -1,11 +1,10 @@
 """lm-eval's task objects: built from the hub's data or from local files, checked, and with their requests ready."""
 
-import contextlib
 import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data import hub
@@ -54,7 +53,7 @@ def _from_hub(name: str, make: Callable[[], dict], entries: dict) -> dict:
     import huggingface_hub
 
     try:
-        with _offline():
+        with hub.offline():
             return make()
     except (ConnectionError, FileNotFoundError) as error:
         missing = str(error)
@@ -96,22 +95,8 @@ def _not_cached(task: str, repo: str, call: str, reason: str) -> str:
     return (
         f"task {task}: {repo} is not in {cache}, and {reason}; on a machine with access, run "
         f'python -c "import datasets; datasets.load_dataset({call})" and copy that folder here, or give '
-        f"--task_data={task}=FILE with a JSON object per line"
+        f"--task_data={task}=FILE (eval.task_data when training) with a JSON object per line"
     )
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """`datasets` uses its cache and no network."""
-    import datasets
-    import huggingface_hub
-
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 # ---- requests
@@ -133,8 +118,12 @@ def prepare(task, num_fewshot: int | None, limit: int | None) -> None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(_FEWSHOT_SEED)
     shots, sampler = config.num_fewshot, getattr(task, "sampler", None)
-    if shots and sampler is not None and shots >= len(sampler.df):
-        raise UserError(f"task {name}: {shots} examples (num_fewshot) need more than the {len(sampler.df)} that it has")
+    if shots and sampler is not None:
+        # As lm-eval: one more if they are of the split that is scored, because an item is no example of itself
+        others, n = int(task.fewshot_cfg.split == config.test_split), len(sampler.df)
+        if shots + others > n:
+            what = "need more than" if others else "are more than"
+            raise UserError(f"task {name}: {shots} examples (num_fewshot) {what} the {n} that it has")
     with explained(f"task {name}"):
         task.build_all_requests(limit=limit)
     task.build_all_requests = lambda **_: None  # `evaluate` would build them again

@@ -54,7 +54,7 @@ def load(path: str | None, limit: int | None) -> Task:
     Raises:
       UserError: no data, or the file, line and field that is wrong.
     """
-    rows = task_data.rows(task_data.read(path), path) if path else task_data.hub_rows(REPO, SPLIT, _WAY_OUT)
+    rows = task_data.read(path) if path else task_data.hub_rows(REPO, SPLIT, _WAY_OUT)
     items = [_item(row) for row in rows]
     digest = hashlib.sha256(json.dumps(items).encode()).hexdigest()
 

@@ -6,19 +6,16 @@ nothing else: a run that continues from a step whose lines are missing writes th
 plan that `train` prints. Samples need the parameters split along tensor alone.
 """
 
-import contextlib
-import random
 import sys
-from collections.abc import Iterator
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.token_store import TokenStore
+from trialgpt_jax.evaluation.task import random_state_kept
 from trialgpt_jax.language_model import LanguageModel
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel import processes
@@ -92,7 +89,7 @@ class InLoop:
         from trialgpt_jax.evaluation import suite  # late: most runs need none of it
 
         group = self._config.eval
-        with _random_state_kept():
+        with random_state_kept():
             self._tasks = suite.load(
                 suite.parse(group.tasks, "eval.tasks"),
                 task_data=suite.parse_task_data(group.task_data, "eval.task_data"),
@@ -144,7 +141,7 @@ class InLoop:
         model.params, model.step = params, step
         model.on_batch = end_if_asked if jax.process_count() == 1 else lambda: None  # others would wait
         try:
-            with _random_state_kept():
+            with random_state_kept():
                 run = {_SAMPLES: self._run_samples, _TASKS: self._run_tasks}
                 return all(run[kind](step, reporter, stop) for kind in kinds)
         except _Stopped:
@@ -181,14 +178,3 @@ def _written(workdir: str, step: int, prompts: tuple[str, ...]) -> list[str]:
     tasks = any(line["step"] == step and has_tasks(line) for line in read_metrics(workdir, step))
     samples = any(line["step"] == step for line in read_samples(workdir, step, prompts))
     return [kind for kind, found in ((_TASKS, tasks), (_SAMPLES, samples)) if found]
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Restores the process-wide random numbers, which lm-eval seeds."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

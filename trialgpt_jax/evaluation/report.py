@@ -2,7 +2,8 @@
 
 The files have no dates, times or host names. Means of whole numbers, such as accuracies, are exact; every other number
 is rounded to DIGITS significant digits, because the next one depends on the order of float32 sums. So any number of
-processes and any mesh write the same bytes, unless a value is within rounding of the middle between two numbers.
+processes and any mesh write the same bytes, unless a value is within rounding of the middle between two numbers, or two
+answers are within rounding of each other.
 """
 
 import importlib.metadata

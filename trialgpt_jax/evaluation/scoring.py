@@ -1,4 +1,4 @@
-"""What the tasks of this package share: sequences scored once each, and the standard error of an accuracy."""
+"""What all protocols share: sequences scored once each, and the standard error of an accuracy."""
 
 import array
 import math

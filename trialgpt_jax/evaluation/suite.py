@@ -161,6 +161,11 @@ def check(
             raise UserError(
                 f"{prefix}task_data: {CORE} has no such file; give {prefix}core_bundle=FOLDER or the zip of it"
             )
+        items = name.removesuffix(_TRAIN)
+        if items != name and items in _OWN:
+            raise UserError(f"{prefix}task_data: {name} is for tasks of lm-eval, and {items} is none")
+        if items != name and items not in task_data:
+            raise UserError(f"{prefix}task_data: {name} has the examples, but the items are missing: {items}=FILE")
     if set(names) <= set(_OWN):
         for flag, value in (("num_fewshot", num_fewshot), ("include_path", include_path or None)):
             if value is not None:
@@ -219,7 +224,20 @@ def load(
             names, num_fewshot=num_fewshot, limit=items, task_data=of_lm_eval, include_path=include_path
         )
         loaded |= dict(zip(names, tasks, strict=True))
-    return [loaded[spec.name] for spec in specs]
+    return [_named(loaded[spec.name]) for spec in specs]
+
+
+def _named(task: Task) -> Task:
+    """The task; a UserError of its run, such as a character that the tokenizer does not have, begins with its name."""
+
+    def run(model: LanguageModel) -> dict[str, Result]:
+        try:
+            return task.run(model)
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if text.startswith("task ") else f"task {task.name}: {text}") from None
+
+    return task._replace(run=run)
 
 
 def _check_known(names: Sequence[str], include_path: str) -> None:

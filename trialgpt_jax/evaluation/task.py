@@ -1,7 +1,11 @@
 """What every kind of task is to the command, the report and the training loop."""
 
-from collections.abc import Callable
+import contextlib
+import random
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from trialgpt_jax.language_model import LanguageModel
 
@@ -38,3 +42,14 @@ class Task(NamedTuple):
     digest: str
     num_fewshot: int
     run: Callable[[LanguageModel], dict[str, Result]]
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restores the process-wide generators of `random` and numpy, which lm-eval and the code of tasks seed."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)

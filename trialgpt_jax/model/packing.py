@@ -13,6 +13,8 @@ import numpy as np
 from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
 
+ARRAYS = ("tokens", "positions", "tree", "branch", "targets")  # of a batch, int32 [rows, length] each, see `fill`
+
 
 class Request(NamedTuple):
     """Ids whose last ones are scored.
@@ -143,9 +145,9 @@ def fill(requests: Sequence[Request], rows: Sequence[Row], n_rows: int) -> tuple
       int32 [B, T] `tokens`, `positions`, `tree`, `branch` and `targets`; and the places of the requests.
     """
     shape = (n_rows, rows[0].length)
-    names = ("tokens", "positions", "tree", "branch")
-    batch = {name: np.zeros(shape, np.int32) for name in names} | {"targets": np.full(shape, -1, np.int32)}
+    batch = {name: np.zeros(shape, np.int32) for name in ARRAYS}
     batch["tree"] -= 1  # of padding
+    batch["targets"] -= 1  # not scored
     places = []
     for r, row in enumerate(rows):
         column = 0

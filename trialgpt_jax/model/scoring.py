@@ -4,6 +4,7 @@ Shapes: B rows, T length of a row, N = B * T positions on a device, M positions 
 on a device.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 
@@ -49,38 +50,52 @@ class Scorer:
           advance: called after each batch with the number of its requests, and of their tokens before packing.
         """
         scores = [(0.0, True)] * len(requests)
-        rows = packing.make_rows(requests, packing.row_lengths(self._config.block_size))
-        while rows:
-            n, n_rows = self._batch_size(rows)
-            batch, places = packing.fill(requests, rows[:n], n_rows)
-            log_probs, is_greedy = self._run(params, batch)
+
+        def collect(places: list[packing.Place], results: tuple[jax.Array, jax.Array]) -> None:
+            log_probs, is_greedy = jax.device_get(results)
             for request, row, start, stop in places:
                 total = log_probs[row, start:stop].sum(dtype=np.float64)
                 scores[request] = float(total), bool(is_greedy[row, start:stop].all())
             advance(len(places), sum(len(requests[place.request].ids) - 1 for place in places))
-            rows = rows[n:]
+
+        pending = collections.deque()  # dispatched, not fetched yet: the host fills the next batch meanwhile
+        rows = packing.make_rows(requests, packing.row_lengths(self._config.block_size))
+        while rows:
+            length = rows[0].length
+            same = next((i for i, row in enumerate(rows) if row.length != length), len(rows))
+            full = self.batch_rows(length)
+            n_rows = full if same > full // 2 else self._shards
+            batch, places = packing.fill(requests, rows[: min(same, n_rows)], n_rows)
+            pending.append((places, self._dispatch(params, batch)))
+            rows = rows[min(same, n_rows) :]
+            if len(pending) > 1:
+                collect(*pending.popleft())
+        for each in pending:
+            collect(*each)
         return scores
 
-    def _batch_size(self, rows: Sequence[packing.Row]) -> tuple[int, int]:
-        """How many of the first rows make the next batch, and its number of rows: a full batch, or one per device."""
-        length, tensor = rows[0].length, self._mesh.shape["tensor"]
-        same = next((i for i, row in enumerate(rows) if row.length != length), len(rows))
+    def batch_rows(self, length: int) -> int:
+        """Rows of `length` tokens in a full batch; the rest of the rows goes in batches of one row per device."""
         tokens = CPU_TOKENS if self._mesh.devices.flat[0].platform == "cpu" else TOKENS
-        weights = max(1, self._config.n_head // tensor) * length**2
-        full = self._shards * max(1, min(tokens // length, MOST_WEIGHTS // weights))
-        n_rows = full if same > full // 2 else self._shards
-        return min(same, n_rows), n_rows
+        weights = max(1, self._config.n_head // self._mesh.shape["tensor"]) * length**2
+        return self._shards * max(1, min(tokens // length, MOST_WEIGHTS // weights))
 
-    def _run(self, params, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def compile(self, params, n_rows: int, length: int) -> jax.stages.Compiled:
+        """`score_rows` for batches [n_rows, length]; `params` may be ShapeDtypeStructs with shardings."""
+        row = jax.ShapeDtypeStruct((n_rows, length), jnp.int32, sharding=batch_sharding(self._mesh))
+        rows = dict.fromkeys(packing.ARRAYS, row)
+        n_chunks = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self._mesh))
+        with jax.set_mesh(self._mesh):
+            return score_rows.lower(params, self._config, self._mesh, rows, n_chunks).compile()
+
+    def _dispatch(self, params, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
         shape, scored = batch["tokens"].shape, batch["targets"] >= 0
+        if shape not in self._programs:
+            self._programs[shape] = self.compile(params, *shape)
+            processes.meet()
         most = int(scored.reshape(self._shards, -1).sum(axis=1).max())  # of any device
         rows = {name: put(array, batch_sharding(self._mesh)) for name, array in batch.items()}
-        n_chunks = put(np.int32(-(-most // CHUNK)), replicated(self._mesh))
-        with jax.set_mesh(self._mesh):
-            if shape not in self._programs:
-                self._programs[shape] = score_rows.lower(params, self._config, self._mesh, rows, n_chunks).compile()
-                processes.meet()
-            return jax.device_get(self._programs[shape](params, rows, n_chunks))
+        return self._programs[shape](params, rows, put(np.int32(-(-most // CHUNK)), replicated(self._mesh)))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -99,13 +99,13 @@ def create_state(start: Start, program: Program, checkpoints: Checkpoints) -> Tr
     return state
 
 
-def load_params(workdir: str, layout, step: int = -1, allow_nonfinite: bool = False) -> tuple[dict, int]:
+def load_params(workdir: str, layout, step: int | str = -1, allow_nonfinite: bool = False) -> tuple[dict, int]:
     """The parameters of a checkpoint, without the optimizer state.
 
     Args:
       workdir: of a run.
       layout: `Program.params_layout`.
-      step: of the checkpoint; -1 = the newest whole one.
+      step: of the checkpoint; -1 = the newest whole one, "best" = the one with the lowest validation loss.
       allow_nonfinite: also load parameters with NaN or infinite values.
 
     Returns:
@@ -115,6 +115,8 @@ def load_params(workdir: str, layout, step: int = -1, allow_nonfinite: bool = Fa
       UserError: no checkpoint, a damaged one, one of another model, or one whose parameters are not finite.
     """
     checkpoints = Checkpoints(workdir, say=say)
+    if step == "best":
+        step = processes.from_first(checkpoints.best)
     while True:
         with checkpoints.reading(step) as found:
             if found is None:
