@@ -1,5 +1,6 @@
 """lm-eval in process: the numbers of its own `hf` model on the exported model; data that are wrong or absent."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -387,6 +388,18 @@ def test_examples_are_other_items_or_those_of_a_second_file(folder, tmp_path):
         prompts(200)
 
 
+def test_all_examples_of_a_split_of_their_own_can_be_shown(tmp_path):
+    text = OWN + "fewshot_split: dev\nfewshot_config: {sampler: first_n}\n"
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml" / "own.yaml").write_text(text)
+    data = {"own": task_files.write(tmp_path / "a.jsonl", [GOOD] * 4)}
+    data["own:train"] = task_files.write(tmp_path / "b.jsonl", [GOOD | {"question": f"E{i}"} for i in range(5)])
+    load = functools.partial(harness.load, ["own"], task_data=data, include_path=str(tmp_path / "yaml"))
+    assert load(num_fewshot=5)[0].num_fewshot == 5
+    with pytest.raises(UserError, match=r"own: 6 examples \(num_fewshot\) are more than the 5 that it has"):
+        load(num_fewshot=6)
+
+
 # ---- wrong data
 
 
@@ -598,6 +611,14 @@ def test_a_request_without_context_and_continuation_is_refused(model):
     request = types.SimpleNamespace(args=("", ""), task_name="own")
     with pytest.raises(UserError, match="the continuation '' after '' has no tokens of its own"):
         harness_model.wrap(model).loglikelihood([request])
+
+
+def test_a_file_that_a_definition_names_and_that_does_not_exist_is_named(tmp_path):
+    text = OWN.replace("somebody/own", "json\ndataset_kwargs: {data_files: {test: gone.jsonl}}")
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match="^task own: .*gone.jsonl") as found:
+        harness.load(["own"], include_path=str(tmp_path))
+    assert "on a machine with access" not in str(found.value)
 
 
 # ---- the hub

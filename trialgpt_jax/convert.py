@@ -169,6 +169,8 @@ def main(argv: list[str]) -> int:
     chosen = {cli.checkpoint_step(flags, name) for name in ("step", "checkpoint_step")} - {-1}
     if chosen and not flags.to_hf:
         raise UserError("--step and --checkpoint_step choose a checkpoint for --to_hf")
+    if flags.from_hf and (set_ := [name for name in cli.given_fields(argv, FLAGS) if name.startswith("model.")]):
+        raise UserError(f"config field `{min(set_)}` comes from the folder of --from_hf and cannot be set")
     if len(chosen) > 1:
         raise UserError(f"--step={flags.step} and --checkpoint_step={flags.checkpoint_step} name two checkpoints")
     with cli.start(flags, config, check=False):

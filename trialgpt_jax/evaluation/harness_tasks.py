@@ -74,6 +74,9 @@ def _from_hub(name: str, make: Callable[[], dict], entries: dict) -> dict:
         raise UserError(f"task {task}: {repo} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
+_BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # a `dataset_path` for files that the task names itself
+
+
 def _dataset_of(missing: str, entries: dict) -> tuple[str, str, str]:
     """Repository, task and the call that downloads it, of the dataset in an error's text; "" if there is none."""
     for task, entry in sorted(entries.items()):
@@ -81,6 +84,7 @@ def _dataset_of(missing: str, entries: dict) -> tuple[str, str, str]:
         repo, part = config.get("dataset_path"), config.get("dataset_name")
         if (
             isinstance(repo, str)
+            and repo not in _BUILDERS
             and repo in missing
             and (not part or f"'{part}'" in missing or "config" not in missing)
         ):
@@ -119,7 +123,8 @@ def prepare(task, num_fewshot: int | None, limit: int | None) -> None:
     task.set_fewshot_seed(_FEWSHOT_SEED)
     shots, sampler = config.num_fewshot, getattr(task, "sampler", None)
     if shots and sampler is not None:
-        # As lm-eval: one more if they are of the split that is scored, because an item is no example of itself
+        # As lm-eval: one more if they are of the split that is scored, because an item is no example of itself. Both
+        # are None in a task without test split whose examples come from the training split.
         others, n = int(task.fewshot_cfg.split == config.test_split), len(sampler.df)
         if shots + others > n:
             what = "need more than" if others else "are more than"
