@@ -225,10 +225,10 @@ def test_ten_billion_tokens_open_in_constant_time_and_memory(tmp_path):
         file.truncate(2 * 10**10)  # sparse: uses no disk space
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1])
-    started = time.perf_counter()
+    started = time.process_time()  # of this process, because other tests run beside it; reading 20 GB takes several s
     split = token_store.open_store(str(tmp_path)).split("train")
     assert split.read(9_999_999_000, 1000).sum() == 0
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     with open("/proc/self/statm") as file:
         grown = (int(file.read().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE")
     assert split.n_tokens == 10**10 and grown < 50e6
