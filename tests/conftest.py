@@ -116,6 +116,13 @@ def programs_compiled_once():
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def compiled_once():
+    """`programs_compiled_once` for a whole file."""
+    with programs_compiled_once():
+        yield
+
+
 def overrides(config):
     """The `--config.x.y=v` flags that turn the default config into `config`."""
     default = fields(default_config())

@@ -1,12 +1,19 @@
 """A local HTTP server with the part of the Hugging Face hub's API that datasets and models use, and injected faults."""
 
+import contextlib
 import hashlib
 import http.server
 import json
+import pathlib
 import random
 import re
 import threading
 import urllib.parse
+from collections.abc import Iterator
+
+import datasets
+import huggingface_hub
+import pytest
 
 COMMIT = "79d93d786212f7344586290adb811d4ae6a1762c"
 
@@ -136,3 +143,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+@contextlib.contextmanager
+def serve_dataset(repo: str, rows: list[dict], folder: pathlib.Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub with one dataset, whose splits train and validation have the same rows, and empty caches under `folder`."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for module, name in ((huggingface_hub.constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
+        patch.setattr(module, name, str(folder / name))
+    with HubServer({f"/{repo}/{split}.jsonl": lines for split in ("train", "validation")}) as server:
+        yield server

@@ -15,7 +15,6 @@ from typing import ClassVar, NamedTuple
 import core_bundle
 import numpy as np
 import pytest
-from conftest import programs_compiled_once
 from model_options import random_params
 
 from trialgpt_jax import UserError
@@ -39,10 +38,7 @@ class World(NamedTuple):
     bundle: pathlib.Path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with programs_compiled_once():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import shutil
 import core_bundle
 import pytest
 import task_files
-from conftest import call, overrides, programs_compiled_once, refused, small_config
+from conftest import call, overrides, refused, small_config
 from test_distributed import job
 
 from trialgpt_jax import UserError, __version__
@@ -25,11 +25,7 @@ from trialgpt_jax.preprocess import preprocess
 from trialgpt_jax.storage import files, integrity, json_files, lock
 from trialgpt_jax.training.program import Program
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with programs_compiled_once():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

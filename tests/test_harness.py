@@ -15,14 +15,13 @@ import sys
 import tomllib
 import types
 
-import datasets
 import huggingface_hub
 import jax
 import numpy as np
 import pytest
 import task_files
-from conftest import ROOT, programs_compiled_once
-from hub_server import HubServer
+from conftest import ROOT
+from hub_server import serve_dataset
 from model_options import random_params
 
 from trialgpt_jax import UserError
@@ -38,10 +37,7 @@ pytest.importorskip("lm_eval")
 NAMES = [*task_files.SIX, *task_files.GENERATE]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with programs_compiled_once():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def on_device(params):
@@ -627,12 +623,7 @@ def test_a_file_that_a_definition_names_and_that_does_not_exist_is_named(tmp_pat
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A server with PIQA, and empty caches."""
-    rows = task_files.rows("piqa", 8)
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    files = {f"/baber/piqa/{split}.jsonl": lines for split in ("train", "validation")}
-    for module, name in ((huggingface_hub.constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
-        monkeypatch.setattr(module, name, str(tmp_path / name))
-    with HubServer(files) as server:
+    with serve_dataset("baber/piqa", task_files.rows("piqa", 8), tmp_path, monkeypatch) as server:
         yield server
 
 

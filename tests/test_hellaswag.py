@@ -12,8 +12,7 @@ import core_bundle
 import datasets
 import huggingface_hub
 import pytest
-from conftest import programs_compiled_once
-from hub_server import HubServer
+from hub_server import serve_dataset
 from model_options import random_params
 
 from trialgpt_jax import UserError
@@ -52,10 +51,7 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with programs_compiled_once():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +220,7 @@ def test_files_that_are_not_of_items_are_named(tmp_path, monkeypatch):
 def hub(tmp_path, monkeypatch):
     """A server with HellaSwag as on the hub, labels as strings, and empty caches."""
     rows = [row | {"label": str(row["label"])} for row in items(6)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    files = {f"/Rowan/hellaswag/{split}.jsonl": lines for split in ("train", "validation")}
-    for module, name in ((huggingface_hub.constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
-        monkeypatch.setattr(module, name, str(tmp_path / name))
-    with HubServer(files) as server:
+    with serve_dataset("Rowan/hellaswag", rows, tmp_path, monkeypatch) as server:
         yield server
 
 

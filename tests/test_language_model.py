@@ -9,7 +9,6 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from conftest import programs_compiled_once
 from hypothesis import example, given, settings
 from model_options import random_params, reference_logits
 
@@ -59,10 +58,7 @@ class Letters:
 parameters = functools.cache(random_params)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    with programs_compiled_once():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def model(name="gpt2", dtype="float32", **changes):

@@ -134,6 +134,20 @@ def check_reachable(repo: str, revision: str = "") -> None:
     with_retries(ask, f"hf:{repo}", seconds=network.FIRST_SECONDS)
 
 
+def why_unreachable(repo: str) -> str | None:
+    """Why a dataset that is not in the cache cannot be fetched, after one small request; None = it can."""
+    import datasets
+    import huggingface_hub
+
+    if huggingface_hub.constants.is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        check_reachable(repo)
+    except UserError as error:
+        return str(error).partition(";")[0]
+    return None
+
+
 def quiet() -> None:
     """Turns off what `datasets` and `huggingface_hub` log and show; `with_retries` reports what matters."""
     import datasets

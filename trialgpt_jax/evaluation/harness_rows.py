@@ -205,6 +205,21 @@ def _read(path: str, task: str) -> list[Row]:
 # ---- the rows of a local file
 
 
+def _first_refused(
+    make: Callable[[int], object], n: int, error: Exception, refusals: tuple[type[Exception], ...]
+) -> tuple[int, Exception]:
+    """Which row makes `make` of the first rows fail, and its error; of all n rows it fails with `error`."""
+    fine, bad = 0, n  # numbers of first rows
+    while bad - fine > 1:
+        middle = (fine + bad) // 2
+        try:
+            make(middle)
+            fine = middle
+        except refusals as earlier:
+            bad, error = middle, earlier
+    return bad - 1, error
+
+
 def _columns(rows: list[Row]) -> dict[str, list]:
     """Field -> its values; None where a row does not have it. All values of a field must have one type.
 
@@ -218,16 +233,10 @@ def _columns(rows: list[Row]) -> dict[str, list]:
         try:
             pa.array(values)
         except (pa.ArrowException, OverflowError) as error:
-            low, high = 0, len(values)  # of the beginnings of the column, the first one that is refused ends in high
-            while high - low > 1:
-                middle = (low + high) // 2
-                try:
-                    pa.array(values[:middle])
-                    low = middle
-                except (pa.ArrowException, OverflowError):
-                    high = middle
-            value, why = json.dumps(values[high - 1], ensure_ascii=False)[:60], str(error).splitlines()[0][:200]
-            raise rows[high - 1].wrong(name, f"is {value}, of another type than in the lines before ({why})") from None
+            refusals = pa.ArrowException, OverflowError
+            last, _ = _first_refused(lambda n, values=values: pa.array(values[:n]), len(values), error, refusals)
+            value, why = json.dumps(values[last], ensure_ascii=False)[:60], str(error).splitlines()[0][:200]
+            raise rows[last].wrong(name, f"is {value}, of another type than in the lines before ({why})") from None
     return found
 
 
@@ -242,15 +251,8 @@ def _check_rows(config: Callable[[list[Row]], dict], rows: list[Row]) -> None:
     try:
         task = make(len(rows))
     except _task_errors() as error:
-        low, high, found = 0, len(rows), error  # the first `low` rows are fine, the first `high` are not
-        while high - low > 1:
-            middle = (low + high) // 2
-            try:
-                make(middle)
-                low = middle
-            except _task_errors() as error:
-                high, found = middle, error
-        raise _wrong_row(rows[high - 1], found) from None
+        last, found = _first_refused(make, len(rows), error, _task_errors())
+        raise _wrong_row(rows[last], found) from None
     items = list(task.eval_docs)
     if len(items) != len(rows):  # the task's process_docs leaves some out, so there are no lines to name
         return

@@ -50,24 +50,16 @@ def _from_hub(name: str, make: Callable[[], dict], entries: dict) -> dict:
 
     The cache comes first because a request takes a second for every task, and minutes without a network.
     """
-    import huggingface_hub
-
     try:
         with hub.offline():
             return make()
-    except (ConnectionError, FileNotFoundError) as error:
-        missing = str(error)
-    except NotCached as error:
+    except (ConnectionError, FileNotFoundError, NotCached) as error:
         missing = str(error)
     repo, task, call = _dataset_of(missing, entries)
     if not repo:
         raise UserError(f"task {name}: {' '.join(missing.split())[:300]}")
-    if huggingface_hub.constants.is_offline_mode():
-        raise UserError(_not_cached(task, repo, call, "HF_HUB_OFFLINE is set"))
-    try:
-        hub.check_reachable(repo)
-    except UserError as error:
-        raise UserError(_not_cached(task, repo, call, str(error).partition(";")[0])) from None
+    if why := hub.why_unreachable(repo):
+        raise UserError(_not_cached(task, repo, call, why))
     try:
         return make()
     except (OSError, NotCached) as error:

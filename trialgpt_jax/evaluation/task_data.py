@@ -155,22 +155,22 @@ def hub_rows(repo: str, split: str, way_out: str) -> list[Row]:
       UserError: they are not in the cache, and the hub cannot be reached within `network.FIRST_SECONDS`.
     """
     import datasets
-    import huggingface_hub
+
+    def load():
+        return datasets.load_dataset(repo, split=split)
 
     hub.quiet()
     try:
         with hub.offline():
-            data = datasets.load_dataset(repo, split=split)
+            data = load()
     except (ConnectionError, FileNotFoundError, ValueError):  # ValueError: the cache has another split only
-        why = "HF_HUB_OFFLINE is set"
-        try:
-            if huggingface_hub.constants.is_offline_mode() or datasets.config.HF_HUB_OFFLINE:
-                raise UserError(why) from None
-            hub.check_reachable(repo)
-            fetch = f"hf:{repo}"
-            data = network.with_retries(lambda: datasets.load_dataset(repo, split=split), fetch, seconds=_FETCH_SECONDS)
-        except UserError as error:
-            why = str(error).partition("; ")[0]
+        why = hub.why_unreachable(repo)
+        if why is None:
+            try:
+                data = network.with_retries(load, f"hf:{repo}", seconds=_FETCH_SECONDS)
+            except UserError as error:
+                why = str(error).partition(";")[0]
+        if why is not None:
             cache = datasets.config.HF_DATASETS_CACHE
             raise UserError(f"{repo} is not in the cache {cache}, and {why}; {way_out}") from None
     return [Row(row, f"{repo}, {split}, item {number}") for number, row in enumerate(data)]
