@@ -99,7 +99,7 @@ MUTATIONS = [
     ),
     Mutation("data/token_store.py", 'record["tokens"], record["sha256"]]', 'record["tokens"]]', "workdir"),
     # model
-    Mutation("model/layers.py", "EPS = 1e-5", "EPS = 1e-6", "layers gpt"),
+    Mutation("model/config.py", "norm_eps: float = field(1e-5", "norm_eps: float = field(1e-6", "layers gpt"),
     Mutation(
         "model/layers.py", "0.02 / math.sqrt(2 * config.n_layer)", "0.02 / math.sqrt(config.n_layer)", "gpt layers"
     ),
@@ -110,7 +110,7 @@ MUTATIONS = [
         "layers gpt",
     ),
     Mutation("model/layers.py", "        dx = dx - jnp.mean(g, -1, keepdims=True)\n", "        pass\n", "layers gpt"),
-    Mutation("model/layers.py", "frequency = 10_000.0 **", "frequency = 20_000.0 **", "layers gpt"),
+    Mutation("model/layers.py", "frequency = base **", "frequency = (2 * base) **", "layers gpt"),
     Mutation("model/layers.py", "return jax.nn.silu(gate) * x", "return jax.nn.silu(x) * gate", "layers gpt"),
     Mutation(
         "model/attention.py",
@@ -118,7 +118,7 @@ MUTATIONS = [
         "query_slots = jnp.repeat(positions, G if",
         "generate attention",
     ),
-    Mutation("model/gpt.py", "q, k = layers.rms(q), layers.rms(k)", "q, k = layers.rms(q), k", "gpt"),
+    Mutation("model/gpt.py", 'HeadNorm(c, name="k_norm")(k)', "k", "gpt"),
     Mutation(
         "model/gpt.py",
         "return config.logit_softcap * jnp.tanh(out / config.logit_softcap) if config.logit_softcap else out",

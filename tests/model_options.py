@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import GPT
 
-EPS = 1e-5  # GPT-2's; not imported, so that a changed constant in the model fails the tests
-
 
 @st.composite
 def configs(draw, **fixed):
@@ -29,7 +27,10 @@ def configs(draw, **fixed):
         "position": draw(st.sampled_from(["learned", "rope"])),
         "norm": draw(st.sampled_from(["layernorm", "rmsnorm"])),
         "activation": draw(st.sampled_from(["gelu", "relu2", "swiglu"])),
-        "qk_norm": draw(st.booleans()),
+        "norm_scale": draw(st.booleans()),
+        "norm_eps": draw(st.sampled_from([1e-5, 0.03])),
+        "mlp_width": draw(st.sampled_from([0, 24])),
+        "rope_base": draw(st.sampled_from([10_000.0, 30.0])),
         "embed_norm": draw(st.booleans()),
         "logit_softcap": draw(st.sampled_from([0.0, 1.5])),
         "zero_init_proj": draw(st.booleans()),
@@ -38,6 +39,7 @@ def configs(draw, **fixed):
         "dtype": "float64",
         "param_dtype": "float64",
     }
+    options["qk_norm"], options["qk_norm_scale"] = draw(st.sampled_from([(False, False), (True, False), (True, True)]))
     return GPTConfig(**(options | fixed))
 
 
@@ -62,12 +64,12 @@ def reference_logits(params, c: GPTConfig, tokens_BxT) -> np.ndarray:
     def norm(x, p):
         if c.norm == "layernorm":
             x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * p["scale"] + p.get("bias", 0.0)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * p.get("scale", 1.0) + p.get("bias", 0.0)
 
     def rotate(x_TxD):  # as complex numbers: dimension i is the real part, i + D/2 the imaginary one
         half = x_TxD.shape[1] // 2
         z = x_TxD[:, :half] + 1j * x_TxD[:, half:]
-        z = z * np.exp(1j * np.arange(len(z))[:, None] * 10_000.0 ** (-np.arange(half) / half))
+        z = z * np.exp(1j * np.arange(len(z))[:, None] * c.rope_base ** (-np.arange(half) / half))
         return np.concatenate([z.real, z.imag], 1)
 
     def attention(x_TxC, p):
@@ -78,7 +80,9 @@ def reference_logits(params, c: GPTConfig, tokens_BxT) -> np.ndarray:
             q = dense(x_TxC, p["c_q"])[:, h * D : (h + 1) * D]
             k, v = (dense(x_TxC, p[name])[:, g * D : (g + 1) * D] for name in ("c_k", "c_v"))
             if c.qk_norm:
-                q, k = (y / np.sqrt((y**2).mean(-1, keepdims=True) + EPS) for y in (q, k))
+                q, k = (y / np.sqrt((y**2).mean(-1, keepdims=True) + c.norm_eps) for y in (q, k))
+                if c.qk_norm_scale:
+                    q, k = q * p["q_norm"]["scale"], k * p["k_norm"]["scale"]
             if c.position == "rope":
                 q, k = rotate(q), rotate(k)
             rows = []
@@ -106,12 +110,12 @@ def reference_logits(params, c: GPTConfig, tokens_BxT) -> np.ndarray:
         if c.position == "learned":
             x = x + params["wpe"]["embedding"][: len(tokens)]
         if c.embed_norm:
-            x = norm(x, params["ln_e"])
+            x = norm(x, params.get("ln_e", {}))
         for i in range(c.n_layer):
             layer = jax.tree.map(lambda p, i=i: p[i], params["blocks"])
-            x = x + attention(norm(x, layer["ln_1"]), layer["attn"])
-            x = x + mlp(norm(x, layer["ln_2"]), layer["mlp"])
+            x = x + attention(norm(x, layer.get("ln_1", {})), layer["attn"])
+            x = x + mlp(norm(x, layer.get("ln_2", {})), layer["mlp"])
         table = params["wte" if c.tie_embeddings else "lm_head"]["embedding"][: c.vocab_size]
-        logits = norm(x, params["ln_f"]) @ table.T
+        logits = norm(x, params.get("ln_f", {})) @ table.T
         out.append(c.logit_softcap * np.tanh(logits / c.logit_softcap) if c.logit_softcap else logits)
     return np.stack(out)

@@ -63,18 +63,21 @@ def load(folder, names=NAMES, **options):
     return harness.load(list(names), **({"task_data": local, "include_path": str(folder / "yaml")} | options))
 
 
-@pytest.fixture(scope="module")
-def model(store, tmp_path_factory):
+def exported_model(store, path, **options):
     """A model with random parameters, and `exported`, the folder that transformers loads it from."""
-    config = GPTConfig(vocab_size=512, block_size=128, n_layer=2, n_head=4, n_embd=32)
+    config = GPTConfig(vocab_size=512, block_size=128, n_layer=2, n_head=4, n_embd=32, **options)
     params, found = random_params(config), tokenizer.load("bpe:512", str(store))
     params = jax.tree.map(lambda x: x.astype(np.float32), params)
-    path = tmp_path_factory.mktemp("exported")
     hf.write(str(path), params, config, found.eot_id)
     hf_tokenizer.write(found, str(path), config.block_size)
     result = LanguageModel(on_device(params), config, found, single_device())
     result.exported = str(path)
     return result
+
+
+@pytest.fixture(scope="module")
+def model(store, tmp_path_factory):
+    return exported_model(store, tmp_path_factory.mktemp("exported"))
 
 
 # ---- parity with lm-eval's own model
@@ -154,6 +157,15 @@ def test_scores_log_likelihoods_and_texts_are_those_of_lm_evals_hf_model(model, 
 @pytest.mark.slow
 def test_all_two_hundred_items_of_each_task_have_the_scores_of_lm_evals_hf_model(model, folder):
     compare(model, folder, task_files.ITEMS)
+
+
+@pytest.mark.slow
+def test_the_scores_of_an_exported_nanochat_are_those_of_lm_evals_hf_model(store, folder, tmp_path):
+    options = {"position": "rope", "norm": "rmsnorm", "norm_scale": False, "qk_norm": True, "embed_norm": True}
+    options |= {"bias": False, "activation": "relu2", "tie_embeddings": False, "logit_softcap": 15.0, "n_kv_head": 2}
+    model = exported_model(store, tmp_path, **options)
+    assert "NanoChatForCausalLM" in (tmp_path / "config.json").read_text()
+    compare(model, folder, 16)
 
 
 def test_the_string_of_end_of_text_is_its_id_as_for_transformers(model):

@@ -27,7 +27,7 @@ def test_norm_in_bfloat16_and_its_gradients_match_float64(offset, centred):
     x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, rng.normal(size=x.shape)))
     scale, bias = jnp.asarray(rng.normal(size=768), jnp.float32), jnp.asarray(rng.normal(size=768), jnp.float32)
     norm = layers.NORMS["layernorm" if centred else "rmsnorm"]
-    y, backward = jax.vjp(norm, x, scale, bias)
+    y, backward = jax.vjp(lambda *arrays: norm(*arrays, GPTConfig.norm_eps), x, scale, bias)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (x, scale, bias, dy)]
         want, wide_backward = jax.vjp(plain_norm(centred), *wide[:3])
@@ -46,12 +46,16 @@ def plain_norm(centred):
     return norm
 
 
-@pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "rms"])
-def test_eps_is_that_of_gpt2(name):
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "heads"])
+def test_the_default_eps_is_that_of_gpt2(name):
     """Inputs with a variance of 1e-5, so that the result is 1 / sqrt(2) of the one without eps."""
+    config = GPTConfig(n_head=1, n_embd=16)
     x = np.tile([1.0, -1.0], 8) * 1e-5**0.5
     with jax.enable_x64(True):
-        y = layers.rms(x) if name == "rms" else layers.NORMS[name](x, np.full(16, 3.0), None) / 3
+        if name == "heads":
+            y = layers.HeadNorm(config).apply({}, jnp.asarray(x))
+        else:
+            y = layers.NORMS[name](x, np.full(16, 3.0), None, config.norm_eps) / 3
     np.testing.assert_allclose(y, np.tile([1.0, -1.0], 8) / math.sqrt(2), rtol=1e-12)
 
 

@@ -1,9 +1,12 @@
-"""Converts models between a workdir and Hugging Face's GPT-2 files, and verifies the checkpoints of a workdir.
+"""Converts models between a workdir and Hugging Face's files, and verifies the checkpoints of a workdir.
 
-    python -m trialgpt_jax.convert --workdir=runs/x --to_hf=out/     a folder for transformers' GPT2LMHeadModel
+    python -m trialgpt_jax.convert --workdir=runs/x --to_hf=out/     a folder for transformers' AutoModelForCausalLM
     python -m trialgpt_jax.convert --from_hf=dir/ --workdir=runs/y   a workdir for infer, evaluate and train; dir/ or
                                                                      hf:owner/name of the hub
     python -m trialgpt_jax.convert --workdir=runs/x --verify         every byte of every checkpoint; status 1 if damaged
+
+--to_hf writes the class of transformers that computes exactly the same function, the first of GPT2LMHeadModel,
+NanoChatForCausalLM, LlamaForCausalLM and Qwen3ForCausalLM, or names the options that none has. --from_hf reads them.
 
 With --from_hf, the model comes from the folder, and the other config fields from --config=FILE and --config.x.y=v.
 `train` on that workdir starts at step 0 with a fresh optimizer and may change every field but the model's.
@@ -35,7 +38,7 @@ from trialgpt_jax.training.train_step import check_finite, describe_nonfinite
 
 
 def to_hf(config: ConfigDict, workdir: str, folder: str, step: int | str = -1, allow_nonfinite: bool = False) -> int:
-    """Writes a checkpoint and its tokenizer in the format of transformers' GPT-2, without the vocabulary's padding.
+    """Writes a checkpoint and its tokenizer in the format of transformers, without the vocabulary's padding.
 
     Args:
       config: the workdir's.
@@ -48,7 +51,7 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int | str = -1, a
       The step.
 
     Raises:
-      UserError: options that GPT-2 does not have, no such or a damaged checkpoint, values that are not finite, a folder
+      UserError: options that no class has, no such or a damaged checkpoint, values that are not finite, a folder
         that is not empty.
     """
     config = config.copy_and_resolve_references()
@@ -61,6 +64,7 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int | str = -1, a
     params, step = load_params(workdir, program.params_layout, step, allow_nonfinite=True)
     if not allow_nonfinite:
         check_finite(f"checkpoint {step} of {workdir}", params, _WAY_OUT)
+    hf.check_expressible(program.gpt, params)
     with _new_folder(folder, "--to_hf", keep_lock=False):
         hf_tokenizer.write(tokenizer, folder, program.gpt.block_size)
         hf.write(folder, params, program.gpt, tokenizer.eot_id)
@@ -81,12 +85,12 @@ def from_hf(config: ConfigDict, folder: str, workdir: str, allow_nonfinite: bool
       The config that the workdir now has.
 
     Raises:
-      UserError: not a GPT-2, unexpected tensors, a pickle, values that are not finite, or a workdir that is not empty.
+      UserError: another class, unexpected tensors, a pickle, values that are not finite, a workdir that is not empty.
     """
     config = config.copy_and_resolve_references()
     _check_empty(workdir, "--workdir")
     folder = hub_model.local_folder(folder, "--from_hf")
-    config.model.update(hf_folder.read_config(folder))
+    config.model.update(hf.read_config(folder))
     config_lib.enable_x64(config)
     gpt = GPTConfig(**config.model, param_dtype=config.train.param_dtype)
     tensors = hf_folder.SafetensorsFolder(folder)
@@ -185,7 +189,8 @@ def main(argv: list[str]) -> int:
             print(f"{workdir}: checkpoint 0, {sizes}")
             return 0
         step = to_hf(config, workdir, flags.to_hf, chosen.pop() if chosen else -1, flags.allow_nonfinite)
-        print(f"{flags.to_hf}: checkpoint {step} for transformers' GPT2LMHeadModel and AutoTokenizer")
+        name = hf.family_of(GPTConfig(**config.model)).architecture
+        print(f"{flags.to_hf}: checkpoint {step} for transformers' {name} and AutoTokenizer")
         return 0
 
 

@@ -33,9 +33,16 @@ class GPTConfig:
     dropout: float = field(0.0, "rate, on attention weights, residual branches and embeddings", at_least=0, below=1)
     tie_embeddings: bool = field(True, "the head is the token embedding")
     position: str = field("learned", "position encoding", choices=("learned", "rope"))
+    rope_base: float = field(10_000.0, "of rope's frequencies, base^(-2i / head width)", at_least=1)
     norm: str = field("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    norm_scale: bool = field(True, "norms have a learned scale")
+    norm_eps: float = field(1e-5, "added to the variance in all norms", at_least=1e-12, at_most=1)
     activation: str = field("gelu", "of the MLP; gelu is the tanh form", choices=("gelu", "relu2", "swiglu"))
+    mlp_width: int = field(
+        0, "hidden units of the MLP; 0 = 4 * n_embd, 8/3 * n_embd for swiglu", at_least=0, at_most=2**20
+    )
     qk_norm: bool = field(False, "RMS-normalise queries and keys per head")
+    qk_norm_scale: bool = field(False, "qk_norm has learned scales, one per channel of a head")
     embed_norm: bool = field(False, "normalise the embeddings before the first block")
     logit_softcap: float = field(0.0, "s > 0: logits become s * tanh(logits / s)", at_least=0)
     zero_init_proj: bool = field(False, "residual projections (and an untied head) start at zero")
@@ -59,6 +66,9 @@ class GPTConfig:
             raise UserError(f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}")
         object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
         object.__setattr__(self, "head_dim", self.head_dim or self.n_embd // self.n_head)
+        object.__setattr__(self, "mlp_width", self.mlp_width or self.default_mlp_width)
+        if self.qk_norm_scale and not self.qk_norm:
+            raise UserError("model.qk_norm_scale=True needs model.qk_norm=True")
         if self.position == "rope" and self.head_dim % 2:
             raise UserError("model.position=rope rotates pairs and needs an even head width; set model.head_dim")
 
@@ -68,7 +78,7 @@ class GPTConfig:
         return -(-self.vocab_size // TILE) * TILE
 
     @property
-    def mlp_width(self) -> int:
+    def default_mlp_width(self) -> int:
         """4 * n_embd; 8/3 * n_embd for swiglu, whose three matrices then have as many parameters as two."""
         if self.activation == "swiglu":
             return -(-8 * self.n_embd // (3 * TILE)) * TILE

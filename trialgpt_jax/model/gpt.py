@@ -9,8 +9,8 @@ Shapes: B batch, T length, C n_embd, H query heads, K key/value heads, D head wi
 
 Parameters (after `nn.unbox`):
   wte/embedding [V, C]   wpe/embedding [block_size, C] (learned positions)   lm_head/embedding [V, C] (untied)
-  blocks/{ln_1,ln_2}/{scale,bias} [L, C]   ln_f/{scale,bias} [C]   ln_e/... (embed_norm)
-  blocks/attn/{c_q,c_k,c_v,c_proj}/{kernel,bias}   blocks/mlp/{c_fc,c_gate,c_proj}/{kernel,bias}, kernels [L, in, out]
+  blocks/{ln_1,ln_2}/{scale,bias} [L, C]   blocks/attn/{q_norm,k_norm}/scale [L, D]   ln_f, ln_e/{scale,bias} [C]
+  blocks/{attn/{c_q,c_k,c_v,c_proj},mlp/{c_fc,c_gate,c_proj}}/{kernel [L, in, out],bias}
 """
 
 import jax
@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from trialgpt_jax.model import layers
 from trialgpt_jax.model.attention import Packing, cached_attention, causal_attention, packed_attention
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.layers import Dense, Norm, normal, projection_std, rows, vocabulary
+from trialgpt_jax.model.layers import Dense, HeadNorm, Norm, normal, projection_std, rows, vocabulary
 from trialgpt_jax.schema import choose
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [K * B, S, D]
@@ -45,9 +45,9 @@ class CausalSelfAttention(nn.Module):
         # Stored before the split into heads: a TPU pads the last axis to 128, which doubles heads of 64.
         q, k, v = (checkpoint_name(y, "qkv").reshape(B, T, -1, D) for y in (q, k, v))
         if c.qk_norm:
-            q, k = layers.rms(q), layers.rms(k)
+            q, k = HeadNorm(c, name="q_norm")(q), HeadNorm(c, name="k_norm")(k)
         rotate = choose(layers.POSITIONS, c.position, "model.position")
-        q, k = rotate(q, positions), rotate(k, positions)
+        q, k = rotate(q, positions, c), rotate(k, positions, c)
         if packing is not None:
             y = packed_attention(q, k, v, packing)
         elif cache is None:

@@ -1,68 +1,25 @@
-"""A folder of Hugging Face files: its configuration, its tensors by header, and what it holds in their place.
+"""A folder of Hugging Face files: its config.json, its tensors by header, and what it holds in their place.
 
 Sizes are compared with limits, and dtypes and shapes are taken from the headers of the files, so that a wrong or huge
 tensor is refused before it is read.
 """
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, TypedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypedDict
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
-from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.layers import EPS
-from trialgpt_jax.schema import specs
 from trialgpt_jax.storage import files, json_files
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-
-# Their options that change the function: name -> GPT-2's values, the default first.
-OPTIONS = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh form
-    "layer_norm_epsilon": (EPS,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
-# Their name of a size -> ours, its default in transformers, and the second name that transformers accepts for it.
-_SIZES = {
-    "vocab_size": ("vocab_size", 50257, None),
-    "n_positions": ("block_size", 1024, "max_position_embeddings"),
-    "n_embd": ("n_embd", 768, "hidden_size"),
-    "n_layer": ("n_layer", 12, "num_hidden_layers"),
-    "n_head": ("n_head", 12, "num_attention_heads"),
-}
-
-
-class _Config(TypedDict, total=False):
-    """What is read of a config.json."""
-
-    model_type: str
-    activation_function: str
-    layer_norm_epsilon: float
-    scale_attn_weights: bool
-    scale_attn_by_inverse_layer_idx: bool
-    add_cross_attention: bool
-    vocab_size: int
-    n_positions: int
-    max_position_embeddings: int
-    n_embd: int
-    hidden_size: int
-    n_layer: int
-    num_hidden_layers: int
-    n_head: int
-    num_attention_heads: int
-    n_inner: int | None
-    tie_word_embeddings: bool | None
-    quantization_config: dict[str, Any] | None
 
 
 class _Index(TypedDict):
@@ -80,14 +37,11 @@ def is_hf_folder(folder: str) -> bool:
     return not isinstance(config.get("model"), dict)
 
 
-def read_config(folder: str) -> dict:
-    """The fields of `config.model` for the model of an HF folder: its sizes, and GPT-2's options.
-
-    Dropout is 0. Their default of 0.1 is what GPT-2 was trained with from scratch.
+def read_raw_config(folder: str) -> dict:
+    """The config.json of a Hugging Face folder, whatever the model.
 
     Raises:
-      UserError: no config.json, another architecture, a size beyond the limits of `GPTConfig`, or an option that our
-        GPT does not have.
+      UserError: there is none, it is not JSON, or it is that of a workdir.
     """
     path = os.path.join(folder, "config.json")
     if not os.path.isdir(folder):
@@ -98,36 +52,12 @@ def read_config(folder: str) -> dict:
         )
     refuse_pointer(path)
     try:
-        any_model = json_files.read(path, dict)
-        if isinstance(any_model.get("model"), dict):
-            raise UserError(f"{folder} is a workdir of trialgpt_jax, not a Hugging Face folder")
-        if any_model.get("model_type", "gpt2") != "gpt2":  # before the types, which are those of GPT-2
-            raise UserError(
-                f"{path}: model_type is {any_model['model_type']!r}, but only GPT-2's 'gpt2' can be converted"
-            )
-        theirs = json_files.read(path, _Config)
+        config = json_files.read(path, dict)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as the configuration of a GPT-2: {error}") from None
-    if method := theirs.get("quantization_config"):
-        raise UserError(
-            f"{path}: the weights are quantised (quantization_config {method.get('quant_method', '')!r}); "
-            "only float weights can be converted"
-        )
-    for name, values in OPTIONS.items():
-        if theirs.get(name, values[0]) not in values:
-            raise UserError(f"{path}: {name} is {theirs[name]!r}, but only GPT-2's {values[0]!r} can be converted")
-    declared, sizes = specs(GPTConfig), {}
-    for name, (ours, default, second) in _SIZES.items():
-        size, limit = theirs.get(name, theirs.get(second, default)), declared[ours][1].at_most
-        if not 1 <= size <= limit:
-            raise UserError(f"{path}: {name} is {size}, but must be at least 1 and at most {limit}")
-        sizes[ours] = size
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(f"{path}: n_embd={sizes['n_embd']} is not divisible by n_head={sizes['n_head']}")
-    if theirs.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise UserError(f"{path}: n_inner is {theirs['n_inner']}, but only 4 * n_embd can be converted")
-    tied = theirs.get("tie_word_embeddings")  # null as if left out: `from_hf` refuses a head that differs
-    return {name: default for name, (default, _) in declared.items()} | sizes | {"tie_embeddings": tied is not False}
+        raise UserError(f"{path} cannot be read as the configuration of a model: {error}") from None
+    if isinstance(config.get("model"), dict):
+        raise UserError(f"{folder} is a workdir of trialgpt_jax, not a Hugging Face folder")
+    return config
 
 
 def instead_of_config(folder: str) -> str:
@@ -173,7 +103,7 @@ def other_format(names: list[str], folder: str = "") -> str:
         if file.startswith("pytorch_model") and folder:
             clause += (
                 ". If you trust it, convert it with transformers: "
-                f"GPT2LMHeadModel.from_pretrained({folder!r}).save_pretrained(NEW_FOLDER)"
+                f"{_loader(folder)}.from_pretrained({folder!r}).save_pretrained(NEW_FOLDER)"
             )
         return clause
     for name in names:
@@ -183,35 +113,52 @@ def other_format(names: list[str], folder: str = "") -> str:
     return ""
 
 
+def _loader(folder: str) -> str:
+    """The class of transformers that loads a folder; without a model_type it is taken for a GPT-2."""
+    with contextlib.suppress(UserError):
+        if read_raw_config(folder).get("model_type"):
+            return "AutoModelForCausalLM"
+    return "GPT2LMHeadModel"
+
+
 # ---- tensors
 
 _LONGEST_HEADER = 16 << 20  # bytes; a tensor takes about 100, and 10,000 layers have 120,000 tensors
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# A wrapper's prefix: torch.compile, DistributedDataParallel, a trainer's attribute. `transformer.` is transformers'.
-_NAME = re.compile(r"((?:_orig_mod\.|module\.|model\.)*)(transformer\.)?(.+)", re.DOTALL)
-_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which old files contain
+_WRAPPERS = r"_orig_mod\.|module\.|model\."  # torch.compile, DistributedDataParallel, a trainer's attribute
 
 
-def plain_names(names) -> dict[str, str]:
-    """Tensors' names without known prefixes -> their full names; without the causal masks of old files.
+def plain_names(names: Iterable[str], base: str, buffers: str) -> dict[str, str]:
+    """Tensors' names without known prefixes -> their full names.
+
+    Args:
+      names: full names.
+      base: the prefix of the class, `transformer.` or `model.`.
+      buffers: pattern of plain names that are left out.
 
     Raises:
       UserError: some names have a prefix and others do not, or two names differ only in it.
     """
+    pattern = re.compile(f"((?:{_WRAPPERS})*?)({re.escape(base)})?((?!{_WRAPPERS}).+)", re.DOTALL)
+
+    def split(full: str) -> tuple[str, str, str]:
+        match = pattern.fullmatch(full)
+        return (match[1], match[2] or "", match[3]) if match else ("", "", full)
+
     plain, first = {}, {}
     for full in names:
-        outer, inner, name = _NAME.fullmatch(full).groups() if full else ("", "", "")
-        if _BUFFER.fullmatch(name):
+        outer, inner, name = split(full)
+        if re.fullmatch(buffers, name):
             continue
-        prefix = outer + (inner or "")
-        # A head stands beside `transformer`, and without one it says nothing about the names of the body.
+        prefix = outer + inner
+        # A head stands beside the base, and without one it says nothing about the names of the body.
         kind = "head" if name.startswith(("lm_head.", "score.")) else "body"
         other, example = first.setdefault(kind, (prefix, full))
         if name in plain or prefix != other:
             raise UserError(f"tensors `{plain.get(name, example)}` and `{full}` have different prefixes")
         plain[name] = full
     body, head = first.get("body"), first.get("head")
-    if body and head and _NAME.fullmatch(body[1])[1] != head[0]:
+    if body and head and split(body[1])[0] != head[0]:
         raise UserError(f"tensors `{body[1]}` and `{head[1]}` have different prefixes")
     return plain
 
@@ -272,7 +219,7 @@ class SafetensorsFolder(Mapping):
 
 
 def _check_header(path: str) -> None:
-    """Refuses a header that no GPT-2 has: the library takes seconds per million tensors."""
+    """Refuses a header that no such model has: the library takes seconds per million tensors."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > _LONGEST_HEADER and length < os.path.getsize(path):  # the library names a length beyond the file

@@ -17,8 +17,6 @@ from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.sharding import mesh_axis, spec
 from trialgpt_jax.schema import choose
 
-EPS = 1e-5  # GPT-2's; Flax's LayerNorm defaults to 1e-6
-
 
 def wide(x: jax.Array) -> jax.Array:
     """`x` in float32, or float64 if it is float64 already."""
@@ -37,6 +35,11 @@ def normal(std: float, *axes: str):
     """Initializer N(0, std) that records the logical axis names."""
     init = nn.initializers.normal(std) if std else nn.initializers.zeros
     return nn.with_logical_partitioning(init, axes)
+
+
+def ones(*axes: str):
+    """Initializer of ones that records the logical axis names."""
+    return nn.with_logical_partitioning(nn.initializers.ones, axes)
 
 
 def vocabulary(config: GPTConfig, std: float):
@@ -131,61 +134,58 @@ def lookup(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
 # ---- norms
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, centred: bool) -> jax.Array:
-    """LayerNorm or RMSNorm over the last axis, eps 1e-5, statistics in float32 (float64 for float64).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def norm(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, eps: float, centred: bool) -> jax.Array:
+    """LayerNorm or RMSNorm over the last axis, statistics in float32 (float64 for float64).
 
     Args:
       x: [..., C].
-      scale: [C].
+      scale: [C], or None for no scale.
       bias: [C] or None.
+      eps: added to the variance. GPT-2's is 1e-5; Flax's LayerNorm defaults to 1e-6.
       centred: subtract the mean (LayerNorm, Ba et al. 2016); otherwise RMSNorm (Zhang and Sennrich 2019).
 
     Returns:
       [..., C] in the dtype of `x`.
     """
-    return _norm_forward(x, scale, bias, centred)[0]
+    return _norm_forward(x, scale, bias, eps, centred)[0]
 
 
 NORMS = {"layernorm": functools.partial(norm, centred=True), "rmsnorm": functools.partial(norm, centred=False)}
 
 
-def rms(x: jax.Array) -> jax.Array:
-    """x / RMS(x) over the last axis, in the dtype of `x`: the norm without parameters of queries and keys."""
-    return (wide(x) * _statistics(x, centred=False)[1]).astype(x.dtype)
-
-
-def _statistics(x: jax.Array, centred: bool) -> tuple[jax.Array, jax.Array]:
+def _statistics(x: jax.Array, eps: float, centred: bool) -> tuple[jax.Array, jax.Array]:
     """Mean (0 unless centred) and 1 / standard deviation, [..., 1], in float32 or float64."""
     x_wide = wide(x)
     if not centred:
-        return jnp.zeros((), x_wide.dtype), jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), -1, keepdims=True) + EPS)
+        return jnp.zeros((), x_wide.dtype), jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), -1, keepdims=True) + eps)
     mean = jnp.mean(x_wide, -1, keepdims=True)
     if x.dtype == x_wide.dtype:  # E[x^2] - mean^2 would cancel
         variance = jnp.mean(jnp.square(x_wide - mean), -1, keepdims=True)
     else:  # bfloat16: its rounding loses more than the cancellation does, and one pass over x gives both sums
         variance = jnp.maximum(jnp.mean(jnp.square(x_wide), -1, keepdims=True) - jnp.square(mean), 0)
-    return mean, jax.lax.rsqrt(variance + EPS)
+    return mean, jax.lax.rsqrt(variance + eps)
 
 
-def _norm_forward(x, scale, bias, centred):
-    mean, inverse = _statistics(x, centred)
-    y = (wide(x) - mean) * inverse * scale
+def _norm_forward(x, scale, bias, eps, centred):
+    mean, inverse = _statistics(x, eps, centred)
+    y = (wide(x) - mean) * inverse
+    y = y if scale is None else y * scale
     # The statistics are kept, 8 bytes a row: both sums over rows in the backward pass then take one pass over x.
     return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
-def _norm_backward(centred, kept, dy):
+def _norm_backward(eps, centred, kept, dy):
     x, scale, bias, mean, inverse = kept
     # optimization_barrier: XLA would otherwise store the forward pass's float32 copy of x
     x_wide, dy = wide(jax.lax.optimization_barrier(x)), wide(dy)
     normalised = (x_wide - mean) * inverse
-    g = dy * scale
+    g = dy if scale is None else dy * scale
     dx = g - normalised * jnp.mean(g * normalised, -1, keepdims=True)
     if centred:
         dx = dx - jnp.mean(g, -1, keepdims=True)
     others = tuple(range(x.ndim - 1))
-    d_scale = jnp.sum(dy * normalised, others).astype(scale.dtype)
+    d_scale = None if scale is None else jnp.sum(dy * normalised, others).astype(scale.dtype)
     d_bias = None if bias is None else jnp.sum(dy, others).astype(bias.dtype)
     return (dx * inverse).astype(x.dtype), d_scale, d_bias
 
@@ -194,18 +194,32 @@ norm.defvjp(_norm_forward, _norm_backward)
 
 
 class Norm(nn.Module):
-    """The config's norm over C, with a scale, and a bias where LayerNorm has one."""
+    """The config's norm over C, with the scale and bias that it has."""
 
     config: GPTConfig
 
     @nn.compact
     def __call__(self, x):
         c = self.config
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale = self.param("scale", ones, (c.n_embd,), c.param_dtype)
+        scale = self.param("scale", ones("embed"), (c.n_embd,), c.param_dtype) if c.norm_scale else None
         has_bias = c.bias and c.norm == "layernorm"
         bias = self.param("bias", normal(0, "embed"), (c.n_embd,), c.param_dtype) if has_bias else None
-        return choose(NORMS, c.norm, "model.norm")(x, scale, bias)
+        return choose(NORMS, c.norm, "model.norm")(x, scale, bias, c.norm_eps)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the channels of each head, of queries and keys; with one scale for all heads or none."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxHxD):
+        c = self.config
+        inverse = _statistics(x_BxTxHxD, c.norm_eps, centred=False)[1]
+        y = wide(x_BxTxHxD) * inverse
+        if c.qk_norm_scale:
+            y = y * self.param("scale", ones("channel"), (c.head_dim,), c.param_dtype)
+        return y.astype(x_BxTxHxD.dtype)
 
 
 # ---- activations
@@ -255,14 +269,14 @@ GATED = ("swiglu",)  # activations of two matmul outputs
 # ---- positions
 
 
-def rope(x_BxTxHxD: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding, base 10,000; dimension i pairs with i + D/2 (Su et al. 2021; GPT-NeoX's pairing).
+def rope(x_BxTxHxD: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Rotary position embedding; dimension i pairs with i + D/2 (Su et al. 2021; GPT-NeoX's pairing).
 
     `positions` is [T], or [B, T] where rows differ.
     """
     half = x_BxTxHxD.shape[-1] // 2
     dtype = jnp.promote_types(x_BxTxHxD.dtype, jnp.float32)
-    frequency = 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
     angle = positions.astype(dtype)[..., None, None] * frequency  # [T, 1, D/2] or [B, T, 1, D/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x_BxTxHxD.astype(dtype), 2, axis=-1)
@@ -270,7 +284,10 @@ def rope(x_BxTxHxD: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 # What a position encoding does to queries and keys; learned positions are added to the embeddings instead.
-POSITIONS = {"learned": lambda x, positions: x, "rope": rope}
+POSITIONS = {
+    "learned": lambda x, positions, c: x,
+    "rope": lambda x, positions, c: rope(x, positions, c.rope_base),
+}
 
 
 # ---- rematerialisation: what of a layer, besides its input, is stored for the backward pass

@@ -31,6 +31,7 @@ RULES = (
     ("batch", ("data", "fsdp")),
     ("length", None),
     ("hidden", None),
+    ("channel", None),
 )
 
 
@@ -124,10 +125,14 @@ def shard_shapes(boxed_shapes, mesh: Mesh):
 
     def place(leaf):
         boxed = isinstance(leaf, nn.meta.AxisMetadata)
-        sharding = NamedSharding(mesh, spec(*leaf.names) if boxed else P())
+        axes = spec(*leaf.names) if boxed else ()
+
+        def placed(x):  # an optimizer may keep one value per row or column: an axis of length 1, which is not split
+            split = P(*(None if length == 1 else axis for length, axis in zip(x.shape, axes, strict=False)))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
+
         # A box may contain no array: optax masks the content of boxes.
-        content = leaf.unbox() if boxed else leaf
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), content)
+        return jax.tree.map(placed, leaf.unbox() if boxed else leaf)
 
     return jax.tree.map(place, boxed_shapes, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
 

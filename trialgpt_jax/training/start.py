@@ -203,7 +203,11 @@ def check_weights(source: str, config: ConfigDict, store: TokenStore) -> None:
 
 def _check_model(source: str, there: GPTConfig, chosen: Mapping[str, object]) -> None:
     """Refuses fields of `model` that differ from the model of the weights, and more positions than that has learned."""
-    derived = {"n_kv_head": there.n_head, "head_dim": there.n_embd // there.n_head}  # what 0 stands for
+    derived = {  # what 0 stands for
+        "n_kv_head": there.n_head,
+        "head_dim": there.n_embd // there.n_head,
+        "mlp_width": there.default_mlp_width,
+    }
     differences = [
         f"model.{name} is {getattr(there, name)} there and {value} here"
         for name, value in chosen.items()
@@ -289,7 +293,7 @@ def _fields_of(source: str) -> dict:
             f"train.init_from={source} has no config.json{found}; it must be a workdir or a Hugging Face folder"
         )
     if hf_folder.is_hf_folder(folder):
-        return hf_folder.read_config(folder)
+        return hf.read_config(folder)
     if not files.is_remote(folder):
         hf_folder.refuse_pointer(path)
     model = workdir_lib.load_snapshot(folder)["model"]
