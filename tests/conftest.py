@@ -80,6 +80,21 @@ def small_config(store):
     return c
 
 
+def every_option(config):
+    """Turns on the options of model and optimizer that GPT-2 with AdamW does not have; each group has its own rate."""
+    config.model.update(
+        {"position": "rope", "rope_base": 1000.0, "norm": "rmsnorm", "norm_scale": False, "bias": False}
+    )
+    config.model.update(
+        {"activation": "relu2", "mlp_width": 64, "qk_norm": True, "qk_norm_scale": True, "n_kv_head": 2}
+    )
+    config.model.update({"tie_embeddings": False, "embed_norm": True, "logit_softcap": 15.0})
+    config.optim.update({"name": "normuon", "cautious_weight_decay": True, "weight_decay_schedule": "learning_rate"})
+    for group, rate in {"matrices": 0.03, "embedding": 0.01, "head": 0.004, "vectors": 0.002}.items():
+        config.optim.groups[group].update({"learning_rate": rate, "b1": 0.8})
+    return config
+
+
 @contextlib.contextmanager
 def train_step_compiled_once():
     """Runs of this block must have one model, batch size and schedule: the first one's train step serves all."""

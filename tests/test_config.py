@@ -206,9 +206,15 @@ PROPOSALS = {
     "--bf16=True": "--config.train.dtype=VALUE",
     "--torch_dtype=bfloat16": "--config.train.dtype=VALUE",
     "--gradient_checkpointing": "--config.train.remat=VALUE",
-    "--warmup_ratio=0.1": "--config.optim.warmup_steps=VALUE",
+    "--warmup_ratio=0.1": "--config.optim.warmup_fraction=0.1",
+    "--warmdown-ratio=0.65": "--config.optim.decay_fraction=0.65",
+    "--total_tokens=1e9": "--config.train.tokens=1e9",
+    "--max_tokens=1e9": "--config.train.tokens=1e9",
+    "--config.train.max_tokens=1e9": "train.tokens",
+    "--target-param-data-ratio=12": "--config.train.tokens_per_parameter=VALUE",
+    "--target_flops=1e18": "--config.train.tokens=VALUE",
     "--total-batch-size=524288": "--config.train.batch_size=VALUE",
-    "--num_train_epochs=3": "--config.train.steps=VALUE",
+    "--num_train_epochs=3": "--config.train.tokens=VALUE",
     "--device-batch-size=32": "--config.train.batch_size=32",
     "--batch_size=many": "--config.train.batch_size=VALUE",
     "--train.steps=1.5": "--config.train.steps=VALUE",
@@ -225,13 +231,16 @@ PROPOSALS = {
 def test_the_flag_that_a_message_proposes_is_accepted(default_file, given):
     # follows: is given without a value; write --
     # follows: ; write --config.
-    # follows: give optimizer steps, --config.
+    # follows: give tokens, --config.
     # follows: give sequences instead of tokens, --config.
     # follows: is the text 'None'; for none write --config.
     proposal = PROPOSALS[given]
     message = refusal(parse, f"--config={default_file}", given)
     assert proposal in message, message
-    parse(f"--config={default_file}", proposal.replace("VALUE", "3"))
+    if proposal.startswith("--"):
+        config = parse(f"--config={default_file}", proposal.replace("VALUE", "3"))[1]
+        if "tokens" in proposal or "fraction" in proposal:
+            validate(config)
 
 
 def test_a_name_that_only_resembles_one_of_ours_is_not_taken_for_it(default_file):
@@ -481,6 +490,11 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, error):
         ("data.tokenizer", "bpe:256", ("data.tokenizer", "N > 256")),
         ("data.tokenizer", "bpe:" + "9" * 5000, ("data.tokenizer",)),
         ("train.steps", 2**31, ("train.steps", "at most 2147483647")),
+        ("train.steps", 0, ("`train.steps` is 0", "train.tokens, train.tokens_per_parameter")),
+        ("train.tokens", 1e9, ("train.steps=600000 and train.tokens=1000000000", "set train.steps=0")),
+        ("train.tokens", float("inf"), ("train.tokens", "finite")),
+        ("train.tokens_per_parameter", -1.0, ("train.tokens_per_parameter", "at least 0")),
+        ("optim.warmup_fraction", 1.0, ("optim.warmup_fraction", "[0, 1)")),
         ("data.val_fraction", -0.1, ("data.val_fraction",)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Schedules, clipping, AdamW, the decay mask and Muon against torch and numpy, in float64."""
+"""Schedules, clipping, groups of weights and their optimizers against torch and numpy, in float64."""
 
 import math
 
@@ -11,11 +11,11 @@ from conftest import small_config
 from model_options import random_params
 
 from trialgpt_jax import UserError
-from trialgpt_jax.config import default_config
+from trialgpt_jax.config import default_config, validate
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.sharding import single_device
-from trialgpt_jax.training import train_step
-from trialgpt_jax.training.optimizer import always_finite, make_optimizer, schedule
+from trialgpt_jax.training import muon, train_step
+from trialgpt_jax.training.optimizer import always_finite, learning_rates, make_optimizer, schedule
 from trialgpt_jax.training.program import Program
 
 # Every kind of parameter: an untied head, biases, two norms per layer and one on the embeddings.
@@ -119,27 +119,133 @@ def test_wsd_decays_over_at_least_one_step_and_at_most_all_after_the_warmup(frac
     )
 
 
-def test_adamw_equals_torchs_with_nanogpts_decay_groups():
+# Rates, decays and betas that differ in every group, and values that are inherited.
+GROUPS = {
+    "matrices": {"learning_rate": 0.03, "weight_decay": 0.4},
+    "embedding": {"learning_rate": 0.3, "weight_decay": 0.0, "b1": 0.8},
+    "head": {"b2": 0.9, "eps": 1e-4},
+    "vectors": {"learning_rate": 0.01, "weight_decay": 0.1, "b1": 0.0, "b2": 0.5},
+}
+
+
+def group_of(name):
+    """The group of a weight by its name, for the tests."""
+    if name.startswith("lm_head"):
+        return "head"
+    if "embedding" in name:
+        return "embedding"
+    return "matrices" if name.endswith("kernel") else "vectors"
+
+
+def group_settings(config, group):
+    """Its values, and those of `optim` where it has none; vectors do not decay."""
+    inherited = {key: config[key] for key in ("learning_rate", "weight_decay", "b1", "b2", "eps")}
+    own = {key: value for key, value in config.groups[group].items() if key != "optimizer" and value != -1}
+    return inherited | own
+
+
+@pytest.mark.parametrize("groups", [{}, GROUPS])
+def test_adamw_of_every_group_equals_torchs(groups):
     torch = pytest.importorskip("torch")
     params = random_params(CONFIG)
-    config = optim(eps=1e-6)
+    config = optim(eps=1e-6, groups=groups)
     tensors = {name: torch.from_numpy(value.copy()) for name, value in named(params).items()}
     # rank within a layer: a norm's scale, stacked over layers, has two dimensions but is a vector
     rank = {name: t.dim() - name.startswith("blocks") for name, t in tensors.items()}
-    groups = [
-        {"params": [t for n, t in tensors.items() if rank[n] >= 2], "weight_decay": config.weight_decay},
-        {"params": [t for n, t in tensors.items() if rank[n] < 2], "weight_decay": 0.0},
-    ]
-    assert [len(group["params"]) for group in groups] == [3 + 7, 4 * 2 + 7], "4 norms and 7 dense layers"
-    theirs = torch.optim.AdamW(groups, betas=(config.b1, config.b2), eps=config.eps)
+    assert [sum(r >= 2 for r in rank.values()), sum(r < 2 for r in rank.values())] == [3 + 7, 4 * 2 + 7]
+    theirs = {}
+    for name, tensor in tensors.items():
+        s = group_settings(config, group_of(name))
+        assert groups or s["weight_decay"] == (config.weight_decay if rank[name] >= 2 else 0.0), "nanoGPT's groups"
+        theirs[name] = torch.optim.AdamW([tensor], 1.0, (s["b1"], s["b2"]), s["eps"], s["weight_decay"])
     all_gradients = gradients(params)
     for n, ours in enumerate(run(config, params, all_gradients)):
-        for group in theirs.param_groups:
-            group["lr"] = rate(config, config.learning_rate, n)
         for name, gradient in named(all_gradients[n]).items():
+            peak = group_settings(config, group_of(name))["learning_rate"]
+            theirs[name].param_groups[0]["lr"] = rate(config, peak, n)
             tensors[name].grad = torch.from_numpy(gradient)
-        theirs.step()
+            theirs[name].step()
         assert_close(ours, {name: t.numpy() for name, t in tensors.items()})
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("falls", [False, True])
+def test_weight_decay_falls_with_the_learning_rate_and_spares_weights_that_grow(name, cautious, falls):
+    params = random_params(CONFIG)
+    options = {"cautious_weight_decay": cautious, "weight_decay_schedule": "learning_rate" if falls else "constant"}
+    config = optim(name=name, eps=1e-6, warmup_steps=2, **options)
+    all_gradients = gradients(params)[:6]
+    # One step from each set of parameters on the way, so that the gradients' part is that of a run without decay.
+    plain = make_optimizer(optim(name=name, eps=1e-6, warmup_steps=2, weight_decay=0.0), STEPS)
+    decayed = make_optimizer(config, STEPS)
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, params)
+        states = [plain.init(params), decayed.init(params)]
+        for n, gradient in enumerate(all_gradients):
+            without, states[0] = plain.update(gradient, states[0], params)
+            updates, states[1] = decayed.update(gradient, states[1], params)
+            for path, update in named(updates).items():
+                step, weight = named(without)[path], named(params)[path]
+                peak = config.muon_learning_rate if name == "muon" and group_of(path) == "matrices" else 0.1
+                strength = 0.2 * rate(config, 1.0, n) if falls else 0.2
+                spared = cautious & (step * weight > 0)  # the update has the sign of the weight: it grows
+                decays = path.endswith(("kernel", "embedding")) & ~spared
+                expected = step - decays * rate(config, peak, n) * strength * weight
+                np.testing.assert_allclose(update, expected, rtol=1e-12, atol=1e-16, err_msg=path)
+            params = optax.apply_updates(params, updates)
+
+
+def test_a_weight_of_no_group_is_refused():
+    params = random_params(CONFIG) | {"gates": {"lambda": np.ones(3)}}
+    with pytest.raises(UserError, match="weight gates/lambda belongs to no group of optim.groups"):
+        make_optimizer(optim(), STEPS).init(params)
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (
+            "head",
+            {"learning_rate": -2.0},
+            "`optim.groups.head.learning_rate` is -2.0, but must be at least 0 and finite, or -1",
+        ),
+        (
+            "vectors",
+            {"b1": 1.0},
+            r"`optim.groups.vectors.b1` is 1.0, but must be in \[0, 1\), or -1, which is 0.9 here",
+        ),
+        ("matrices", {"weight_decay": float("nan")}, "`optim.groups.matrices.weight_decay` is nan, but must be at"),
+        ("embedding", {"optimizer": "muon"}, "`optim.groups.embedding.optimizer` is 'muon', but only the group matr"),
+        ("matrices", {"optimizer": "muon", "eps": 1e-9}, "`optim.groups.matrices.eps` is 1e-09, but muon has no eps"),
+        ("head", {"optimizer": "adam"}, "`optim.groups.head.optimizer` is 'adam', not one of .*mean `adamw`"),
+    ],
+)
+def test_wrong_settings_of_a_group_are_refused(group, values, message):
+    config = default_config()
+    config.model.tie_embeddings = False
+    config.optim.groups[group].update(values)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+def test_settings_of_a_group_without_weights_are_refused():
+    config = default_config()
+    config.optim.groups.head.learning_rate = 0.01
+    with pytest.raises(UserError, match="optim.groups.head.learning_rate` is 0.01, but with model.tie_embeddings=True"):
+        validate(config)
+    config.model.tie_embeddings = False
+    validate(config)
+
+
+def test_all_learning_rates_are_logged():
+    config = optim(name="muon", groups={"head": {"learning_rate": 0.004}})
+    with jax.enable_x64(True):
+        logged = {name: float(each(5)) for name, each in learning_rates(config, STEPS).items()}
+    peaks = {"lr": 0.1, "lr/matrices": 0.02, "lr/embedding": 0.1, "lr/head": 0.004, "lr/vectors": 0.1}
+    assert logged == pytest.approx({name: rate(config, peak, 5) for name, peak in peaks.items()}, rel=1e-12)
+    assert list(learning_rates(optim(), STEPS)) == ["lr"], "one rate for all"
+    assert list(learning_rates(config, STEPS, ("embedding", "vectors"))) == ["lr"]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -199,35 +305,27 @@ def test_gradients_are_clipped_by_the_global_norm(limit):
         assert_close(ours, expected)
 
 
-def orthogonalised(matrix):
-    """Five steps of Jordan's quintic Newton-Schulz iteration on a matrix [in, out]."""
-    x = matrix / (np.linalg.norm(matrix) + 1e-8)
-    for _ in range(5):
-        a = x.T @ x  # optax may use X X^T instead, which is equivalent: f(X^T) = f(X)^T
-        x = 3.4445 * x + x @ (-4.7750 * a + 2.0315 * a @ a)
-    return x
-
-
-def test_muon_updates_the_matrices_of_each_layer_and_adamw_the_rest():
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_muon_updates_the_matrices_of_each_layer_and_adamw_the_rest(name):
     params = random_params(CONFIG)
-    config = optim(name="muon", muon_learning_rate=0.05, muon_momentum=0.9)
+    config = optim(name=name, muon_learning_rate=0.05, muon_momentum=0.9, groups={"matrices": {"b2": 0.8}})
     all_gradients = gradients(params)
     by_muon, by_adamw = (run(c, params, all_gradients) for c in (config, optim()))
-    beta, expected = 0.9, named(params)
-    momentum = {name: np.zeros_like(value) for name, value in expected.items()}
-    for n, ours in enumerate(by_muon):
-        gradient = named(all_gradients[n])
-        for name in expected:
-            if not (name.startswith("blocks") and name.endswith("kernel")):
-                expected[name] = by_adamw[n][name]
-                continue
-            momentum[name] = beta * momentum[name] + (1 - beta) * gradient[name]
-            # Nesterov momentum with the bias correction of both terms that optax takes from NAdam (Dozat 2016)
-            ahead = beta * momentum[name] / (1 - beta ** (n + 2)) + (1 - beta) * gradient[name] / (1 - beta ** (n + 1))
-            update = np.stack([orthogonalised(layer) for layer in ahead])
-            update *= math.sqrt(max(1, update.shape[2] / update.shape[1]))
-            expected[name] = expected[name] - rate(config, 0.05, n) * (update + 0.2 * expected[name])
-        assert_close(ours, expected, 1e-10)
+    direction = muon.scale_by_muon(0.9, normalise_rows=name == "normuon", b2=0.8)  # see test_muon.py
+
+    def matrices(tree):
+        return {path: leaf for path, leaf in named(tree).items() if group_of(path) == "matrices"}
+
+    expected = matrices(params)
+    with jax.enable_x64(True):
+        state = direction.init(jax.tree.map(jnp.asarray, expected))
+        for n, ours in enumerate(by_muon):
+            updates, state = direction.update(matrices(all_gradients[n]), state)
+            for path, update in updates.items():
+                scaled = np.asarray(update) * math.sqrt(max(1, update.shape[2] / update.shape[1]))
+                expected[path] = expected[path] - rate(config, 0.05, n) * (scaled + 0.2 * expected[path])
+            # Newton-Schulz multiplies rounding errors of small singular values by up to 1,000 a step
+            assert_close(ours, by_adamw[n] | expected, 1e-7)
 
 
 def test_muon_updates_are_nearly_orthogonal():
@@ -244,7 +342,10 @@ def test_muon_updates_are_nearly_orthogonal():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "adam"}, "config field `optim.name` is 'adam', not one of adamw, muon; did you mean `adamw`"),
+        (
+            {"name": "adam"},
+            "config field `optim.name` is 'adam', not one of adamw, muon, normuon; did you mean `adamw`",
+        ),
         (
             {"schedule": "cosin"},
             "config field `optim.schedule` is 'cosin', not one of cosine, .*; did you mean `cosine`",
@@ -260,9 +361,12 @@ def test_unknown_names_are_refused_also_for_library_callers(changes, message):
 def test_updates_need_no_check_only_where_they_are_bounded():
     assert always_finite(optim(name="adamw")) and always_finite(optim(name="muon"))
     assert always_finite(default_config().optim)
+    assert always_finite(optim(name="adamw", muon_learning_rate=1e30)), "a rate that is not used"
     for changes in (
         {"learning_rate": 1.1},
-        {"muon_learning_rate": 1e30},
+        {"name": "muon", "muon_learning_rate": 1e30},
+        {"groups": {"embedding": {"learning_rate": 1.1}}},
+        {"groups": {"vectors": {"b1": 0.99, "b2": 0.98}}},
         {"weight_decay": 1e3, "learning_rate": 0.01},
         {"b1": 0.99, "b2": 0.98},  # the second moment forgets faster than the first
         {"b2": 1.0 - 1e-7},  # 1 in float32

@@ -79,7 +79,7 @@ def test_the_plan_says_epochs_shares_and_disk(store, program):
     program.config.checkpoint.keep_last = 10**9  # "keep all": 20 steps save 4
     assert "up to 4 are kept" in plan.describe(program, open_store(str(store)))
     program.config.train.steps = 2_000_000
-    # follows: tokens; give more text, or lower train.steps
+    # follows: tokens; give more text, or make the run shorter
     epochs = 2_000_000 * 8 * 32 / split.n_tokens
     assert f"warning: {epochs:,.0f} epochs of {split.n_tokens:,} tokens" in plan.describe(
         program, open_store(str(store))

@@ -964,6 +964,19 @@ def test_openwebtext_from_a_hub_that_fails_every_third_request(tmp_path, speeche
     assert not (tmp_path / "store" / "downloads").exists()
 
 
+def test_climbmix_is_the_dataset_that_nanochat_trains_on(tmp_path, speeches):
+    """Parquet files with the field `text` alone in the top folder, in the order of their numbers."""
+    names = [f"shard_{i:05d}.parquet" for i in (0, 1, 2, 6542)]
+    parts = [[speech[:2000].strip() for speech in speeches[i : i + 3]] for i in range(0, 12, 3)]
+    files = {name: parquet(part) for name, part in zip(names, parts, strict=True)}
+    files |= {".gitattributes": b"*.parquet filter=lfs", "README.md": b"---\nlicense: mit\n---\n"}
+    with HubServer({f"/karpathy/climbmix-400b-shuffle/{name}": data for name, data in files.items()}) as server:
+        config = make_config(tmp_path / "store", source="climbmix", val_fraction=0.0)
+        done = run_with_hub(config, server, tmp_path / "home")
+    assert done.returncode == 0 and "4 files" in done.stdout.splitlines(), done.stderr
+    assert list(show(config.data.dir, 13)) == [text for part in parts for text in part]
+
+
 def test_dolma_from_its_list_of_files_whose_field_types_differ(tmp_path, speeches):
     (tmp_path / "local").mkdir()
     files = {}

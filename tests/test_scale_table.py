@@ -98,6 +98,23 @@ ENTRY %main (e: bf16[8,4]) -> f32[8,2] {
     assert counts == {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 1}
 
 
+def test_collectives_of_equal_type_and_channel_are_counted_separately():
+    """`shard_map` gives all its collectives one channel: here two kernels of one shape, each there and back."""
+    line = "  %a{} = bf16[16,4]{{1,0}} all-to-all(%a{}), channel_id=1, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}"
+    lines = [line.format(i + 1, i) for i in range(4)]
+    program = "\n".join(["ENTRY %main (a0: bf16[16,4]) -> bf16[16,4] {", *lines, "}"])
+    assert hlo.collectives(program) == {"all-to-all": {"count": 4, "bytes": 4 * 2 * 16 * 4 * 3 / 4}}
+
+
+def test_an_asynchronous_all_to_all_counts_its_results_alone():
+    program = """ENTRY %main (x: bf16[16,4]) -> bf16[16,4] {
+  %x = bf16[16,4]{1,0} parameter(0)
+  %start = ((bf16[16,4]{1,0}), bf16[16,4]{1,0}) all-to-all-start(%x), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %done = bf16[16,4]{1,0} all-to-all-done(%start)
+}"""
+    assert hlo.collectives(program) == {"all-to-all": {"count": 1, "bytes": 2 * 16 * 4 * 3 / 4}}
+
+
 def test_the_tables_in_the_docs_match_the_results(tmp_path, monkeypatch):
     copy = tmp_path / "scale.md"
     copy.write_text((ROOT / "docs" / "scale.md").read_text())

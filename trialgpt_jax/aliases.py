@@ -14,6 +14,8 @@ _OTHER_NAMES = {
     "optim.min_lr_ratio": ("final_lr_frac",),
     "optim.schedule": ("decay_lr", "lr_scheduler_type"),
     "optim.warmup_steps": ("warmup", "warmup_iters"),
+    "optim.warmup_fraction": ("warmup_ratio", "warmup_frac", "warmup_steps_fraction", "pct_start"),
+    "optim.decay_fraction": ("warmdown_ratio", "cooldown_frac", "cooldown_fraction", "decay_frac"),
     "optim.clip_norm": ("grad_clip", "clip", "max_grad_norm"),
     "optim.b1": ("beta1", "adam_beta1", "adam_b1"),
     "optim.b2": ("beta2", "adam_beta2", "adam_b2"),
@@ -26,6 +28,13 @@ _OTHER_NAMES = {
         "lr_decay_iters",
         "num_iterations",
         "num_train_steps",
+    ),
+    "train.tokens": ("total_tokens", "max_tokens", "num_tokens", "train_tokens", "target_tokens", "token_budget"),
+    "train.tokens_per_parameter": (
+        "target_param_data_ratio",
+        "param_data_ratio",
+        "data_param_ratio",
+        "tokens_per_param",
     ),
     "train.accumulate_steps": ("gradient_accumulation_steps", "grad_accum_steps"),
     "train.batch_size": (
@@ -75,8 +84,8 @@ _ADVICE = {
     "eval_only": "run trialgpt_jax.evaluate with --workdir=FOLDER",
     "resume": "leave it out, because `train` goes on from the newest checkpoint of --workdir",
     "resume_from_checkpoint": "leave it out, because `train` goes on from the newest checkpoint of --workdir",
-    "num_train_epochs": "give optimizer steps, --config.train.steps=VALUE; --dry_run says how many epochs they are",
-    "warmup_ratio": "give optimizer steps, --config.optim.warmup_steps=VALUE",
+    "num_train_epochs": "give tokens, --config.train.tokens=VALUE; --dry_run says how many epochs they are",
+    "target_flops": "give tokens, --config.train.tokens=VALUE; --dry_run says the FLOPs per token",
     "total_batch_size": "give sequences instead of tokens, --config.train.batch_size=VALUE",
     "overwrite_output_dir": "leave it out, because nothing is overwritten; a new run needs a new --workdir",
     "ddp": "leave it out, because one process uses all devices of its machine; docs/clusters.md has launchers for more",
@@ -90,6 +99,8 @@ _ADVICE = {
 _OTHER_VALUES = {"dataset", "decay_lr", "lr_scheduler_type", "wandb_log", "always_save_checkpoint", "wandb_run_name"}
 _OTHER_VALUES |= {"torch_dtype", "bf16", "fp16", "mixed_precision", "gradient_checkpointing", "remat_policy"}
 _OTHER_VALUES |= {"dataset_name", "report_to"}
+# nanochat counts matrices and head, not the embeddings.
+_OTHER_VALUES |= {"target_param_data_ratio", "param_data_ratio"}
 
 
 def field_for(name: str, fields: Iterable[str]) -> str | None:
@@ -109,7 +120,7 @@ def config_field(name: str, fields: Iterable[str]) -> str:
     leaf = name.rsplit(".", 1)[-1].replace("-", "_")
     if leaf in _ADVICE:
         return f"; {_ADVICE[leaf]}"
-    if leaf in _FLAGS:
+    if leaf in _FLAGS and leaf not in _FIELDS:
         return f"; did you mean the flag --{_FLAGS[leaf]}=VALUE?"
     near = field_for(name, fields)
     return f"; did you mean `{near}`?" if near else ""

@@ -17,6 +17,7 @@ from trialgpt_jax import UserError, arguments, config_file, console, faults
 from trialgpt_jax.config import default_config, enable_x64, fields, load_snapshot, set_field, validate
 from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files
+from trialgpt_jax.training import horizon
 
 # The flag of the commands that read a checkpoint, see `checkpoint_step`.
 CHECKPOINT_STEP = ("-1", "which checkpoint; -1 = the newest whole one, best = the one with the lowest validation loss")
@@ -139,7 +140,8 @@ def parse(
     """Parses `argv` into the command's own flags and the config; `~` in paths is the home folder.
 
     The config comes from `--config=FILE` if given, otherwise from the snapshot in `--workdir`; every `--config.x.y=v`
-    overrides a field of it. In `--config=FILE:ARGUMENT` the argument is passed to the file's `get_config`.
+    overrides a field of it, and one that gives the length of the run or its warmup also the others that do, see
+    `horizon.replace`. In `--config=FILE:ARGUMENT` the argument is passed to the file's `get_config`.
 
     Args:
       argv: the arguments, preceded by the program's name.
@@ -183,6 +185,7 @@ def parse(
     for name, value in fields(config).items():
         own_file = arguments.expand(value, f"config field `{name}`", name)
         set_field(config, name, given.values.get(name, own_file))
+    horizon.replace(config, given.values)
     return flags, config
 
 

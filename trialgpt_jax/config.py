@@ -17,6 +17,7 @@ from trialgpt_jax.data.vocabulary import TOKENIZERS, has_valid_utf8, is_tokenize
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.schema import check, like, specs
+from trialgpt_jax.training import groups, horizon
 from trialgpt_jax.training.workdir import config_path
 from trialgpt_jax.training.workdir import load_snapshot as read_snapshot
 
@@ -90,11 +91,8 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
     if train.dtype == "float64" and train.param_dtype != "float64":
         raise UserError("config field `train.dtype` is float64, which needs train.param_dtype=float64 as well")
     gpt = GPTConfig(**config.model)
-    if config.optim.warmup_steps >= train.steps and config.optim.warmup_steps > 0:
-        raise UserError(
-            f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={train.steps}; "
-            "make it smaller than the number of steps"
-        )
+    horizon.check(config)
+    groups.check(config.optim, default_config().optim, gpt)
     if train.batch_size % train.accumulate_steps:
         raise UserError(
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate_steps={train.accumulate_steps}"
@@ -185,6 +183,9 @@ def load_snapshot(workdir: str) -> ConfigDict:
 # Fields, and groups of fields, that a resumed run may change and still be the same run: logging, checkpoints, layout.
 _HARMLESS = ("eval.", "log.", "checkpoint.", "mesh.", "data.num_workers", "data.encoder", "train.max_")
 _HARMLESS += ("train.attention", "train.remat", "train.scan_unroll", "train.init_from")
+# Fields of which the shapes or names of the weights depend.
+_SHAPES = tuple(f"model.{name}" for name in ("n_", "vocab_size", "head_dim", "mlp_width", "bias", "tie"))
+_SHAPES += ("model.norm_scale", "model.qk_norm_scale")
 
 
 def check_resumable(
@@ -193,6 +194,7 @@ def check_resumable(
     allowed: tuple[str, ...] = (),
     converted: bool = False,
     same_data: bool = False,
+    given: ConfigDict | None = None,
 ) -> list[str]:
     """Compares the config of a resumed run with the one it was started with.
 
@@ -202,6 +204,8 @@ def check_resumable(
       allowed: fields that may differ even if that makes it another run.
       converted: the workdir was written by `convert` and its run has not started, so any field that leaves the model
         as it is may differ.
+      same_data: the token stores are those of the workdir's run, so another path to them is accepted.
+      given: the new config before `program.resolve`, so that a message can name the field that the user has set.
 
     Returns:
       One line for each accepted difference; none if `converted`.
@@ -212,7 +216,8 @@ def check_resumable(
     if not converted:
         validate(snapshot)
     new, old = fields(config), fields(snapshot)
-    changed = [name for name in new if new[name] != old[name]]
+    # Numbers of steps may differ because another field does, such as train.batch_size; that one is named first.
+    changed = sorted((name for name in new if new[name] != old[name]), key=horizon.DERIVED.__contains__)
     for name in changed:
         harmless = name.startswith(_HARMLESS)
         if converted:
@@ -220,11 +225,12 @@ def check_resumable(
         if name == "data.dir" and same_data:
             harmless = harmless or _weights(new[name]) == _weights(old[name])
         if not harmless and name not in allowed:
-            ways = f"use that, another --workdir, or --allow_config_change={name}"
-            if name.startswith(("model.n_", "model.vocab_size", "model.head_dim", "model.bias", "model.tie")):
+            ways = f"use that, another --workdir, or --allow_config_change={','.join([*allowed, name])}"
+            if name.startswith(_SHAPES):
                 ways = f"use that or another --workdir, because --allow_config_change={name} changes no checkpoint"
             raise UserError(
-                f"config field `{name}` is {new[name]!r}, but this workdir's run was started with {old[name]!r}; {ways}"
+                f"config field `{name}` is {new[name]!r}{horizon.origin(name, given)}, but this workdir's run was "
+                f"started with {old[name]!r}; {ways}"
             )
     lines = [f"config field `{name}` changes from {old[name]!r} to {new[name]!r}" for name in changed]
     return [] if converted else lines

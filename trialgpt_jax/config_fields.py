@@ -43,17 +43,55 @@ class Data:
     shuffle: bool = field(True, "False: training windows in the order of the corpus")
 
 
+_OPTIMIZERS = ("adamw", "muon", "normuon")
+
+
 @dataclasses.dataclass
+class Group:
+    """What a group of weights has of its own."""
+
+    optimizer: str = field("", "empty = optim.name for matrices, adamw for the others", choices=("", *_OPTIMIZERS))
+    learning_rate: float = field(-1.0, "peak; -1 = optim.learning_rate, with Muon optim.muon_learning_rate")
+    weight_decay: float = field(-1.0, "-1 = optim.weight_decay")
+    b1: float = field(-1.0, "-1 = optim.b1, with Muon optim.muon_momentum")
+    b2: float = field(-1.0, "-1 = optim.b2")
+    eps: float = field(-1.0, "-1 = optim.eps")
+
+
+@dataclasses.dataclass
+class Vectors(Group):
+    """Vectors do not decay unless they have a weight_decay of their own."""
+
+    weight_decay: float = field(0.0, "-1 = optim.weight_decay")
+
+
+@dataclasses.dataclass
+class Groups:
+    matrices: Group  # the kernels of the layers
+    embedding: Group  # of tokens and learned positions; a tied head is the embedding
+    head: Group  # the untied head
+    vectors: Vectors  # norm scales and biases
+
+
+@dataclasses.dataclass(kw_only=True)
 class Optim:
-    name: str = field("adamw", "muon: hidden matrices by Muon, the rest by AdamW", choices=("adamw", "muon"))
+    name: str = field("adamw", "muon, normuon: the layers' matrices by it, the rest by AdamW", choices=_OPTIMIZERS)
+    groups: Groups
     learning_rate: float = field(6e-4, "peak of AdamW's learning rate", at_least=0)
     muon_learning_rate: float = field(0.02, "peak of Muon's learning rate", at_least=0)
     muon_momentum: float = field(0.95, "momentum of Muon", at_least=0, below=1)
     schedule: str = field("cosine", "after the warmup", choices=("cosine", "linear", "wsd", "constant"))
     warmup_steps: int = field(2000, "steps of linear warmup", at_least=0)
+    warmup_fraction: float = field(
+        0.0, "share of the steps that is linear warmup, rounded down; needs warmup_steps=0", at_least=0, below=1
+    )
     min_lr_ratio: float = field(0.1, "final learning rate / peak", at_least=0, at_most=1)
     decay_fraction: float = field(0.2, "wsd: share of the steps, at the end, that decays", at_least=0, at_most=1)
-    weight_decay: float = field(0.1, "decoupled, on matrices only", at_least=0)
+    weight_decay: float = field(0.1, "decoupled, on matrices only; vectors have optim.groups.vectors", at_least=0)
+    weight_decay_schedule: str = field(
+        "constant", "learning_rate: the weight decay falls with it", choices=("constant", "learning_rate")
+    )
+    cautious_weight_decay: bool = field(False, "decay only weights that the update moves towards zero")
     b1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
     b2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
     eps: float = field(1e-8, "AdamW's epsilon", at_least=0)
@@ -62,7 +100,14 @@ class Optim:
 
 @dataclasses.dataclass
 class Train:
-    steps: int = field(600_000, "optimizer steps", at_least=1)
+    steps: int = field(600_000, "optimizer steps; 0 = as many as tokens or tokens_per_parameter need", at_least=0)
+    tokens: float = field(0.0, "tokens of the whole run, rounded up to whole steps; needs steps=0", at_least=0)
+    tokens_per_parameter: float = field(
+        0.0,
+        "tokens of the whole run per parameter, rounded up to whole steps; needs steps=0. All parameters count, with "
+        "embeddings and the padding of the vocabulary: the number that `train` prints before step 0",
+        at_least=0,
+    )
     batch_size: int = field(480, "sequences per optimizer step, over all devices", at_least=1)
     accumulate_steps: int = field(1, "microbatches per optimizer step", at_least=1)
     dtype: str = field(

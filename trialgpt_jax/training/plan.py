@@ -114,18 +114,20 @@ def describe(program: Program, store: TokenStore) -> str:
     mfu = "" if accelerators.chip(device.device_kind) else "; no MFU because the peak of this chip is not known"
     kept = min(config.checkpoint.keep_last + config.checkpoint.keep_best, most_saves(config))
     epochs, params, gpt = _epochs(total / split.n_tokens), program.params_layout, program.gpt
+    n_params = parameter_count(params)
     text = (
         f"{jax.device_count()} x {device.device_kind}, mesh {dict(program.mesh.shape)}, "
         f"{jax.process_count()} process(es)\n"
-        f"{parameter_count(params):,} parameters, {gpt.dtype} matmuls, attention kernel {gpt.attention}, "
+        f"{n_params:,} parameters, {gpt.dtype} matmuls, attention kernel {gpt.attention}, "
         f"remat {gpt.remat}\n"
-        f"{tokens_per_step:,} tokens per step, {total:.3g} in all: {epochs} of {split.n_tokens:,} tokens\n"
+        f"{tokens_per_step:,} tokens per step, {total:.3g} in {train.steps:,} steps, {total / n_params:.3g} per "
+        f"parameter: {epochs} of {split.n_tokens:,} tokens\n"
         f"{''.join(_members(store, total))}"
         f"{flops_per_token(params, gpt):.3g} FLOPs per token{mfu}\n"
         f"a checkpoint takes {human_size(state_bytes(program.layout))}; up to {kept} are kept"
     )
     if total / split.n_tokens > _MANY_EPOCHS:
-        text += f"\nwarning: {epochs} of {split.n_tokens:,} tokens; give more text, or lower train.steps"
+        text += f"\nwarning: {epochs} of {split.n_tokens:,} tokens; give more text, or make the run shorter"
     return text
 
 

@@ -30,9 +30,9 @@ from trialgpt_jax.parallel.sharding import (
     replicated,
     shard_shapes,
 )
-from trialgpt_jax.training import hub_model
+from trialgpt_jax.training import horizon, hub_model, metrics
 from trialgpt_jax.training import train_step as steps
-from trialgpt_jax.training.optimizer import always_finite, make_optimizer, schedule
+from trialgpt_jax.training.optimizer import always_finite, groups_of, learning_rates, make_optimizer
 from trialgpt_jax.training.train_step import TrainState
 
 
@@ -45,7 +45,8 @@ class Program:
       mesh: default: `config.mesh` over `devices`.
 
     Attributes:
-      config, gpt, mesh, optimizer: the config, its model, the device mesh and the optax optimizer.
+      config: the config, with numbers of steps in place of what gives them, see `horizon.resolve`.
+      gpt, mesh, optimizer: its model, the device mesh and the optax optimizer.
       layout: the TrainState as ShapeDtypeStructs with shardings; nothing is allocated.
       params_layout: the same of the parameters alone.
       train_step: compiled, (state, tokens [batch_size, T + 1]) -> (state, metrics); the state is donated.
@@ -59,7 +60,8 @@ class Program:
         if mesh is None:
             devices = jax.devices() if devices is None else devices
             mesh = make_mesh(mesh_sizes(config.mesh, len(devices)), devices)
-        self.config, self.mesh, self._first_step = config, mesh, True
+        self.config = config = _with_steps(config)
+        self.mesh, self._first_step = mesh, True
         self.gpt = gpt_config(config, mesh.devices.flat[0].platform)
         for field, name in (("train.dtype", self.gpt.dtype), ("train.param_dtype", self.gpt.param_dtype)):
             if jax.dtypes.canonicalize_dtype(name) != jnp.dtype(name):
@@ -103,7 +105,7 @@ class Program:
             accumulate_steps=train.accumulate_steps,
             seed=config.seed,
             skip_spikes=train.skip_spikes,
-            learning_rate=schedule(config.optim, train.steps, config.optim.learning_rate),
+            learning_rates=learning_rates(config.optim, train.steps, groups_of(self.params_layout)),
             check_update=not always_finite(config.optim),
         )
         layout = self.layout
@@ -233,10 +235,10 @@ def gpt_config(config: ConfigDict, platform: str) -> GPTConfig:
 
 
 def resolve(config: ConfigDict, store: TokenStore) -> ConfigDict:
-    """The config with vocabulary size and tokenizer of the token store that it trains on.
+    """The config with vocabulary size and tokenizer of the token store that it trains on, and a number of steps.
 
     Raises:
-      UserError: the store has ids beyond model.vocab_size.
+      UserError: the store has ids beyond model.vocab_size, or a length of the run that `horizon` refuses.
     """
     config = config.copy_and_resolve_references()
     if config.data.tokenizer != store.tokenizer:  # later commands take the tokenizer's name from the workdir's config
@@ -260,4 +262,16 @@ def resolve(config: ConfigDict, store: TokenStore) -> ConfigDict:
             f"model.vocab_size={vocab_size}, but tokenizer {store.tokenizer} has only {store.vocab_size} ids; "
             f"the other {unused} are unused"
         )
-    return config
+    resolved = _with_steps(config)
+    horizon.check(resolved, given=config)
+    return resolved
+
+
+def _with_steps(config: ConfigDict) -> ConfigDict:
+    """`horizon.resolve` with the parameters of the config's model."""
+
+    def count_parameters() -> int:
+        model = GPTConfig(**config.model)
+        return metrics.parameter_count(jax.eval_shape(functools.partial(steps.init_params, model, 0)))
+
+    return horizon.resolve(config, count_parameters)

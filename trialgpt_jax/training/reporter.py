@@ -76,7 +76,7 @@ class Reporter:
             "step": step,
             "tokens": step * self._tokens_per_step,
             "loss": finite(values["loss"]),
-            "lr": float(values["lr"]),
+            **{name: float(value) for name, value in values.items() if name == "lr" or name.startswith("lr/")},
             "grad_norm": finite(values["grad_norm"]),
             "tokens_per_second": rates["tokens_per_second"],
             "seconds": self.seconds,

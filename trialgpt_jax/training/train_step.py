@@ -78,7 +78,7 @@ def train_step(
     accumulate_steps: int,
     seed: int,
     skip_spikes: float = 0.0,
-    learning_rate: optax.Schedule | None = None,
+    learning_rates: Mapping[str, optax.Schedule] | None = None,
     check_update: bool = True,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step: gradients averaged over the microbatches, clipped, and applied if they are good.
@@ -93,12 +93,12 @@ def train_step(
       accumulate_steps: sequential microbatches of B / accumulate_steps sequences.
       seed: of the dropout; the key of a step follows from it and the step alone.
       skip_spikes: skip updates that exceed this many standard deviations, see `spikes`; 0 = off.
-      learning_rate: the optimizer's schedule, for the metric `lr`; None = no such metric.
+      learning_rates: metric -> schedule, see `optimizer.learning_rates`.
       check_update: look at new parameters and optimizer state, 3% more traffic; see `optimizer.always_finite`.
 
     Returns:
       The next state, and scalars: loss (mean over tokens, nats), grad_norm (before clipping), update_finite (whether
-      the new parameters and optimizer state are), skipped, skipped_in_a_row, lr.
+      the new parameters and optimizer state are), skipped, skipped_in_a_row, and the learning rates.
     """
     B = tokens_BxU.shape[0]
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -145,8 +145,8 @@ def train_step(
         "skipped": next_state.skipped,
         "skipped_in_a_row": skipped_in_a_row,
     }
-    if learning_rate:
-        metrics["lr"] = learning_rate(state.step - state.skipped)
+    n_updates = state.step - state.skipped
+    metrics |= {name: rate(n_updates) for name, rate in (learning_rates or {}).items()}
     return next_state, metrics
 
 
