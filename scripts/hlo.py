@@ -113,29 +113,30 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     computations, entry = parse(text)
     found = {}
 
-    def visit(name, times, channels, scattered):
+    def visit(name, times, channels, scattered, fused):
         inner = computations.get(name, {}).values()
         if name.startswith("async_collective_fusion") or any('"AsyncCollectiveDone"' in i.attributes for i in inner):
             return  # already counted where it starts
         for instruction in inner:
             if instruction.operation == "while":
                 for body in instruction.called():
-                    visit(body, times * _trips(instruction, computations), set(), False)
+                    visit(body, times * _trips(instruction, computations), set(), False, False)
                 continue
             kind = instruction.operation.removesuffix("-start")
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            # collectives of shard_map share a channel, so kind and type are needed to distinguish them
+            # Collectives of shard_map share a channel, and those of equal shapes a type too. None is repeated outside
+            # of fusions.
             which = channel and (channel[1], kind, instruction.type)
-            if kind in COLLECTIVES and (which is None or which not in channels):
+            if kind in COLLECTIVES and not (fused and which and which in channels):
                 channels.add(which)
                 kind = "reduce-scatter" if kind == "all-reduce" and scattered else kind
                 total = found.setdefault(kind, {"count": 0, "bytes": 0})
                 total["count"] += times
                 total["bytes"] += times * _received(instruction, kind)
             for called in instruction.called():
-                visit(called, times, channels, "all-reduce-scatter" in called)
+                visit(called, times, channels, "all-reduce-scatter" in called, True)
 
-    visit(entry, 1, set(), False)
+    visit(entry, 1, set(), False, False)
     return found
 
 
@@ -145,7 +146,9 @@ def _received(collective: Instruction, kind: str) -> float:
     n, size = _group(collective.attributes), sum(sizes)
     if collective.operation == "collective-permute-start":  # the type of a start holds operands and results
         return sizes[0]
-    if collective.operation.endswith("-start") and collective.operation != "all-reduce-start":
+    if collective.operation == "all-to-all-start":
+        size /= 2  # its operands are as large as its results
+    elif collective.operation.endswith("-start") and collective.operation != "all-reduce-start":
         size *= n / (n + 1)
     elif collective.operation == "reduce-scatter":
         size *= n

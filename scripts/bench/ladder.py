@@ -1,0 +1,286 @@
+"""Measures a recipe one change at a time: whole schedules, both arms tuned, over seeds, with bits per byte and time.
+
+    python -m trialgpt_jax.preprocess --config=configs/quickstart.py
+    python scripts/bench/ladder.py                          # every rung; adds to scripts/bench/results/ladder.json
+    python scripts/bench/ladder.py --only=muon,rope         # some of them
+    python scripts/bench/ladder.py --store=data/rfc --layers=6 --width=384 --steps=1000 --only=gpt2,modern
+    python scripts/bench/ladder.py --time                   # ms of a step of every rung, in turns
+
+A rung changes some fields of the rung below it. Its main learning rate is tuned with the first seed over a grid of at
+least four values, and the best one is run with the other seeds. Each run is a process of its own, with the trainer's
+compiled steps, data order and evaluation on the whole validation split. Runs that are in the file are not repeated, so
+the script may be stopped at any time. `ladder_table.py` makes the tables and plots of docs/learning.md from the file.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import report
+
+# Four layers of width 256 with the quickstart's data and tokenizer; otherwise GPT-2 and nanoGPT's AdamW.
+BASE = {
+    "data.dir": "data/quickstart",
+    "model.vocab_size": 4096,
+    "model.block_size": 256,
+    "model.n_layer": 4,
+    "model.n_head": 4,
+    "model.n_embd": 256,
+    "optim.warmup_steps": 0,
+    "optim.warmup_fraction": 0.05,
+    "train.batch_size": 8,
+}
+SEEDS = (1337, 1, 2)
+STEPS, LONG = (
+    150,
+    900,
+)  # a rung's horizon of 0.31M tokens, and the one that the last rung is compared with: six times it
+EMA = (0.9, 0.95, 0.98, 0.99)  # decays of averaged weights, all evaluated at the end of every run
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A change of the recipe.
+
+    Attributes:
+      fields: what differs from the newest rung above it in `RUNGS` that is taken.
+      rate, grid: the field that is tuned, and its values.
+      steps: length of the schedule.
+      taken: whether the next rungs build on it: its gain is at least one standard deviation.
+    """
+
+    name: str
+    fields: dict
+    rate: str = "optim.muon_learning_rate"
+    grid: tuple = (0.01, 0.02, 0.03, 0.04)
+    steps: int = STEPS
+    taken: bool = True
+
+
+ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 2e-3, 4e-3, 8e-3)}
+RUNGS = (
+    Rung("gpt2 of 900 steps", {}, **ADAMW, steps=LONG),
+    Rung("gpt2", {}, **ADAMW),
+    Rung("muon", {"optim.name": "muon", "optim.learning_rate": 3e-3}),
+    Rung("rope", {"model.position": "rope"}),
+    Rung("rmsnorm without scale and biases", {"model.norm": "rmsnorm", "model.norm_scale": False, "model.bias": False}),
+    Rung("relu2", {"model.activation": "relu2"}),
+    Rung("qk_norm", {"model.qk_norm": True}),
+    Rung("untied head and zero init", {"model.tie_embeddings": False, "model.zero_init_proj": True}),
+    Rung("embed_norm", {"model.embed_norm": True}),
+    Rung("softcap 15", {"model.logit_softcap": 15.0}),
+    Rung("heads of 128", {"model.n_head": 2}),
+    Rung(
+        "wsd to zero without warmup",
+        {
+            "optim.schedule": "wsd",
+            "optim.decay_fraction": 0.7,
+            "optim.min_lr_ratio": 0.0,
+            "optim.warmup_fraction": 0.0,
+        },
+    ),
+)
+
+
+def fields_of(rung: Rung, options: argparse.Namespace) -> dict:
+    """All fields of a rung that differ from the default, without its tuned rate."""
+    fields = dict(BASE)
+    for below in RUNGS[: RUNGS.index(rung)]:
+        if below.taken:
+            fields |= below.fields
+    fields |= rung.fields | {"train.steps": options.steps or rung.steps}
+    if options.store:
+        fields["data.dir"] = options.store
+    if options.layers:
+        fields["model.n_layer"] = options.layers
+    if options.width:
+        heads = options.width // (128 if fields["model.n_head"] == 2 else 64)
+        fields |= {"model.n_embd": options.width, "model.n_head": heads}
+    return fields
+
+
+# ---- one run, in a process of its own
+
+
+def make_program(fields: dict):
+    """The Program of a config with these fields, and its token store."""
+    from trialgpt_jax.config import default_config, set_field, validate
+    from trialgpt_jax.data.token_store import open_store
+    from trialgpt_jax.parallel.sharding import single_device
+    from trialgpt_jax.training.program import Program, resolve
+
+    config = default_config()
+    for name, value in fields.items():
+        set_field(config, name, value)
+    config.train.accumulate_steps = 1
+    validate(config)
+    store = open_store(config.data.dir)
+    return Program(resolve(config, store), mesh=single_device()), store
+
+
+def run(fields: dict) -> dict:
+    """Trains with `fields` and evaluates the last weights and their moving averages."""
+    from trialgpt_jax.parallel.host_memory import MEMORY
+
+    MEMORY.reuse()
+    import jax
+
+    from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
+    from trialgpt_jax.training.metrics import bits_per_byte, parameter_count
+
+    program, store = make_program(fields)
+    state, sharding = program.init_state(), batch_sharding(program.mesh)
+    averages = dict.fromkeys(EMA, jax.tree.map(jax.numpy.zeros_like, state.params))
+    average = jax.jit(lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new))
+    unbiased = jax.jit(lambda total, weight: jax.tree.map(lambda a: a / weight, total))
+    batches, losses, seconds = program.train_batches(store.split("train"), 0), [], 0.0
+    program.train_step  # noqa: B018 - compiles
+    for _ in range(fields["train.steps"]):
+        batch = put_batch(next(batches), sharding)
+        begin = time.perf_counter()
+        state, metrics = program.step(state, batch)
+        losses.append(float(metrics["loss"]))
+        seconds += time.perf_counter() - begin
+        averages = {decay: average(old, state.params, decay) for decay, old in averages.items()}
+    batches.close()
+    val = store.split("val")
+
+    def evaluate(params) -> float:
+        loss, _ = program.evaluate(params, program.eval_batches(val, 0))
+        return bits_per_byte(loss, val.n_tokens, val.n_bytes)
+
+    every = max(1, len(losses) // 30)
+    return {
+        "bits_per_byte": evaluate(state.params),
+        "ema": {str(d): evaluate(unbiased(total, 1 - d ** len(losses))) for d, total in averages.items()},
+        "tokens": len(losses) * fields["train.batch_size"] * fields["model.block_size"],
+        "seconds": seconds,
+        "parameters": parameter_count(program.params_layout),
+        "loss": [statistics.fmean(losses[i : i + every]) for i in range(0, len(losses), every)],
+    }
+
+
+# ---- all runs
+
+
+class Runs:
+    """The file of runs: each is stored when it ends, and asked for by its fields."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.lock = options, threading.RLock()
+        self.cores = list(range(os.cpu_count()))
+        try:
+            with open(options.output, encoding="utf-8") as file:
+                self.figures = json.load(file)
+        except FileNotFoundError:
+            self.figures = {"runs": []}
+
+    def get(self, fields: dict, seed: int) -> dict:
+        """The run of these fields; executed if the file does not have it."""
+        fields = fields | {"seed": seed}
+        for known in self.figures["runs"]:
+            if known["fields"] == fields:
+                return known
+        begin = time.perf_counter()
+        argv = [sys.executable, os.path.abspath(__file__), f"--run={json.dumps(fields)}"]
+        with self.lock:
+            cores = [self.cores.pop() for _ in range(max(1, os.cpu_count() // self.options.workers))]
+        try:
+            output = subprocess.run(
+                argv,
+                stdout=subprocess.PIPE,
+                check=True,
+                text=True,
+                preexec_fn=functools.partial(os.sched_setaffinity, 0, cores),
+            ).stdout
+        finally:
+            with self.lock:
+                self.cores += cores
+        commit = subprocess.check_output(["git", "rev-parse", "--short=9", "HEAD"], text=True, cwd=report.RESULTS)
+        done = {"fields": fields} | json.loads(output.splitlines()[-1]) | {"commit": commit.strip()}
+        print(f"{done['bits_per_byte']:.4f} in {time.perf_counter() - begin:.0f} s: {fields}", file=sys.stderr)
+        with self.lock:
+            self.figures["runs"].append(done)
+            self.save()
+        return done
+
+    def save(self) -> None:
+        self.figures |= {"versions": report.versions("jax", "jaxlib", "flax", "optax"), "machine": report.machine()}
+        part = f"{self.options.output}.part"
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(self.figures, file, indent=1)
+            file.write("\n")
+        os.replace(part, self.options.output)
+
+    def climb(self, rung: Rung) -> None:
+        """Runs the grid with the first seed, and its best value with the others."""
+        fields = fields_of(rung, self.options)
+        with concurrent.futures.ThreadPoolExecutor(self.options.workers) as pool:
+            tuned = list(pool.map(lambda rate: self.get(fields | {rung.rate: rate}, SEEDS[0]), rung.grid))
+            best = min(tuned, key=lambda each: each["bits_per_byte"])["fields"][rung.rate]
+            seeds = list(pool.map(lambda seed: self.get(fields | {rung.rate: best}, seed), SEEDS))
+        values = [each["bits_per_byte"] for each in seeds]
+        text = f"{rung.name}: {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f} at {rung.rate}={best:g}"
+        print(text, file=sys.stderr)
+
+
+def measure_steps(rungs: list[Rung], options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of a step by rung; the rungs take turns, so that a noisy machine slows all alike."""
+    import jax
+
+    from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
+
+    programs, times = {}, {rung.name: [] for rung in rungs}
+    for rung in rungs:
+        program, store = make_program(fields_of(rung, options))
+        batch = put_batch(next(program.train_batches(store.split("train"), 0)), batch_sharding(program.mesh))
+        programs[rung.name] = [program, program.init_state(), batch]
+    for n in range(options.rounds + 1):
+        for name, entry in programs.items():
+            program, state, batch = entry
+            begin = time.perf_counter()
+            for _ in range(3):
+                state, metrics = program.train_step(state, batch)
+            jax.block_until_ready(metrics)
+            entry[1] = state
+            if n:  # the first round warms up
+                times[name].append((time.perf_counter() - begin) / 3)
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = report.parser(__doc__, "ladder", rounds=10)
+    parser.add_argument("--only", default="", help="names of rungs, separated by commas")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on its own cores")
+    parser.add_argument("--store", default="", help="another token store")
+    parser.add_argument("--layers", type=int, default=0, help="of the model, for another store")
+    parser.add_argument("--width", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--time", action="store_true", help="measure the time of a step only")
+    parser.add_argument("--run", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run(json.loads(options.run))))
+        return
+    chosen = options.only.split(",") if options.only else [rung.name for rung in RUNGS]
+    rungs = [rung for rung in RUNGS if rung.name in chosen]
+    runs = Runs(options)
+    if options.time:
+        runs.figures["step_ms"] = measure_steps(rungs, options)
+        runs.save()
+        print(json.dumps(runs.figures["step_ms"], indent=1))
+        return
+    for rung in rungs:
+        runs.climb(rung)
+
+
+if __name__ == "__main__":
+    main()
