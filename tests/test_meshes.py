@@ -21,8 +21,7 @@ _FIFTY_STEPS = """
 import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
-from conftest import small_config
-from test_train_step import batch, build, copied
+from test_train_step import batch, build, copied, recipe
 from trialgpt_jax.training.checkpoint import Checkpoints
 
 def same_bits(a, b):
@@ -30,8 +29,8 @@ def same_bits(a, b):
 
 folder, results, before = sys.argv[1], {}, None
 for data, fsdp, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)):
-    config = small_config("unused")
-    config.model.n_head = 8
+    config = recipe(sys.argv[2])
+    config.model.update({"n_head": 8, "n_kv_head": 0})
     config.train.update({"steps": 50, "dtype": "float32"})
     config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
     program, state, put = build(config, data * fsdp * tensor)
@@ -60,10 +59,11 @@ print(json.dumps(results))
 
 
 @pytest.mark.slow
-def test_fifty_steps_are_equal_on_every_mesh_and_each_continues_what_another_saved(tmp_path):
+@pytest.mark.parametrize("recipe", ["adamw", "every option"])
+def test_fifty_steps_are_equal_on_every_mesh_and_each_continues_what_another_saved(recipe, tmp_path):
     _, env = command("train", devices=8)
     env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compilation
-    argv = [sys.executable, "-c", _FIFTY_STEPS, str(tmp_path)]
+    argv = [sys.executable, "-c", _FIFTY_STEPS, str(tmp_path), recipe]
     script = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert script.returncode == 0, script.stderr[-2000:]
     results = json.loads(script.stdout.splitlines()[-1])

@@ -971,10 +971,11 @@ def test_climbmix_is_the_dataset_that_nanochat_trains_on(tmp_path, speeches):
     files = {name: parquet(part) for name, part in zip(names, parts, strict=True)}
     files |= {".gitattributes": b"*.parquet filter=lfs", "README.md": b"---\nlicense: mit\n---\n"}
     with HubServer({f"/karpathy/climbmix-400b-shuffle/{name}": data for name, data in files.items()}) as server:
-        config = make_config(tmp_path / "store", source="climbmix", val_fraction=0.0)
+        config = make_config(tmp_path / "store", source="climbmix", val_fraction=0.0, max_files=3)
         done = run_with_hub(config, server, tmp_path / "home")
-    assert done.returncode == 0 and "4 files" in done.stdout.splitlines(), done.stderr
-    assert list(show(config.data.dir, 13)) == [text for part in parts for text in part]
+    left_out = "3 files, 1 left out: 1 beyond max_files"
+    assert done.returncode == 0 and left_out in done.stdout.splitlines(), done.stderr
+    assert list(show(config.data.dir, 10)) == [text for part in parts[:3] for text in part]
 
 
 def test_dolma_from_its_list_of_files_whose_field_types_differ(tmp_path, speeches):

@@ -18,6 +18,7 @@ from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
+from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.train_step import eval_step, nonfinite, train_step
 
@@ -51,6 +52,13 @@ def recipe(name):
     return config
 
 
+@pytest.fixture(scope="module")
+def every_option_program():
+    """A program that is compiled once, and a function that puts a batch on its mesh."""
+    program, _, put = build(recipe("every option"))
+    return program, put
+
+
 def copied(state):
     return jax.tree.map(np.array, state)
 
@@ -59,8 +67,8 @@ def copied(state):
     ("name", "golden"),
     [
         ("adamw", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.10339455}),
-        ("muon", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.09748404}),
-        ("every option", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.09748404}),
+        ("muon", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.10384761}),
+        ("every option", {"loss": 6.240873, "grad_norm": 0.49935722, "update_norm": 0.18846121}),
     ],
 )
 def test_golden_numbers_of_one_step(name, golden):
@@ -123,9 +131,29 @@ def test_dropout_depends_on_seed_and_step():
     assert float(program.train_step(state, put(batch()))[1]["loss"]) == losses[2], "the same seed and step"
 
 
+def test_with_every_option_a_restored_state_continues_with_the_same_bits(every_option_program, tmp_path):
+    program, put = every_option_program
+    state = program.init_state()
+    for k in range(2):
+        state, _ = program.train_step(state, put(batch(k)))
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(2, state)
+    checkpoints.wait()
+    ends = []
+    for start in (state, checkpoints.restore(2, program.layout)):
+        for k in (2, 3):
+            start, _ = program.train_step(start, put(batch(k)))
+        ends.append([leaf.tobytes() for leaf in jax.tree.leaves(copied(start))])
+    assert ends[0] == ends[1] and len(ends[0]) > 40
+
+
 @pytest.mark.parametrize("name", ["adamw", "every option"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
-    program, state, put = build(recipe(name))
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name, every_option_program):
+    if name == "adamw":
+        program, state, put = build(recipe(name))
+    else:
+        program, put = every_option_program
+        state = program.init_state()
     state, _ = program.train_step(state, put(batch()))
     poisoned = jax.tree.map(jnp.array, state)
     head = poisoned.params["lm_head" if "lm_head" in poisoned.params else "wte"]
@@ -286,7 +314,7 @@ def test_every_mesh_gives_the_same_losses_and_splits_the_state():
         whole, shard_of_one, *_ = results[f"1x1x1 {name}"]
         np.testing.assert_allclose(losses, whole, rtol=2e-5, err_msg=mesh)
         assert shard * fsdp * tensor == shard_of_one, mesh
-        assert "all-to-all" not in kinds, (mesh, kinds)
+        assert ("all-to-all" in kinds) == (mesh == "2x2x2 muon"), (mesh, kinds)  # Muon divides its matrices
         assert counted == [{}, {"params/wte/embedding": 32}], (mesh, counted)
 
 

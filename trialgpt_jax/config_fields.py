@@ -13,6 +13,7 @@ from trialgpt_jax.schema import field
 class SourceOptions:
     path: str = field("", "for source `files`: a file, a folder or a glob")
     extensions: str = field("", "more endings or file names that are read as text, `.py .rst LICENSE`")
+    max_files: int = field(0, "only the first files of the corpus; 0 = all", at_least=0)
     text_field: str = field("text", "field of a JSON record or parquet row that holds the document; `a.b` is b of a")
     subset: str = field("", "comma-separated values of a row's `source` field; other rows are left out; empty = all")
     max_document_bytes: int = field(64 << 20, "longest document, bytes of UTF-8; a longer one is unusable", at_least=1)

@@ -57,7 +57,11 @@ def survey(source: str, options: Mapping, store: str = "") -> Corpus:
       UserError: an unknown source, no files, a file or folder that cannot be read, an unreachable hub.
     """
     key = _ANY_DATASET if source.startswith("hf:") and source.count("/") == 1 else source
-    return choose(SOURCES, key, "data.source")(source, options, store)
+    corpus, limit = choose(SOURCES, key, "data.source")(source, options, store), options["max_files"]
+    if not 0 < limit < len(corpus.files):
+        return corpus
+    left_out = _by_number(corpus.left_out | {walk.BEYOND: len(corpus.files) - limit})
+    return corpus._replace(files=corpus.files[:limit], left_out=left_out, contents=corpus.contents[:limit])
 
 
 def list_files(source: str, options: Mapping) -> list[InputFile]:
@@ -223,8 +227,8 @@ SOURCES: dict[str, Callable[[str, Mapping, str], Corpus]] = {
         _dataset, repo="Skylion007/openwebtext", revision="79d93d786212f7344586290adb811d4ae6a1762c"
     ),
     "fineweb": functools.partial(_dataset, repo="HuggingFaceFW/fineweb", config="sample-10BT"),
-    # About 400 billion tokens in random order, shard_00000.parquet to shard_06542.parquet; the last is nanochat's
-    # validation split. For a part of it, download some of the files and read them with `files`.
+    # About 400 billion tokens in random order, shard_00000.parquet to shard_06542.parquet; nanochat validates on the
+    # last. The first files are a sample (data.source_options.max_files).
     "climbmix": functools.partial(_dataset, repo="karpathy/climbmix-400b-shuffle"),
     "dolma_v1_6_sample": _dolma,
     _ANY_DATASET: _dataset,

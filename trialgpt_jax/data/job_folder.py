@@ -27,7 +27,11 @@ _TOKENIZER = ("tokenizer.tiktoken", "tokenizer.library.json", "characters.json")
 _LOCK = re.compile(r"lock(?:_\d+_of_(\d+))?")
 # The fields of `config.data` that decide the bytes of the store. num_workers and encoder do not.
 _DECIDING = ("source", "source_options", "tokenizer", "split", "split_seed", "val_fraction", "shard_tokens")
-_LATER = {"source_options.extensions": "", "source_options.max_document_bytes": 64 << 20}  # not in earlier manifests
+_LATER = {  # not in earlier manifests
+    "source_options.extensions": "",
+    "source_options.max_document_bytes": 64 << 20,
+    "source_options.max_files": 0,
+}
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from trialgpt_jax.data import formats
 HIDDEN, ENDING, OTHER_NAME, UNREADABLE = "hidden", "other ending", "another name of a file", "unreadable"
 OTHER_FOLDER, NOT_REGULAR, DANGLING = "another name of a folder", "not a regular file", "dangling link"
 CARD, STORE, MODEL, FOLDER = "dataset card", "in a token store", "in a model's folder", "folder"
+BEYOND = "beyond max_files"
 
 _CARD = "readme.md"  # in any case
 _DATASET_JSON = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")  # of the library `datasets`
