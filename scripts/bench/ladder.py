@@ -39,10 +39,8 @@ BASE = {
     "train.batch_size": 8,
 }
 SEEDS = (1337, 1, 2)
-STEPS, LONG = (
-    150,
-    900,
-)  # a rung's horizon of 0.31M tokens, and the one that the last rung is compared with: six times it
+STEPS = 150  # of a rung: 0.31M tokens
+LONG = 6 * STEPS  # of the AdamW that the last rung is compared with
 EMA = (0.9, 0.95, 0.98, 0.99)  # decays of averaged weights, all evaluated at the end of every run
 
 
@@ -87,6 +85,16 @@ RUNGS = (
             "optim.warmup_fraction": 0.0,
         },
     ),
+    Rung("b1 of 0.8 and no clipping", {"optim.b1": 0.8, "optim.clip_norm": 0.0}),
+    Rung("rates by group", {"optim.learning_rate": 0.008, "optim.groups.embedding.learning_rate": 0.012}),
+    # not taken
+    Rung("normuon", {"optim.name": "normuon"}, taken=False),
+    Rung("cautious weight decay", {"optim.cautious_weight_decay": True}, taken=False),
+    Rung("weight decay to zero", {"optim.weight_decay_schedule": "learning_rate"}, taken=False),
+    Rung("momentum of 0.9", {"optim.muon_momentum": 0.9}, taken=False),
+    Rung("rope base of 1024", {"model.rope_base": 1024.0}, taken=False),
+    Rung("swiglu", {"model.activation": "swiglu"}, taken=False),
+    Rung("tied head", {"model.tie_embeddings": True}, taken=False),
 )
 
 
