@@ -98,20 +98,18 @@ RUNGS = (
 )
 
 
-def fields_of(rung: Rung, options: argparse.Namespace) -> dict:
-    """All fields of a rung that differ from the default, without its tuned rate."""
+def fields_of(rung: Rung, store: str = "", layers: int = 0, width: int = 0, steps: int = 0) -> dict:
+    """All fields of a rung that differ from the default, but its tuned rate; the arguments replace those of `BASE`."""
     fields = dict(BASE)
     for below in RUNGS[: RUNGS.index(rung)]:
         if below.taken:
             fields |= below.fields
-    fields |= rung.fields | {"train.steps": options.steps or rung.steps}
-    if options.store:
-        fields["data.dir"] = options.store
-    if options.layers:
-        fields["model.n_layer"] = options.layers
-    if options.width:
-        heads = options.width // (128 if fields["model.n_head"] == 2 else 64)
-        fields |= {"model.n_embd": options.width, "model.n_head": heads}
+    fields |= rung.fields | {"train.steps": steps or rung.steps}
+    fields["data.dir"] = store or fields["data.dir"]
+    fields["model.n_layer"] = layers or fields["model.n_layer"]
+    if width:
+        head_dim = fields["model.n_embd"] // fields["model.n_head"]
+        fields |= {"model.n_embd": width, "model.n_head": width // head_dim}
     return fields
 
 
@@ -184,6 +182,7 @@ class Runs:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.lock = options, threading.RLock()
+        self.shape = options.store, options.layers, options.width, options.steps
         self.cores = list(range(os.cpu_count()))
         try:
             with open(options.output, encoding="utf-8") as file:
@@ -230,7 +229,7 @@ class Runs:
 
     def climb(self, rung: Rung) -> None:
         """Runs the grid with the first seed, and its best value with the others."""
-        fields = fields_of(rung, self.options)
+        fields = fields_of(rung, *self.shape)
         with concurrent.futures.ThreadPoolExecutor(self.options.workers) as pool:
             tuned = list(pool.map(lambda rate: self.get(fields | {rung.rate: rate}, SEEDS[0]), rung.grid))
             best = min(tuned, key=lambda each: each["bits_per_byte"])["fields"][rung.rate]
@@ -248,7 +247,7 @@ def measure_steps(rungs: list[Rung], options: argparse.Namespace) -> dict[str, f
 
     programs, times = {}, {rung.name: [] for rung in rungs}
     for rung in rungs:
-        program, store = make_program(fields_of(rung, options))
+        program, store = make_program(fields_of(rung))
         batch = put_batch(next(program.train_batches(store.split("train"), 0)), batch_sharding(program.mesh))
         programs[rung.name] = [program, program.init_state(), batch]
     for n in range(options.rounds + 1):

@@ -1,0 +1,116 @@
+"""Writes the tables and the plot of docs/learning.md from the figures of `ladder.py`.
+
+python scripts/bench/ladder_table.py
+"""
+
+import json
+import math
+import os
+import statistics
+
+import ladder
+import report
+
+DOC = os.path.join(report.RESULTS, "..", "..", "..", "docs", "learning.md")
+
+
+def summary(figures: dict, rung: ladder.Rung) -> dict | None:
+    """Mean and standard deviation over the seeds at the best rate of a rung, or None if runs are missing."""
+    fields = ladder.fields_of(rung)
+    by_rate = {}
+    for run in figures["runs"]:
+        rest = {name: value for name, value in run["fields"].items() if name not in ("seed", rung.rate)}
+        if rest == {name: value for name, value in fields.items() if name != rung.rate}:
+            by_rate.setdefault(run["fields"][rung.rate], {})[run["fields"]["seed"]] = run
+    tuned = {rate: runs[ladder.SEEDS[0]]["bits_per_byte"] for rate, runs in by_rate.items() if ladder.SEEDS[0] in runs}
+    if not set(rung.grid) <= set(tuned):
+        return None
+    best = min(tuned, key=tuned.get)
+    if set(by_rate[best]) < set(ladder.SEEDS):
+        return None
+    runs = [by_rate[best][seed] for seed in ladder.SEEDS]
+    values = [run["bits_per_byte"] for run in runs]
+    averaged = {d: statistics.mean(run["ema"][d] for run in runs) for d in runs[0]["ema"]}
+    return {
+        "rate": best,
+        "mean": statistics.mean(values),
+        "sigma": statistics.stdev(values),
+        "tokens": runs[0]["tokens"],
+        "parameters": runs[0]["parameters"],
+        "ema": min(averaged.values()),
+        "at_the_edge": best in (min(rung.grid), max(rung.grid)),
+    }
+
+
+def ladder_table(figures: dict) -> str:
+    """Markdown: a row a rung, with its gain over the newest rung above it that is taken."""
+    lines = [
+        "| change | bits per byte | sigma | gain | gain / sigma | best rate | parameters | ms a step | taken |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = None
+    for rung in ladder.RUNGS:
+        row = summary(figures, rung)
+        if row is None:
+            continue
+        gain = relative = ""
+        if base and rung.steps == ladder.STEPS:
+            sigma = math.sqrt((base["sigma"] ** 2 + row["sigma"] ** 2) / 2)
+            gain, relative = f"{base['mean'] - row['mean']:+.4f}", f"{(base['mean'] - row['mean']) / sigma:+.1f}"
+        milliseconds = figures.get("step_ms", {}).get(rung.name)
+        lines.append(
+            f"| {rung.name} | {row['mean']:.4f} | {row['sigma']:.4f} | {gain} | {relative} "
+            f"| {row['rate']:g}{' (end of the grid)' if row['at_the_edge'] else ''} | {row['parameters'] / 1e6:.2f}M "
+            f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {'yes' if rung.taken else 'no'} |"
+        )
+        if rung.taken and rung.steps == ladder.STEPS:
+            base = row
+    return "\n".join(lines)
+
+
+def average_table(figures: dict) -> str:
+    """Markdown: the last weights against the best moving average of them."""
+    lines = ["| change | last weights | best average |", "|---|---|---|"]
+    for rung in ladder.RUNGS:
+        row = summary(figures, rung)
+        if row and rung.taken:
+            lines.append(f"| {rung.name} | {row['mean']:.4f} | {row['ema']:.4f} |")
+    return "\n".join(lines)
+
+
+def plot(figures: dict) -> str:
+    """A mermaid chart: bits per byte after each rung that is taken."""
+    rows = [(rung, summary(figures, rung)) for rung in ladder.RUNGS if rung.taken and rung.steps == ladder.STEPS]
+    rows = [(rung.name, row["mean"]) for rung, row in rows if row]
+    names, values = ", ".join(f'"{name}"' for name, _ in rows), ", ".join(f"{value:.3f}" for _, value in rows)
+    low, high = min(v for _, v in rows), max(v for _, v in rows)
+    return "\n".join(
+        (
+            "```mermaid",
+            "xychart-beta horizontal",
+            f'    title "bits per byte after {ladder.STEPS} steps"',
+            f"    x-axis [{names}]",
+            f'    y-axis "bits per byte" {low - 0.05:.2f} --> {high + 0.02:.2f}',
+            f"    bar [{values}]",
+            "```",
+        )
+    )
+
+
+SECTIONS = {"ladder": ladder_table, "plot": plot, "averages": average_table}
+
+
+def main() -> None:
+    with open(os.path.join(report.RESULTS, "ladder.json"), encoding="utf-8") as file:
+        figures = json.load(file)
+    with open(DOC, encoding="utf-8") as file:
+        text = file.read()
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        text = text[: text.index(begin) + len(begin)] + "\n\n" + section(figures) + "\n\n" + text[text.index(end) :]
+    with open(DOC, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()
