@@ -147,7 +147,7 @@ MISTAKES = [
     ("convert", RUN, "--to_hf={new}/a --step=9", "9"),
     ("convert", "--workdir={new}/a ", "--from_hf={new}/nothing", "{new}/nothing"),
     ("convert", "--workdir={new}/a ", "--from_hf={files}/good", "config.json"),
-    ("convert", "--workdir={new}/a ", "--from_hf={files}/llama", "model_type"),
+    ("convert", "--workdir={new}/a ", "--from_hf={files}/mamba", "model_type"),
     ("convert", "--workdir={new}/a ", "--from_hf={files}/pickle", "pickle"),
     ("convert", "--workdir={files}/good ", "--from_hf={files}/pickle", "--workdir"),
     ("convert", "--workdir={new}/nothing ", "--verify", "config.json"),
@@ -170,7 +170,7 @@ def places(store, tmp_path_factory):
     )
     assert call("train", f"--config={tiny}", f"--workdir={folder / 'run'}").returncode == 0
     files = folder / "files"
-    for name in ("good", "empty", "pictures", "bins", "llama", "pickle", "nojson"):
+    for name in ("good", "empty", "pictures", "bins", "mamba", "pickle", "nojson"):
         (files / name).mkdir(parents=True)
     (files / "good" / "a.txt").write_text("some words, and more words\n" * 40)
     (files / "good" / "b.txt").write_text("other words, and again others\n" * 40)
@@ -185,7 +185,7 @@ def places(store, tmp_path_factory):
     (files / "text.gz.txt.gz").write_text("this is not gzip\n")
     (files / "text.parquet").write_text("this is not parquet\n")
     (files / "latin1.txt").write_bytes("déjà vu".encode("latin-1"))
-    (files / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    (files / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
     (files / "pickle" / "config.json").write_text('{"model_type": "gpt2"}')
     (files / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x02")
     (files / "nojson" / "config.json").write_text("{")

@@ -54,6 +54,7 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int | str = -1, a
       UserError: options that no class has, no such or a damaged checkpoint, values that are not finite, a folder
         that is not empty.
     """
+    config_lib.validate(config)
     config = config.copy_and_resolve_references()
     config.train.update({"attention": "xla", "dtype": "auto", "remat": "none"})  # nothing is computed here
     config_lib.enable_x64(config)
