@@ -161,9 +161,9 @@ MUTATIONS = [
     ),
     Mutation("training/spikes.py", "mean + sigmas * deviation", "mean + sigmas * deviation**2", "spikes"),
     Mutation(
-        "training/optimizer.py",
-        'return names[-1] in ("kernel", "embedding")',
-        'return names[-1] in ("kernel",)',
+        "training/groups.py",
+        'return "head" if "lm_head" in outer else "embedding"',
+        'return "embedding"',
         "optimizer",
     ),
     Mutation("training/optimizer.py", "peak / (warmup + 1), peak, warmup", "0.0, peak, warmup", "optimizer"),
