@@ -15,8 +15,8 @@ order), with about 61 million tokens each; --config.data.source_options.max_file
 Length: 20 tokens per parameter, 3.3 billion tokens for 124m and 8.1 billion for 350m. --config.train.tokens or
 --config.train.tokens_per_parameter set another one, and the decay follows.
 
-Hardware: as `gpt2.py`. Time and result: the project has not run either size. What the project has measured, change by
-change, is a model of 4 layers of width 256: docs/learning.md.
+Hardware: as `gpt2.py`. Time and result: the project has not run either size. docs/learning.md says how its changes are
+measured one by one on a model of 4 layers of width 256.
 
 Rates and decays are those of a tuned run by others (modded-nanogpt's `train_gpt_simple`, its record 36: FineWeb
 validation loss 3.28 at 124M after 1.70 billion tokens, for which nanoGPT's hyperparameters need about 9 billion). Their
