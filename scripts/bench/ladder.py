@@ -6,10 +6,11 @@
     python scripts/bench/ladder.py --store=data/rfc --layers=6 --width=384 --steps=1000 --only=gpt2,modern
     python scripts/bench/ladder.py --time                   # ms of a step of every rung, in turns
 
-A rung changes some fields of the rung below it. Its main learning rate is tuned with the first seed over a grid of at
-least four values, and the best one is run with the other seeds. Each run is a process of its own, with the trainer's
-compiled steps, data order and evaluation on the whole validation split. Runs that are in the file are not repeated, so
-the script may be stopped at any time. `ladder_table.py` makes the tables and plots of docs/learning.md from the file.
+A rung changes some fields of the rung below it and is run with three seeds. Each arm's main learning rate is tuned over
+at least four values with the first seed; a rung without a grid takes the best rate of the last grid below it. Each run
+is a process of its own, with the trainer's compiled steps, data order and evaluation on the whole validation split.
+Runs that are in the file are not repeated, so the script may be stopped at any time. `ladder_table.py` makes the tables
+and plots of docs/learning.md from the file.
 """
 
 import argparse
@@ -41,7 +42,7 @@ BASE = {
 SEEDS = (1337, 1, 2)
 STEPS = 150  # of a rung: 0.31M tokens
 LONG = 6 * STEPS  # of the AdamW that the last rung is compared with
-EMA = (0.9, 0.95, 0.98, 0.99)  # decays of averaged weights, all evaluated at the end of every run
+EMA = (0.9, 0.95, 0.98)  # decays of averaged weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,24 +51,27 @@ class Rung:
 
     Attributes:
       fields: what differs from the newest rung above it in `RUNGS` that is taken.
-      rate, grid: the field that is tuned, and its values.
+      rate, grid: the field that is tuned, and its values; without a grid, those of the newest rung above that has one.
       steps: length of the schedule.
       taken: whether the next rungs build on it: its gain is at least one standard deviation.
+      averages: whether moving averages of the weights are evaluated too.
     """
 
     name: str
     fields: dict
-    rate: str = "optim.muon_learning_rate"
-    grid: tuple = (0.01, 0.02, 0.03, 0.04)
+    rate: str = ""
+    grid: tuple = ()
     steps: int = STEPS
     taken: bool = True
+    averages: bool = False
 
 
 ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 2e-3, 4e-3, 8e-3)}
+MUON = {"rate": "optim.muon_learning_rate", "grid": (0.01, 0.014, 0.02, 0.028)}
 RUNGS = (
-    Rung("gpt2 of 900 steps", {}, **ADAMW, steps=LONG),
+    Rung("gpt2 of 900 steps", {}, **ADAMW, steps=LONG, taken=False),
     Rung("gpt2", {}, **ADAMW),
-    Rung("muon", {"optim.name": "muon", "optim.learning_rate": 3e-3}),
+    Rung("muon", {"optim.name": "muon", "optim.learning_rate": 3e-3}, **MUON),
     Rung("rope", {"model.position": "rope"}),
     Rung("rmsnorm without scale and biases", {"model.norm": "rmsnorm", "model.norm_scale": False, "model.bias": False}),
     Rung("relu2", {"model.activation": "relu2"}),
@@ -85,32 +89,83 @@ RUNGS = (
             "optim.warmup_fraction": 0.0,
         },
     ),
-    Rung("b1 of 0.8 and no clipping", {"optim.b1": 0.8, "optim.clip_norm": 0.0}),
-    Rung("rates by group", {"optim.learning_rate": 0.008, "optim.groups.embedding.learning_rate": 0.012}),
+    Rung("b1 0.8, decay 0.01, no clipping", {"optim.b1": 0.8, "optim.weight_decay": 0.01, "optim.clip_norm": 0.0}),
+    Rung(
+        "rates by group",
+        {"optim.groups.embedding.learning_rate": 0.012},
+        rate="optim.groups.head.learning_rate",
+        grid=(0.006, 0.01, 0.014, 0.02),
+    ),
+    Rung("momentum 0.9, b2 0.98", {"optim.muon_momentum": 0.9, "optim.b2": 0.98}, **MUON),
+    Rung("rope base 1024", {"model.rope_base": 1024.0}),
     # not taken
     Rung("normuon", {"optim.name": "normuon"}, taken=False),
-    Rung("cautious weight decay", {"optim.cautious_weight_decay": True}, taken=False),
-    Rung("weight decay to zero", {"optim.weight_decay_schedule": "learning_rate"}, taken=False),
-    Rung("momentum of 0.9", {"optim.muon_momentum": 0.9}, taken=False),
-    Rung("rope base of 1024", {"model.rope_base": 1024.0}, taken=False),
+    Rung("decay 0.1", {"optim.groups.matrices.weight_decay": 0.1}, taken=False),
+    Rung(
+        "decay 0.1, cautious",
+        {"optim.groups.matrices.weight_decay": 0.1, "optim.cautious_weight_decay": True},
+        taken=False,
+    ),
+    Rung(
+        "decay 0.1, to zero",
+        {"optim.groups.matrices.weight_decay": 0.1, "optim.weight_decay_schedule": "learning_rate"},
+        taken=False,
+    ),
     Rung("swiglu", {"model.activation": "swiglu"}, taken=False),
-    Rung("tied head", {"model.tie_embeddings": True}, taken=False),
+    Rung(
+        "tied head",
+        {
+            "model.tie_embeddings": True,
+            "optim.groups.head.learning_rate": -1.0,
+            "optim.groups.embedding.learning_rate": 0.006,
+        },
+        taken=False,
+    ),
+    Rung("averaged weights", {"optim.schedule": "constant"}, taken=False, averages=True),
 )
 
 
-def fields_of(rung: Rung, store: str = "", layers: int = 0, width: int = 0, steps: int = 0) -> dict:
-    """All fields of a rung that differ from the default, but its tuned rate; the arguments replace those of `BASE`."""
+# ---- the fields of a rung
+
+
+def find(figures: dict, fields: dict) -> dict | None:
+    """The finished run of these fields."""
+    return next((run for run in figures["runs"] if run["fields"] == fields), None)
+
+
+def best_rate(figures: dict, rung: Rung, shape: dict | None = None) -> float | None:
+    """The value of a rung's grid with the fewest bits per byte; None before its runs are finished."""
+    fields = untuned(figures, rung, shape)
+    runs = [find(figures, fields | {rung.rate: rate, "seed": SEEDS[0]}) for rate in rung.grid]
+    if None in runs:
+        return None
+    return min(runs, key=lambda run: run["bits_per_byte"])["fields"][rung.rate]
+
+
+def untuned(figures: dict, rung: Rung, shape: dict | None = None) -> dict:
+    """The fields of a rung that differ from the default, without the one that it tunes itself.
+
+    Rates of the grids below it are the best ones of the small model, None where they are not known yet.
+
+    Args:
+      shape: replaces fields of `BASE`, for a larger model on other data; with "model.n_embd", heads keep their width.
+    """
     fields = dict(BASE)
     for below in RUNGS[: RUNGS.index(rung)]:
         if below.taken:
             fields |= below.fields
-    fields |= rung.fields | {"train.steps": steps or rung.steps}
-    fields["data.dir"] = store or fields["data.dir"]
-    fields["model.n_layer"] = layers or fields["model.n_layer"]
-    if width:
-        head_dim = fields["model.n_embd"] // fields["model.n_head"]
-        fields |= {"model.n_embd": width, "model.n_head": width // head_dim}
-    return fields
+            if below.grid:
+                fields[below.rate] = best_rate(figures, below)
+    fields |= rung.fields | {"train.steps": rung.steps}
+    head_dim = fields["model.n_embd"] // fields["model.n_head"]
+    fields |= shape or {}
+    return fields | {"model.n_head": fields["model.n_embd"] // head_dim}
+
+
+def tuned(figures: dict, rung: Rung, shape: dict | None = None) -> dict:
+    """`untuned` with the best value of the rung's own grid."""
+    fields = untuned(figures, rung, shape)
+    return fields | {rung.rate: best_rate(figures, rung, shape)} if rung.grid else fields
 
 
 # ---- one run, in a process of its own
@@ -132,8 +187,8 @@ def make_program(fields: dict):
     return Program(resolve(config, store), mesh=single_device()), store
 
 
-def run(fields: dict) -> dict:
-    """Trains with `fields` and evaluates the last weights and their moving averages."""
+def run(fields: dict, averaged: bool) -> dict:
+    """Trains with `fields` and evaluates the last weights and, if `averaged`, their moving averages."""
     from trialgpt_jax.parallel.host_memory import MEMORY
 
     MEMORY.reuse()
@@ -144,7 +199,9 @@ def run(fields: dict) -> dict:
 
     program, store = make_program(fields)
     state, sharding = program.init_state(), batch_sharding(program.mesh)
-    averages = dict.fromkeys(EMA, jax.tree.map(jax.numpy.zeros_like, state.params))
+    averages = {}
+    if averaged:
+        averages = dict.fromkeys(EMA, jax.tree.map(jax.numpy.zeros_like, state.params))
     average = jax.jit(lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new))
     unbiased = jax.jit(lambda total, weight: jax.tree.map(lambda a: a / weight, total))
     batches, losses, seconds = program.train_batches(store.split("train"), 0), [], 0.0
@@ -166,7 +223,7 @@ def run(fields: dict) -> dict:
     every = max(1, len(losses) // 30)
     return {
         "bits_per_byte": evaluate(state.params),
-        "ema": {str(d): evaluate(unbiased(total, 1 - d ** len(losses))) for d, total in averages.items()},
+        "averages": {str(d): evaluate(unbiased(total, 1 - d ** len(losses))) for d, total in averages.items()},
         "tokens": len(losses) * fields["train.batch_size"] * fields["model.block_size"],
         "seconds": seconds,
         "parameters": parameter_count(program.params_layout),
@@ -182,7 +239,8 @@ class Runs:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.lock = options, threading.RLock()
-        self.shape = options.store, options.layers, options.width, options.steps
+        given = {"data.dir": options.store, "model.n_layer": options.layers, "model.n_embd": options.width}
+        self.shape = {name: value for name, value in (given | {"train.steps": options.steps}).items() if value}
         self.cores = list(range(os.cpu_count()))
         try:
             with open(options.output, encoding="utf-8") as file:
@@ -190,14 +248,12 @@ class Runs:
         except FileNotFoundError:
             self.figures = {"runs": []}
 
-    def get(self, fields: dict, seed: int) -> dict:
+    def get(self, fields: dict, averaged: bool = False) -> dict:
         """The run of these fields; executed if the file does not have it."""
-        fields = fields | {"seed": seed}
-        for known in self.figures["runs"]:
-            if known["fields"] == fields:
-                return known
+        if known := find(self.figures, fields):
+            return known
         begin = time.perf_counter()
-        argv = [sys.executable, os.path.abspath(__file__), f"--run={json.dumps(fields)}"]
+        argv = [sys.executable, os.path.abspath(__file__), f"--run={json.dumps([fields, averaged])}"]
         with self.lock:
             cores = [self.cores.pop() for _ in range(max(1, os.cpu_count() // self.options.workers))]
         try:
@@ -228,18 +284,19 @@ class Runs:
         os.replace(part, self.options.output)
 
     def climb(self, rung: Rung) -> None:
-        """Runs the grid with the first seed, and its best value with the others."""
-        fields = fields_of(rung, *self.shape)
+        """Runs the grid with the first seed, and the best rate with every seed."""
         with concurrent.futures.ThreadPoolExecutor(self.options.workers) as pool:
-            tuned = list(pool.map(lambda rate: self.get(fields | {rung.rate: rate}, SEEDS[0]), rung.grid))
-            best = min(tuned, key=lambda each: each["bits_per_byte"])["fields"][rung.rate]
-            seeds = list(pool.map(lambda seed: self.get(fields | {rung.rate: best}, seed), SEEDS))
+            fields = untuned(self.figures, rung, self.shape)
+            if None in fields.values():
+                raise SystemExit(f"{rung.name}: run the rungs with a grid below it first")
+            list(pool.map(lambda rate: self.get(fields | {rung.rate: rate, "seed": SEEDS[0]}), rung.grid))
+            fields = tuned(self.figures, rung, self.shape)
+            seeds = list(pool.map(lambda seed: self.get(fields | {"seed": seed}, rung.averages), SEEDS))
         values = [each["bits_per_byte"] for each in seeds]
-        text = f"{rung.name}: {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f} at {rung.rate}={best:g}"
-        print(text, file=sys.stderr)
+        print(f"{rung.name}: {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}", file=sys.stderr)
 
 
-def measure_steps(rungs: list[Rung], options: argparse.Namespace) -> dict[str, float]:
+def measure_steps(figures: dict, rungs: list[Rung], rounds: int) -> dict[str, float]:
     """Median milliseconds of a step by rung; the rungs take turns, so that a noisy machine slows all alike."""
     import jax
 
@@ -247,10 +304,10 @@ def measure_steps(rungs: list[Rung], options: argparse.Namespace) -> dict[str, f
 
     programs, times = {}, {rung.name: [] for rung in rungs}
     for rung in rungs:
-        program, store = make_program(fields_of(rung))
+        program, store = make_program(tuned(figures, rung))
         batch = put_batch(next(program.train_batches(store.split("train"), 0)), batch_sharding(program.mesh))
         programs[rung.name] = [program, program.init_state(), batch]
-    for n in range(options.rounds + 1):
+    for n in range(rounds + 1):
         for name, entry in programs.items():
             program, state, batch = entry
             begin = time.perf_counter()
@@ -275,13 +332,13 @@ def main() -> None:
     parser.add_argument("--run", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(run(json.loads(options.run))))
+        print(json.dumps(run(*json.loads(options.run))))
         return
     chosen = options.only.split(",") if options.only else [rung.name for rung in RUNGS]
     rungs = [rung for rung in RUNGS if rung.name in chosen]
     runs = Runs(options)
     if options.time:
-        runs.figures["step_ms"] = measure_steps(rungs, options)
+        runs.figures["step_ms"] = measure_steps(runs.figures, rungs, options.rounds)
         runs.save()
         print(json.dumps(runs.figures["step_ms"], indent=1))
         return

@@ -16,29 +16,19 @@ DOC = os.path.join(report.RESULTS, "..", "..", "..", "docs", "learning.md")
 
 def summary(figures: dict, rung: ladder.Rung) -> dict | None:
     """Mean and standard deviation over the seeds at the best rate of a rung, or None if runs are missing."""
-    fields = ladder.fields_of(rung)
-    by_rate = {}
-    for run in figures["runs"]:
-        rest = {name: value for name, value in run["fields"].items() if name not in ("seed", rung.rate)}
-        if rest == {name: value for name, value in fields.items() if name != rung.rate}:
-            by_rate.setdefault(run["fields"][rung.rate], {})[run["fields"]["seed"]] = run
-    tuned = {rate: runs[ladder.SEEDS[0]]["bits_per_byte"] for rate, runs in by_rate.items() if ladder.SEEDS[0] in runs}
-    if not set(rung.grid) <= set(tuned):
+    fields = ladder.tuned(figures, rung)
+    runs = [ladder.find(figures, fields | {"seed": seed}) for seed in ladder.SEEDS]
+    if None in runs:
         return None
-    best = min(tuned, key=tuned.get)
-    if set(by_rate[best]) < set(ladder.SEEDS):
-        return None
-    runs = [by_rate[best][seed] for seed in ladder.SEEDS]
     values = [run["bits_per_byte"] for run in runs]
-    averaged = {d: statistics.mean(run["ema"][d] for run in runs) for d in runs[0]["ema"]}
+    averages = {d: statistics.mean(run["averages"][d] for run in runs) for d in runs[0]["averages"]}
     return {
-        "rate": best,
+        "rate": fields[rung.rate] if rung.grid else None,
         "mean": statistics.mean(values),
         "sigma": statistics.stdev(values),
         "tokens": runs[0]["tokens"],
         "parameters": runs[0]["parameters"],
-        "ema": min(averaged.values()),
-        "at_the_edge": best in (min(rung.grid), max(rung.grid)),
+        "averages": averages,
     }
 
 
