@@ -1,23 +1,25 @@
-"""GPTs of 7 and 13 billion parameters (6.7B and 13B of GPT-3's table) with rotary positions, on FineWeb: 7b, 13b.
+"""Llamas of 7 and 13 billion parameters on FineWeb, with GPT-2's tokenizer: 7b, 13b.
 
     python -m trialgpt_jax.preprocess --config=configs/gpt.py:7b
     python -m trialgpt_jax.train --config=configs/gpt.py:7b --workdir=gs://bucket/gpt_7b
 
 Hardware: docs/scale.md lists the TPU slices and GPU hosts for which both sizes were compiled, with mesh, microbatch and
 memory. The mesh below is that of most of them; `--config.mesh.*` and `--config.train.accumulate_steps` select the
-others. 7b trains on 147 billion tokens, 13b on 262 billion, 20 per parameter.
+others. 20 tokens per parameter are 138 billion for 7b and 262 billion for 13b.
 
 Time and result: the project has compiled this file and run neither size.
 
-Learning rate and batch are GPT-3's for these sizes (Brown et al. 2020, table 2.1), the rest is nanoGPT's.
+Model: RoPE, RMSNorm, SwiGLU, an untied head and no biases, with layers and widths of LLaMA (Touvron et al. 2023, table
+2), so `convert --to_hf` writes transformers' LlamaForCausalLM. Learning rate and batch are GPT-3's for these sizes
+(Brown et al. 2020, table 2.1), the rest is nanoGPT's.
 """
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
 
-SIZES = {  # layers = heads, width, peak learning rate, steps (20 tokens per parameter)
-    "7b": (32, 4096, 1.2e-4, 70_000),
-    "13b": (40, 5120, 1e-4, 125_000),
+SIZES = {  # layers = heads, width, peak learning rate
+    "7b": (32, 4096, 1.2e-4),
+    "13b": (40, 5120, 1e-4),
 }
 
 
@@ -25,7 +27,7 @@ def get_config(size=None):
     if size not in SIZES:
         given = f":{size}: no such size" if size else ": no size is given"
         raise UserError(f"--config=configs/gpt.py{given}; choose one of {', '.join(SIZES)}, as in configs/gpt.py:7b")
-    layers, width, learning_rate, steps = SIZES[size]
+    layers, width, learning_rate = SIZES[size]
     c = default_config()
     c.data.dir = "data/fineweb"
     c.data.source = "fineweb"
@@ -36,9 +38,12 @@ def get_config(size=None):
     c.model.bias = False
     c.model.tie_embeddings = False
     c.model.position = "rope"
+    c.model.norm = "rmsnorm"
+    c.model.activation = "swiglu"
 
     c.optim.learning_rate = learning_rate
-    c.train.steps = steps
+    c.train.steps = 0
+    c.train.tokens_per_parameter = 20.0
     c.train.batch_size = 1024  # x 2,048 tokens = 2.1 million tokens per step
     c.train.accumulate_steps = 4  # microbatches of 256 sequences, over all chips
     c.train.remat = "block"

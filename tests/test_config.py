@@ -21,6 +21,7 @@ from trialgpt_jax.config import (
     load_snapshot,
     validate,
 )
+from trialgpt_jax.model import hf
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.schema import check, specs
@@ -106,8 +107,8 @@ def test_shipped_configs_load_and_are_valid(path):
         ("gpt2.py:1558m", (48, 25, 1600), 2e-4, 1558),
         ("modern.py", (12, 6, 768), 4e-3, 162),
         ("modern.py:350m", (24, 8, 1024), 4e-3, 405),
-        ("gpt.py:7b", (32, 32, 4096), 1.2e-4, 6_854),
-        ("gpt.py:13b", (40, 40, 5120), 1e-4, 13_098),
+        ("gpt.py:7b", (32, 32, 4096), 1.2e-4, 6_888),
+        ("gpt.py:13b", (40, 40, 5120), 1e-4, 13_124),
     ],
 )
 def test_a_size_after_the_colon_selects_the_model(file, shape, learning_rate, millions):
@@ -119,8 +120,20 @@ def test_a_size_after_the_colon_selects_the_model(file, shape, learning_rate, mi
     tables = m.vocab_size * (1 if m.tie_embeddings else 2) + (m.block_size if m.position == "learned" else 0)
     of_norms = m.norm_scale + m.bias  # vectors of one norm
     vectors = m.n_layer * (2 * of_norms + 9 * m.bias) + of_norms  # 9 of the linear layers
-    parameters = tables * m.n_embd + m.n_layer * 12 * m.n_embd**2 + vectors * m.n_embd
+    width = GPTConfig(**{name: m[name] for name in ("n_embd", "n_head", "activation")}).mlp_width
+    matrices = 4 * m.n_embd + (3 if m.activation == "swiglu" else 2) * width
+    parameters = (tables + m.n_layer * matrices + vectors) * m.n_embd
     assert round(parameters / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("file", "architecture"),
+    [("gpt2.py", "GPT2LMHeadModel"), ("modern.py", "NanoChatForCausalLM"), ("gpt.py", "LlamaForCausalLM")],
+)
+def test_each_size_is_a_class_of_transformers(file, architecture):
+    for size in SIZES[file]:
+        _, config = parse(f"--config={ROOT}/configs/{file}:{size}")
+        assert hf.family_of(GPTConfig(**config.model)).architecture == architecture
 
 
 @pytest.mark.parametrize(
