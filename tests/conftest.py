@@ -22,6 +22,9 @@ sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when gcsfs is imported: see gcs_server
+# Half of the time of the tests is LLVM's optimizer at work on small programs; XLA's own passes are those of every run.
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 # For the TPU compiler on a machine without a TPU: do not query the metadata server, and take no lock on the chip.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -161,7 +164,7 @@ def default_file(tmp_path):
 def command(module, *arguments, devices=1):
     """The argument list and environment of a command in its own process, with `devices` CPU devices."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
     return [sys.executable, "-m", f"trialgpt_jax.{module}", *arguments], env
 
 

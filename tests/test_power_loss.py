@@ -179,10 +179,9 @@ class Recording:
 
 
 def train_in(memory, store, *runs, recorder=None):
-    """Runs fakes/record_train.py, which explains `runs`; quickly, because nothing is optimised when it is compiled."""
+    """Runs fakes/record_train.py, which explains `runs`."""
     (memory / "config.json").write_text(json.dumps(run_config(store).to_dict()))
     _, env = command("train")
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     argv = [sys.executable, ROOT / "tests" / "fakes" / "record_train.py", memory / "config.json", memory, *runs]
     env |= {"LD_PRELOAD": recorder} if recorder else {}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
