@@ -49,61 +49,6 @@ def test_time_left_is_in_two_units():
     assert [time_left(s) for s in (7, 65, 3 * 3600 + 60, 100 * 3600)] == ["7s", "1m05s", "3h01m", "4d04h"]
 
 
-class Clock:
-    """Replaces the module `time` of metrics.py."""
-
-    now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(metrics, "time", clock)
-    return clock
-
-
-def test_the_meter_excludes_the_time_between_a_complete_step_and_a_restart(clock):
-    meter = metrics.Meter(tokens_per_step=100, flops_per_token=1.0, peak_flops=None, seconds=7.0)
-    clock.now += 50  # compilation
-    meter.restart(10)
-    clock.now += 2
-    meter.complete(11)
-    clock.now += 30  # evaluation
-    meter.restart(11)
-    clock.now += 4
-    meter.complete(12)
-    assert meter.seconds == 7.0 + 2 + 4
-    assert meter.rates() == {"step_seconds": 3.0, "tokens_per_second": 100 / 3}
-
-
-def test_the_meter_gives_rates_since_the_last_call(clock):
-    meter = metrics.Meter(tokens_per_step=100, flops_per_token=1.0, peak_flops=None)
-    meter.restart(0)
-    for step, seconds in ((1, 1.0), (2, 3.0)):
-        clock.now += seconds
-        meter.complete(step)
-    assert meter.rates()["step_seconds"] == 2.0
-    clock.now += 0.5
-    meter.complete(3)
-    assert meter.rates()["tokens_per_second"] == 200
-    clock.now += 8.0
-    meter.complete(5)  # two steps at once: the first was not fetched
-    assert meter.rates()["step_seconds"] == 4.0
-    assert meter.seconds == 12.5
-
-
-def test_the_meter_gives_mfu_only_if_the_peak_is_known(clock):
-    for peak, expected in ((8000.0, {"mfu": 0.25}), (None, {})):
-        meter = metrics.Meter(tokens_per_step=100, flops_per_token=40.0, peak_flops=peak)
-        meter.restart(0)
-        clock.now += 2.0
-        meter.complete(1)
-        assert meter.rates() == {"step_seconds": 2.0, "tokens_per_second": 50.0} | expected
-
-
 def open_log(folder, resume_step):
     c = default_config()
     c.log.tensorboard = False

@@ -3,7 +3,6 @@
 The same command resumes a workdir that has checkpoints, exactly. SIGTERM or Ctrl-C saves and exits with status 75.
 """
 
-import collections
 import contextlib
 
 import jax
@@ -14,7 +13,7 @@ from trialgpt_jax import config as config_lib
 from trialgpt_jax.console import say
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.evaluation.in_loop import InLoop
-from trialgpt_jax.parallel import accelerators, processes
+from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
 from trialgpt_jax.storage import files, lock
 from trialgpt_jax.training import plan
@@ -111,9 +110,6 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
     step, stopped = first_step, not in_loop.run(first_step, state.params, reporter, stop)
     reporter.restart_clock(first_step)
     stop.begin()
-    pending = collections.deque()  # (step, metrics): dispatched, not fetched yet
-    # Metrics are fetched one step late, so that the device never waits. On CPU a step runs synchronously.
-    late = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
     save_by_clock = processes.AgreedStep()
     batch = put_batch(next(batches), sharding)
     try:
@@ -126,9 +122,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
             if step < n_steps:
                 batch = put_batch(next(batches), sharding)
 
-            pending.append((step, metrics))
-            if len(pending) > late:
-                reporter.step(*pending.popleft())
+            reporter.step(step, metrics)
 
             # once in a while: evaluate, save, stop
             last = step == n_steps
@@ -138,8 +132,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
             evaluate = config.eval.every_steps and (last or step % config.eval.every_steps == 0)
             save = last or stopped or clock or (every and step % every == 0)
             if evaluate or save or in_loop.due(step):
-                while pending:
-                    reporter.step(*pending.popleft())
+                reporter.finish_steps()
                 val_loss = reporter.evaluate(step, state.params) if evaluate else None
                 if save:
                     saver.save(step, state, val_loss, last=last or stopped)

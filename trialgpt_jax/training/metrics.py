@@ -1,4 +1,4 @@
-"""The numbers of a run: FLOPs, bits per byte, clocks and rates; `metrics.jsonl`, `samples.jsonl` and their copies."""
+"""The numbers of a run: FLOPs, bits per byte, its lines; `metrics.jsonl`, `samples.jsonl` and their copies."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, TypedDict
 
@@ -82,44 +81,6 @@ def progress_line(line: dict, steps: int) -> str:
         parts.append(f"mfu {100 * line['mfu']:.1f}%")
     parts.append(f"{time_left((steps - line['step']) * step_seconds)} left")
     return " | ".join(parts)
-
-
-class Meter:
-    """Training time and rates.
-
-    Time counts from `restart` to the completion of a step, so evaluation, saving and compilation are excluded.
-
-    Attributes:
-      seconds: training time since step 0.
-    """
-
-    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None, seconds: float = 0.0):
-        """`peak_flops`: of all devices together; None = unknown, so no MFU. `seconds`: from an earlier process."""
-        self._tokens_per_step, self._flops_per_token, self._peak_flops = tokens_per_step, flops_per_token, peak_flops
-        self.seconds = seconds
-        self._step, self._time = 0, 0.0  # the last completed step and when it was
-        self._window_steps, self._window_seconds = 0, 0.0  # since the last `rates`
-
-    def restart(self, step: int) -> None:
-        """Starts the clock after `step`, which is complete."""
-        self._step, self._time = step, time.monotonic()
-
-    def complete(self, step: int) -> None:
-        """Records that `step` is complete."""
-        now = time.monotonic()
-        self.seconds += now - self._time
-        self._window_seconds += now - self._time
-        self._window_steps += step - self._step
-        self._step, self._time = step, now
-
-    def rates(self) -> dict[str, float]:
-        """step_seconds, tokens_per_second and mfu (if the peak is known) since the last call."""
-        step_seconds = self._window_seconds / self._window_steps
-        self._window_steps, self._window_seconds = 0, 0.0
-        rates = {"step_seconds": step_seconds, "tokens_per_second": self._tokens_per_step / step_seconds}
-        if self._peak_flops:
-            rates["mfu"] = rates["tokens_per_second"] * self._flops_per_token / self._peak_flops
-        return rates
 
 
 def finite(value) -> float | None:

@@ -1,5 +1,6 @@
 """The reports of a training run: lines of steps, evaluations and samples, and the refusal of a run that only skips."""
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +9,8 @@ import jax
 from trialgpt_jax.console import one_line, say
 from trialgpt_jax.data.token_store import Mixture, Split
 from trialgpt_jax.parallel import accelerators
+from trialgpt_jax.training.meter import Completions, Meter
 from trialgpt_jax.training.metrics import (
-    Meter,
     MetricsLog,
     bits_per_byte,
     finite,
@@ -50,7 +51,10 @@ class Reporter:
         peak = chip and chip.peak_flops * jax.device_count()
         seconds = self._log.last.get("seconds", 0.0) if self._log else 0.0
         flops = flops_per_token(program.params_layout, program.gpt)
-        self._meter = Meter(self._tokens_per_step, flops, peak, seconds)
+        self._meter, self._completions = Meter(self._tokens_per_step, flops, peak, seconds), Completions()
+        self._dispatched = collections.deque()  # (step, metrics) of steps that have no line yet
+        # Lines are written one step late, so that the device never waits. On CPU a step runs synchronously.
+        self._late = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
 
     @property
     def seconds(self) -> float:
@@ -61,13 +65,28 @@ class Reporter:
         self._meter.restart(step)
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Waits until `step` is complete, and writes its line where one is due.
+        """Writes the lines that are due up to the step before `step`, which has been dispatched; on CPU up to `step`.
 
         Raises:
           FloatingPointError: train.max_skipped steps in a row were skipped.
         """
-        config, values = self._config, jax.device_get(metrics)
-        self._meter.complete(step)
+        self._completions.add(metrics)
+        self._dispatched.append((step, metrics))
+        self._write_steps(self._late)
+
+    def finish_steps(self) -> None:
+        """Waits until all dispatched steps are complete, and writes their lines; otherwise as `step`."""
+        self._write_steps(0)
+
+    def _write_steps(self, remaining: int) -> None:
+        while len(self._dispatched) > remaining:
+            step, metrics = self._dispatched.popleft()
+            values = jax.device_get(metrics)
+            self._meter.complete(step, self._completions.next())
+            self._write_step(step, values)
+
+    def _write_step(self, step: int, values: dict) -> None:
+        config = self._config
         self._check_skipped(step, values)
         if step % config.log.every_steps and step != config.train.steps:
             return
@@ -152,5 +171,6 @@ class Reporter:
 
     def close(self) -> None:
         """As `MetricsLog.close`."""
+        self._completions.close()
         if self._log:
             self._log.close()
