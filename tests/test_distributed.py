@@ -189,10 +189,17 @@ def test_evaluation_and_generation_in_two_processes_equal_those_of_one(one):
         assert first == alone
 
 
-def test_sigterm_to_one_stops_all_at_one_step_and_other_numbers_of_processes_continue(train, one, tmp_path):
-    """One process, then two, then four; each time the last but one gets the signal, the second time SIGHUP."""
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(((2, signal.SIGTERM, 3), (1, 0, 0)), id="two"),
+        pytest.param(((1, signal.SIGTERM, 3), (2, signal.SIGHUP, 3), (4, 0, 0)), id="four", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_to_one_stops_all_at_one_step_and_other_numbers_of_processes_continue(train, one, tmp_path, parts):
+    """Parts of a run: how many processes, the signal to the last but one of them, and after how many steps."""
     reached = 0
-    for n, number, at in ((1, signal.SIGTERM, 3), (2, signal.SIGHUP, 3), (4, 0, 0)):
+    for n, number, at in parts:
         send = (max(0, n - 2), number, reached + at)
         results, batches = train(tmp_path / "run", n, send=send, first_step=reached)
         assert [r.returncode for r in results] == [75 if at else 0] * n, [r.stderr for r in results]
@@ -240,7 +247,9 @@ def test_a_killed_process_ends_the_others_at_once_and_the_job_starts_again_witho
     assert_same_bits(final_state(tmp_path / "run"), final_state(two[0]))
 
 
-@pytest.mark.parametrize(("number", "who"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+@pytest.mark.parametrize(
+    ("number", "who"), [(signal.SIGKILL, 0), pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow)]
+)
 def test_a_lost_coordinator_or_a_silent_host_ends_the_others_within_the_timeout(train, tmp_path, number, who):
     results, _ = train(tmp_path / "run", 2, "--peer_timeout_seconds=5", send=(who, number, 4))
     left = results[1 - who]
@@ -317,7 +326,8 @@ def test_a_process_that_compiles_40_seconds_longer_is_waited_for(config, tmp_pat
     assert [r.returncode for r in results] == [0, 0], [r.stderr for r in results]
 
 
-@pytest.mark.parametrize("why", [pytest.param("a time limit", marks=pytest.mark.slow), "Ctrl-C"])
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["a time limit", "Ctrl-C"])
 def test_a_time_limit_and_ctrl_c_stop_all_processes_too(train, config, tmp_path, monkeypatch, why):
     """All save by the clock of process 0: here always two steps after the step at which the last save was seen."""
     config = config.copy_and_resolve_references()
