@@ -118,20 +118,12 @@ def train_step_compiled_once():
 
 @contextlib.contextmanager
 def programs_compiled_once():
-    """Models of one config and mesh share their scoring programs, and XLA leaves most optimizations out, because
-    compilation takes most of the time of a small model."""
-    import jax
-
+    """Models of one config and mesh share their scoring programs."""
     from trialgpt_jax import language_model
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(language_model, "Scorer", functools.cache(language_model.Scorer))
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "Scorer", functools.cache(language_model.Scorer))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,6 @@ def job(n, module, *arguments, devices=4, script=None, stopped=None):
     port, started, outputs = free_port(), [], {}
     for i in range(n):
         argv, env = command(module, *arguments, devices=devices // n)
-        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compilation takes most of the time
         argv[1:3] = script(i) if script else argv[1:3]
         argv += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={n}", f"--process_id={i}"] * (n > 1)
         started.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))

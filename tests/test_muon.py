@@ -193,7 +193,6 @@ print(json.dumps(results))
 def test_devices_of_a_mesh_divide_the_matrices_and_none_gathers_a_stack():
     """Five layers on eight devices, which do not divide them."""
     _, env = command("train", devices=8)
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compilation
     script = subprocess.run(
         [sys.executable, "-c", _MESHES], env=env, capture_output=True, text=True, timeout=200, check=False
     )

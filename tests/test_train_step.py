@@ -11,26 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import command, every_option, small_config
+from conftest import ROOT, command, every_option, small_config
 from model_options import random_params, reference_logits
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, cli
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
 from trialgpt_jax.training.checkpoint import Checkpoints
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.train_step import eval_step, nonfinite, train_step
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly(request, monkeypatch):
-    """Turns LLVM's optimisations off, which are half of the compile time; XLA's passes are the same."""
-    quick = "golden" not in request.node.name
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))  # for child processes
-    jax.config.update("jax_disable_most_optimizations", quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def build(config, devices=1):
@@ -44,10 +34,16 @@ def batch(k=0):
 
 
 def recipe(name):
-    """`small_config` with an optimizer by name, or with every option."""
+    """`small_config` with an optimizer by name, with every option, or with the model and optimizer of a preset."""
     config = small_config("unused")
     if name == "every option":
         return every_option(config)
+    if name == "modern.py":
+        _, preset = cli.parse(["train", f"--config={ROOT}/configs/modern.py:124m"], "", {})
+        preset.model.update({size: config.model[size] for size in ("vocab_size", "block_size", "n_layer", "n_embd")})
+        preset.model.n_head = 2
+        config.update({"model": preset.model, "optim": preset.optim})
+        return config
     config.optim.name = name
     return config
 
@@ -68,6 +64,7 @@ def copied(state):
     [
         ("adamw", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.10339455}),
         ("muon", {"loss": 6.2424936, "grad_norm": 0.7734795, "update_norm": 0.10384761}),
+        ("modern.py", {"loss": 6.2383265, "grad_norm": 0.35108015, "update_norm": 0.5120059}),
         ("every option", {"loss": 6.240873, "grad_norm": 0.49935722, "update_norm": 0.18846121}),
     ],
 )
