@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     flags, config = cli.parse(argv, __doc__, FLAGS)
     if not flags.target:
         raise UserError("--target is missing, e.g. --target=v5e:4x4 or --target=h200")
-    config_lib.enable_x64(config)
+    config_lib.set_precision(config)
     if flags.find_batch:
         report, text = find_batch(config, flags.target)
     else:

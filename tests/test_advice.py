@@ -295,7 +295,7 @@ def test_text_that_yields_too_few_merges():
 
 
 def test_a_library_caller_with_float64():
-    # follows: call config.enable_x64(config) first, or set JAX_ENABLE_X64=1
+    # follows: call config.set_precision(config) first, or set JAX_ENABLE_X64=1
     c = default_config()
     c.model.update({"n_layer": 1, "n_embd": 24, "vocab_size": 300})
     c.train.update({"dtype": "float64", "param_dtype": "float64", "batch_size": 1})

@@ -3,6 +3,7 @@
 import functools
 import json
 import platform
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from conftest import ROOT, command, every_option, small_config
 from model_options import random_params, reference_logits
 
 from trialgpt_jax import UserError, cli
+from trialgpt_jax.config import set_precision
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
@@ -254,6 +256,32 @@ def test_gradients_of_microbatches_are_added_in_float32():
     (loop,) = (e for e in jaxpr.eqns if e.primitive.name in ("scan", "while") and "bf16[4,33]" not in str(e.outvars))
     carried = [v.aval for v in loop.outvars if v.aval.ndim == 3]
     assert len(carried) == 6 and all(aval.dtype == jnp.float32 for aval in carried)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"dtype": "float32"}, "HIGHEST"),
+        ({"dtype": "float32", "matmul_precision": "tensorfloat32"}, "HIGH"),
+        ({"dtype": "float32", "matmul_precision": "bfloat16"}, "DEFAULT"),
+        ({"dtype": "bfloat16"}, "DEFAULT"),
+    ],
+)
+def test_matmuls_of_float32_have_the_precision_that_the_config_names(train, expected):
+    """On a GPU they would be TF32 by default, on a TPU bfloat16."""
+    config = small_config("unused")
+    config.train.update(train)
+    before = jax.config.jax_default_matmul_precision
+    try:
+        set_precision(config)
+        program = Program(config, devices=jax.devices()[:1])
+        step = functools.partial(train_step, config=program.gpt, optimizer=program.optimizer, seed=0)
+        text = jax.jit(functools.partial(step, accumulate_steps=1)).lower(program.layout, batch()).as_text()
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in text.splitlines() if "dot_general" in line]
+    assert len(found) > 10
+    assert {match[1] if match else "DEFAULT" for match in found} == {expected}
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])

@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, arguments, config_file, console, faults
-from trialgpt_jax.config import default_config, enable_x64, fields, load_snapshot, set_field, validate
+from trialgpt_jax.config import default_config, fields, load_snapshot, set_field, set_precision, validate
 from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files
 from trialgpt_jax.training import horizon
@@ -89,7 +89,7 @@ def start(
     environment.check_xla_flags()
     environment.use_compilation_cache()
     checkpoint.report_libraries()
-    enable_x64(config)
+    set_precision(config)
     if jax.config.jax_platforms == "cpu":
         # With asynchronous dispatch the temporaries of step k are often allocated before those of step k-1 are freed.
         jax.config.update("jax_cpu_enable_async_dispatch", False)

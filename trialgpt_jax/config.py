@@ -241,9 +241,16 @@ def _weights(data_dir: str) -> list[str]:
     return [member.rpartition(":")[2] for member in data_dir.split(",")] if "," in data_dir else []
 
 
-def enable_x64(config: ConfigDict) -> None:
-    """Lets JAX compute in float64, process-wide, if the config asks for it. Called when a command starts."""
-    if "float64" in (config.train.dtype, config.train.param_dtype):
-        import jax  # late: this module imports no JAX
+def set_precision(config: ConfigDict) -> None:
+    """Sets JAX's process-wide precision as the config asks for it. Called when a command starts.
 
+    Without it JAX has no float64, and matmuls of float32 are TF32 on a GPU and bfloat16 on a TPU.
+    """
+    import jax  # late: this module imports no JAX
+
+    train = config.train
+    if "float64" in (train.dtype, train.param_dtype):
         jax.config.update("jax_enable_x64", True)
+    # None elsewhere: asked to be exact, XLA chooses other kernels for matmuls of bfloat16, which are exact anyway.
+    precision = train.matmul_precision if train.dtype == "float32" else None
+    jax.config.update("jax_default_matmul_precision", precision)

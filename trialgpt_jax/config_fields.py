@@ -114,6 +114,11 @@ class Train:
     dtype: str = field(
         "auto", "of matmuls; auto = bfloat16, on CPU float32", choices=("auto", "float32", "bfloat16", "float64")
     )
+    matmul_precision: str = field(
+        "float32",
+        "of matmuls with dtype=float32 on GPU and TPU; tensorfloat32 and bfloat16 round their operands and are faster",
+        choices=("float32", "tensorfloat32", "bfloat16"),
+    )
     param_dtype: str = field("float32", "of parameters and optimizer state", choices=("float32", "float64"))
     attention: str = field(
         "auto", "kernel; auto = cudnn on GPU, splash on TPU, xla on CPU", choices=("auto", "cudnn", "splash", "xla")

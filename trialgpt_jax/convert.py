@@ -57,7 +57,7 @@ def to_hf(config: ConfigDict, workdir: str, folder: str, step: int | str = -1, a
     config_lib.validate(config)
     config = config.copy_and_resolve_references()
     config.train.update({"attention": "xla", "dtype": "auto", "remat": "none"})  # nothing is computed here
-    config_lib.enable_x64(config)
+    config_lib.set_precision(config)
     hf.check_expressible(GPTConfig(**config.model))
     _check_empty(folder, "--to_hf")
     tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
@@ -92,7 +92,7 @@ def from_hf(config: ConfigDict, folder: str, workdir: str, allow_nonfinite: bool
     _check_empty(workdir, "--workdir")
     folder = hub_model.local_folder(folder, "--from_hf")
     config.model.update(hf.read_config(folder))
-    config_lib.enable_x64(config)
+    config_lib.set_precision(config)
     gpt = GPTConfig(**config.model, param_dtype=config.train.param_dtype)
     tensors = hf_folder.SafetensorsFolder(folder)
     names = hf.check_tensors(tensors, gpt).values()

@@ -55,7 +55,7 @@ def _open_store(config: ConfigDict, workdir: str) -> TokenStore:
 
 
 def _load(config: ConfigDict, workdir: str, step: int | str) -> tuple[Program, dict, int]:
-    config_lib.enable_x64(config)
+    config_lib.set_precision(config)
     program = Program(config, mesh=run_mesh(config))
     return program, *load_params(workdir, program.params_layout, step)
 

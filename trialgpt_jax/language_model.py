@@ -98,7 +98,7 @@ class LanguageModel(Driven):
           UserError: no such checkpoint, or a damaged one.
         """
         config = config_lib.load_snapshot(workdir) if config is None else config
-        config_lib.enable_x64(config)
+        config_lib.set_precision(config)
         program = Program(config, mesh=run_mesh(config) if mesh is None else mesh)
         params, step = load_params(workdir, program.params_layout, step)
         tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)

@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
       UserError: a config, token store or workdir that cannot be used, or a full disk.
     """
     config_lib.validate(config, jax.device_count())
-    config_lib.enable_x64(config)
+    config_lib.set_precision(config)
     store = open_store(workdir_lib.find_data(config.data.dir, workdir))
     workdir_lib.check_tokenizer(store, workdir)
     given, config = config, resolve(config, store)

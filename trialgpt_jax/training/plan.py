@@ -118,7 +118,7 @@ def describe(program: Program, store: TokenStore) -> str:
     text = (
         f"{jax.device_count()} x {device.device_kind}, mesh {dict(program.mesh.shape)}, "
         f"{jax.process_count()} process(es)\n"
-        f"{n_params:,} parameters, {gpt.dtype} matmuls, attention kernel {gpt.attention}, "
+        f"{n_params:,} parameters, {gpt.dtype} matmuls{_rounded(program)}, attention kernel {gpt.attention}, "
         f"remat {gpt.remat}\n"
         f"{tokens_per_step:,} tokens per step, {total:.3g} in {train.steps:,} steps, {total / n_params:.3g} per "
         f"parameter: {epochs} of {split.n_tokens:,} tokens\n"
@@ -129,6 +129,14 @@ def describe(program: Program, store: TokenStore) -> str:
     if total / split.n_tokens > _MANY_EPOCHS:
         text += f"\nwarning: {epochs} of {split.n_tokens:,} tokens; give more text, or make the run shorter"
     return text
+
+
+def _rounded(program: Program) -> str:
+    """What a matmul of float32 rounds its operands to on this device, if it does."""
+    precision, platform = program.config.train.matmul_precision, program.mesh.devices.flat[0].platform
+    if program.gpt.dtype != "float32" or precision == "float32" or platform == "cpu":
+        return ""
+    return f" of operands rounded to {precision}"
 
 
 def _members(store: TokenStore, total: float) -> Iterator[str]:

@@ -65,7 +65,7 @@ class Program:
         self.gpt = gpt_config(config, mesh.devices.flat[0].platform)
         for field, name in (("train.dtype", self.gpt.dtype), ("train.param_dtype", self.gpt.param_dtype)):
             if jax.dtypes.canonicalize_dtype(name) != jnp.dtype(name):
-                raise UserError(f"{field} is {name}; call config.enable_x64(config) first, or set JAX_ENABLE_X64=1")
+                raise UserError(f"{field} is {name}; call config.set_precision(config) first, or set JAX_ENABLE_X64=1")
         self.optimizer = make_optimizer(config.optim, config.train.steps)
 
     @functools.cached_property
