@@ -29,7 +29,7 @@ from jax.experimental import topologies
 
 from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.model.generate import CHUNK, compile_decode
+from trialgpt_jax.model.decode import CHUNK, compile_decode
 from trialgpt_jax.model.scoring import Scorer
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.axes import mesh_sizes

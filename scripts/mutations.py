@@ -135,9 +135,7 @@ MUTATIONS = [
     ),
     Mutation("model/sampling.py", "(before < top_p)", "(before + probabilities < top_p)", "generate"),
     Mutation("model/sampling.py", "scaled_BxV = logits_BxV / draw.temperature", "scaled_BxV = logits_BxV", "generate"),
-    Mutation(
-        "model/generate.py", "(0, None))(drawing.keys_B, state.n_new)", "(0, None))(drawing.keys_B, 0)", "generate"
-    ),
+    Mutation("model/decode.py", "(0, None))(drawing.keys_B, state.n_new)", "(0, None))(drawing.keys_B, 0)", "generate"),
     Mutation("model/hf.py", "        if shape != want:", "        if len(shape) > 9:", "hf convert"),
     # training
     Mutation("training/train_step.py", "jax.random.fold_in(step_key, rows[0])", "step_key", "train_step"),

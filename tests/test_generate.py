@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from model_options import configs, random_params, reference_logits
 
 from trialgpt_jax import UserError
+from trialgpt_jax.model import decode
 from trialgpt_jax.model import generate as generate_lib
 from trialgpt_jax.model import sampling as sampling_lib
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.generate import compile_decode, generate, keep_ids, split_layers
+from trialgpt_jax.model.decode import compile_decode, keep_ids, split_layers
+from trialgpt_jax.model.generate import generate
 from trialgpt_jax.model.gpt import GPT, logits
 from trialgpt_jax.model.sampling import Sampling
+from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.training.program import params_layout
 
@@ -66,12 +69,12 @@ def test_every_combination_matches_the_numpy_model_and_cached_logits_match_uncac
         expected = np.asarray(uncached(params, config, ids))
         layers = split_layers(params, config)
         padded = np.where(np.arange(T) < prefill, ids, config.vocab_size - 1).astype(np.int32)
-        first, caches = generate_lib._prefill(layers, config, padded, prefill, 1, T)
+        first, caches = decode.prefill(layers, config, padded, prefill, 1, T)
         out = [np.asarray(first)]
 
         @jax.jit
         def one(caches, token_1x1, position):
-            hidden, caches = generate_lib._forward(layers, config, token_1x1, position[None], caches)
+            hidden, caches = decode._forward(layers, config, token_1x1, position[None], caches)
             return logits(layers, config, hidden)[:, 0], caches
 
         for t in range(prefill, T):
@@ -105,6 +108,22 @@ def test_pieces_have_at_most_chunk_tokens_and_add_up_to_max_new_tokens(params):
         pieces = list(generate(params, CONFIG, np.array([1]), max_new_tokens=count, num_samples=3, chunk=4))
         assert all(piece.shape[0] == 3 and 1 <= piece.shape[1] <= 4 for piece in pieces)
         assert sum(piece.shape[1] for piece in pieces) == count
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 30}, {"max_new_tokens": 12, "stop_id": 7, "num_samples": 2}])
+def test_an_accelerator_computes_the_next_chunk_while_one_is_fetched(params, monkeypatch, options):
+    events = []
+
+    def noted(name, function):
+        return lambda *arguments: (events.append(name), function(*arguments))[1]
+
+    here = list(generate(params, CONFIG, np.array([1, 2]), chunk=4, **options))
+    monkeypatch.setattr(accelerators, "dispatches_ahead", lambda platform: True)
+    monkeypatch.setattr(generate_lib._Chunk, "fetch", noted("fetch", generate_lib._Chunk.fetch))
+    monkeypatch.setattr(generate_lib, "decode_cached", noted("dispatch", generate_lib.decode_cached))
+    ahead = list(generate(params, CONFIG, np.array([1, 2]), chunk=4, **options))
+    assert [piece.tolist() for piece in ahead] == [piece.tolist() for piece in here]
+    assert events[:5] == ["dispatch", "fetch", "dispatch", "fetch", "dispatch"]
 
 
 def test_a_sample_depends_only_on_the_seed_and_its_number(params):

@@ -14,8 +14,7 @@ from model_options import random_params, reference_logits
 
 from trialgpt_jax import UserError
 from trialgpt_jax.language_model import LanguageModel
-from trialgpt_jax.model import generate as decoding
-from trialgpt_jax.model import packing, scoring
+from trialgpt_jax.model import decode, packing, scoring
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel.sharding import single_device
@@ -181,10 +180,10 @@ def test_any_number_of_requests_of_any_length_takes_at_most_six_programs():
 
 def test_prompts_of_any_length_take_at_most_eight_programs():
     lm = model(block_size=64, n_layer=1)
-    before = decoding._prefill._cache_size() + decoding._decode._cache_size()
+    before = decode.prefill._cache_size() + decode.decode_cached._cache_size()
     for count in (1, 2, 20):
         lm.generate(["x" * (1 + i * 61 % 70) for i in range(count)], max_new_tokens=2)
-    assert 3 <= decoding._prefill._cache_size() + decoding._decode._cache_size() - before <= 8
+    assert 3 <= decode.prefill._cache_size() + decode.decode_cached._cache_size() - before <= 8
 
 
 def test_logits_are_computed_for_the_scored_positions_alone():

@@ -25,6 +25,7 @@ from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.vocabulary import Vocabulary
 from trialgpt_jax.model import generate as decoding
 from trialgpt_jax.model.config import GPTConfig
+from trialgpt_jax.model.decode import keep_ids, split_layers
 from trialgpt_jax.model.gpt import GPT
 from trialgpt_jax.model.gpt import logits as head_logits
 from trialgpt_jax.model.packing import make_request
@@ -315,10 +316,10 @@ class LanguageModel(Driven):
         return texts, sum(map(len, rows))
 
     def _for_decoding(self) -> tuple[dict, GPTConfig]:
-        """The parameters as `model.generate` takes them, split along tensor alone, without ids that have no text."""
-        params, config = decoding.keep_ids(self._copied_params(), self.config, self.tokenizer.vocab_size)
+        """The parameters as `model.decode` takes them, split along tensor alone, without ids that have no text."""
+        params, config = keep_ids(self._copied_params(), self.config, self.tokenizer.vocab_size)
         with jax.set_mesh(self._copies):
-            return decoding.split_layers(params, config), config
+            return split_layers(params, config), config
 
     def _copied_params(self) -> dict:
         """The parameters on `_copies`, split along tensor alone."""

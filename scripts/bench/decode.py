@@ -19,7 +19,8 @@ from flax import linen as nn
 
 from trialgpt_jax.model import hf
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.generate import generate, split_layers
+from trialgpt_jax.model.decode import split_layers
+from trialgpt_jax.model.generate import generate
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel.accelerators import compute_dtype
 from trialgpt_jax.training.train_step import init_params
