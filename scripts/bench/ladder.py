@@ -66,8 +66,8 @@ class Rung:
     averages: bool = False
 
 
-ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 2e-3, 4e-3, 8e-3)}
-MUON = {"rate": "optim.muon_learning_rate", "grid": (0.01, 0.014, 0.02, 0.028)}
+ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)}
+MUON = {"rate": "optim.muon_learning_rate", "grid": (0.01, 0.014, 0.02, 0.028, 0.04)}
 RUNGS = (
     Rung("gpt2 of 900 steps", {}, **ADAMW, steps=LONG, taken=False),
     Rung("gpt2", {}, **ADAMW),
@@ -204,14 +204,11 @@ def run(fields: dict, averaged: bool) -> dict:
         averages = dict.fromkeys(EMA, jax.tree.map(jax.numpy.zeros_like, state.params))
     average = jax.jit(lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new))
     unbiased = jax.jit(lambda total, weight: jax.tree.map(lambda a: a / weight, total))
-    batches, losses, seconds = program.train_batches(store.split("train"), 0), [], 0.0
+    batches, losses = program.train_batches(store.split("train"), 0), []
     program.train_step  # noqa: B018 - compiles
     for _ in range(fields["train.steps"]):
-        batch = put_batch(next(batches), sharding)
-        begin = time.perf_counter()
-        state, metrics = program.step(state, batch)
+        state, metrics = program.step(state, put_batch(next(batches), sharding))
         losses.append(float(metrics["loss"]))
-        seconds += time.perf_counter() - begin
         averages = {decay: average(old, state.params, decay) for decay, old in averages.items()}
     batches.close()
     val = store.split("val")
@@ -225,7 +222,6 @@ def run(fields: dict, averaged: bool) -> dict:
         "bits_per_byte": evaluate(state.params),
         "averages": {str(d): evaluate(unbiased(total, 1 - d ** len(losses))) for d, total in averages.items()},
         "tokens": len(losses) * fields["train.batch_size"] * fields["model.block_size"],
-        "seconds": seconds,
         "parameters": parameter_count(program.params_layout),
         "loss": [statistics.fmean(losses[i : i + every]) for i in range(0, len(losses), every)],
     }
