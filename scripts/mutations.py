@@ -136,6 +136,7 @@ MUTATIONS = [
     Mutation("model/sampling.py", "(before < top_p)", "(before + probabilities < top_p)", "generate"),
     Mutation("model/sampling.py", "scaled_BxV = logits_BxV / draw.temperature", "scaled_BxV = logits_BxV", "generate"),
     Mutation("model/decode.py", "(0, None))(drawing.keys_B, state.n_new)", "(0, None))(drawing.keys_B, 0)", "generate"),
+    Mutation("model/generate.py", "ahead = int(", "ahead = 0 * int(", "generate"),
     Mutation("model/hf.py", "        if shape != want:", "        if len(shape) > 9:", "hf convert"),
     # training
     Mutation("training/train_step.py", "jax.random.fold_in(step_key, rows[0])", "step_key", "train_step"),
@@ -165,6 +166,8 @@ MUTATIONS = [
         "optimizer",
     ),
     Mutation("training/optimizer.py", "peak / (warmup + 1), peak, warmup", "0.0, peak, warmup", "optimizer"),
+    Mutation("training/meter.py", "return self._times.get()", "return time.monotonic()", "meter"),
+    Mutation("config.py", 'train.matmul_precision if train.dtype == "float32" else None', "None", "train_step"),
     Mutation("training/reporter.py", "if skipped >= train.max_skipped:", "if skipped > train.max_skipped:", "reporter"),
     Mutation("training/reporter.py", 'self._log.last.get("seconds", 0.0)', "0.0", "faults"),
     Mutation("training/saver.py", "self._reporter.sync()", "pass", "power_loss faults"),
