@@ -3,11 +3,12 @@
     python -m trialgpt_jax.preprocess --config=configs/gpt.py:7b
     python -m trialgpt_jax.train --config=configs/gpt.py:7b --workdir=gs://bucket/gpt_7b
 
-Hardware: docs/scale.md lists the TPU slices and GPU hosts for which both sizes were compiled, with mesh, microbatch and
-memory. The mesh below is that of most of them; `--config.mesh.*` and `--config.train.accumulate_steps` select the
-others. 20 tokens per parameter are 138 billion for 7b and 262 billion for 13b.
+Hardware: docs/scale.md lists TPU slices and GPU hosts with mesh, microbatch and memory, compiled for both sizes when
+they had LayerNorm and GELU (6.85 and 13.10 billion parameters, now 6.89 and 13.12). The mesh below is that of most of
+them; `--config.mesh.*` and `--config.train.accumulate_steps` select the others. 20 tokens per parameter are 138 billion
+for 7b and 262 billion for 13b.
 
-Time and result: the project has compiled this file and run neither size.
+Time and result: the project has run neither size.
 
 Model: RoPE, RMSNorm, SwiGLU, an untied head and no biases, with layers and widths of LLaMA (Touvron et al. 2023, table
 2), so `convert --to_hf` writes transformers' LlamaForCausalLM. Learning rate and batch are GPT-3's for these sizes

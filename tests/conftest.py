@@ -22,7 +22,8 @@ sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when gcsfs is imported: see gcs_server
-# Half of the time of the tests is LLVM's optimizer at work on small programs; XLA's own passes are those of every run.
+# Without LLVM's optimizer a train step of `small_config` compiles in 4.7 s of CPU time instead of 11.4. XLA's own
+# passes are those of every run.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 # For the TPU compiler on a machine without a TPU: do not query the metadata server, and take no lock on the chip.

@@ -3,7 +3,7 @@
     python -m trialgpt_jax.preprocess --config=configs/quickstart.py
     python scripts/bench/ladder.py                          # every rung; adds to scripts/bench/results/ladder.json
     python scripts/bench/ladder.py --only=muon,rope         # some of them
-    python scripts/bench/ladder.py --store=data/rfc --layers=6 --width=384 --steps=1000 --only=gpt2,modern
+    python scripts/bench/ladder.py --store=data/rfc --layers=6 --width=384 --steps=1000 --only="gpt2,rope base 1024"
     python scripts/bench/ladder.py --time                   # ms of a step of every rung, in turns
 
 A rung changes some fields of the rung below it and is run with three seeds. Each arm's main learning rate is tuned over
@@ -148,7 +148,7 @@ def untuned(figures: dict, rung: Rung, shape: dict | None = None) -> dict:
     Rates of the grids below it are the best ones of the small model, None where they are not known yet.
 
     Args:
-      shape: replaces fields of `BASE`, for a larger model on other data; with "model.n_embd", heads keep their width.
+      shape: replaces fields of `BASE`: a larger model on other data. Heads keep their width if n_embd changes.
     """
     fields = dict(BASE)
     for below in RUNGS[: RUNGS.index(rung)]:
@@ -331,6 +331,8 @@ def main() -> None:
         print(json.dumps(run(*json.loads(options.run))))
         return
     chosen = options.only.split(",") if options.only else [rung.name for rung in RUNGS]
+    if unknown := set(chosen) - {rung.name for rung in RUNGS}:
+        parser.error(f"--only: no rung is called {', '.join(sorted(unknown))}")
     rungs = [rung for rung in RUNGS if rung.name in chosen]
     runs = Runs(options)
     if options.time:

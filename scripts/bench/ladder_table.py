@@ -21,15 +21,24 @@ def summary(figures: dict, rung: ladder.Rung) -> dict | None:
     if None in runs:
         return None
     values = [run["bits_per_byte"] for run in runs]
-    averages = {d: statistics.mean(run["averages"][d] for run in runs) for d in runs[0]["averages"]}
     return {
-        "rate": fields[rung.rate] if rung.grid else None,
+        "rate": _rate(rung, fields),
         "mean": statistics.mean(values),
         "sigma": statistics.stdev(values),
         "tokens": runs[0]["tokens"],
         "parameters": runs[0]["parameters"],
-        "averages": averages,
+        "averages": {d: statistics.mean(run["averages"][d] for run in runs) for d in map(str, ladder.EMA)}
+        if rung.averages
+        else {},
     }
+
+
+def _rate(rung: ladder.Rung, fields: dict) -> str:
+    """The best value of a rung's own grid."""
+    if not rung.grid:
+        return ""
+    edge = " (end of the grid)" if fields[rung.rate] in (min(rung.grid), max(rung.grid)) else ""
+    return f"{fields[rung.rate]:g}{edge}"
 
 
 def ladder_table(figures: dict) -> str:
@@ -50,7 +59,7 @@ def ladder_table(figures: dict) -> str:
         milliseconds = figures.get("step_ms", {}).get(rung.name)
         lines.append(
             f"| {rung.name} | {row['mean']:.4f} | {row['sigma']:.4f} | {gain} | {relative} "
-            f"| {row['rate']:g}{' (end of the grid)' if row['at_the_edge'] else ''} | {row['parameters'] / 1e6:.2f}M "
+            f"| {row['rate']} | {row['parameters'] / 1e6:.2f}M "
             f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {'yes' if rung.taken else 'no'} |"
         )
         if rung.taken and rung.steps == ladder.STEPS:
@@ -59,12 +68,13 @@ def ladder_table(figures: dict) -> str:
 
 
 def average_table(figures: dict) -> str:
-    """Markdown: the last weights against the best moving average of them."""
-    lines = ["| change | last weights | best average |", "|---|---|---|"]
+    """Markdown: the last weights against moving averages of them, with the decays of `ladder.EMA`."""
+    lines = [f"| change | last weights | {' | '.join(f'average, {d}' for d in ladder.EMA)} |"]
+    lines.append("|---|---|" + "---|" * len(ladder.EMA))
     for rung in ladder.RUNGS:
-        row = summary(figures, rung)
-        if row and rung.taken:
-            lines.append(f"| {rung.name} | {row['mean']:.4f} | {row['ema']:.4f} |")
+        if rung.averages and (row := summary(figures, rung)):
+            cells = " | ".join(f"{value:.4f}" for value in row["averages"].values())
+            lines.append(f"| {rung.name} | {row['mean']:.4f} | {cells} |")
     return "\n".join(lines)
 
 
@@ -72,6 +82,8 @@ def plot(figures: dict) -> str:
     """A mermaid chart: bits per byte after each rung that is taken."""
     rows = [(rung, summary(figures, rung)) for rung in ladder.RUNGS if rung.taken and rung.steps == ladder.STEPS]
     rows = [(rung.name, row["mean"]) for rung, row in rows if row]
+    if not rows:
+        return ""
     names, values = ", ".join(f'"{name}"' for name, _ in rows), ", ".join(f"{value:.3f}" for _, value in rows)
     low, high = min(v for _, v in rows), max(v for _, v in rows)
     return "\n".join(

@@ -77,7 +77,7 @@ def compile_decode(
     The loop's body, one token of every sample, occurs once in the program: its bytes are those of one token.
 
     Args:
-      config: the model, for the mesh's platform.
+      config: the model; its dtype and kernels are those of the mesh's platform.
       mesh: from `make_mesh`.
       params_layout: ShapeDtypeStructs of the parameters, from `Program.params_layout`.
       num_samples: B.
