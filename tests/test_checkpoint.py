@@ -242,7 +242,7 @@ def test_a_failed_save_raises_once_and_leaves_the_other_checkpoints_unchanged(wh
             checkpoints.poll()
     message = str(failure.value)
     assert "step 4" in message and str(folder) in message and "last good checkpoint is 3" in message
-    assert "the disk is full: the checkpoint takes 16.4 kB, and " in message and "\n" not in message
+    assert "the disk is full: the checkpoint's arrays take 16.4 kB, and " in message and "\n" not in message
     checkpoints.wait()  # the error is raised once
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert os.listdir(folder.parent) == ["checkpoints"] and sorted(os.listdir(folder)) == ["1", "2", "3"]

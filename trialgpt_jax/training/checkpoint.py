@@ -159,8 +159,8 @@ class Checkpoints(CheckpointFolder):
         if files.is_disk_full(error):
             free = files.free_bytes(self._folder)
             missing = f", {human_size(n_bytes - free)} too few" if free < n_bytes else ""
-            sizes = f"takes {human_size(n_bytes)}, and {human_size(free)} are free without it{missing}"
-            why = f"the disk is full: the checkpoint {sizes}"
+            sizes = f"arrays take {human_size(n_bytes)}, and {human_size(free)} are free without it{missing}"
+            why = f"the disk is full: the checkpoint's {sizes}"
         return SaveError(
             f"the checkpoint of step {step} could not be saved in {self._folder}: {why}; {self.last_good()}"
         )
