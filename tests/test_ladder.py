@@ -41,8 +41,8 @@ def test_a_rung_takes_the_best_rates_of_the_grids_above_it(scripts):
     rung = {rung.name: rung for rung in ladder.RUNGS}
     figures = climbed(ladder)
     assert ladder.untuned(figures, rung["rope"])["optim.muon_learning_rate"] == rung["muon"].grid[1]
-    last = ladder.untuned(figures, rung["swiglu"])
-    assert last["optim.groups.head.learning_rate"] == rung["rates by group"].grid[1]
+    last = ladder.untuned(figures, rung["normuon"])
+    assert last["optim.muon_learning_rate"] == rung["momentum 0.9, betas 0.8 and 0.98, rope base 1024"].grid[1]
     assert "optim.name" in last and "optim.name" not in ladder.untuned(figures, rung["gpt2"])
     wide = ladder.untuned(figures, rung["gpt2"], {"model.n_embd": 384})
     assert (wide["model.n_embd"], wide["model.n_head"]) == (384, 6)
@@ -55,9 +55,9 @@ def test_the_tables_have_a_row_for_each_rung_that_is_complete(scripts):
     rows = tables.ladder_table(figures).splitlines()[2:]
     assert [row.split(" | ")[0].lstrip("| ") for row in rows] == [rung.name for rung in ladder.RUNGS]
     assert rows[1].startswith("| gpt2 | 1.9900 | 0.0020 |") and "| 740 | yes |" in rows[1] and "| 0.0014 |" in rows[1]
-    assert rows[2].startswith("| muon | 1.9800 | 0.0020 | +0.0100 | +5.0 | 0.014 |")
+    assert rows[2].startswith("| muon | 1.9800 | 0.0020 | +0.0100 | +5.0 | 0.02 |")
     assert "(end of the grid)" in tables.ladder_table(climbed(ladder, best=0))
-    assert tables.average_table(figures).splitlines()[2].endswith("| 1.8800 | 1.8800 | 1.8800 |")
-    assert '"gpt2"' in tables.plot(figures) and "swiglu" not in tables.plot(figures)
+    assert tables.average_table(figures).splitlines()[2].endswith("| 1.9500 | 1.9500 | 1.9500 |")
+    assert '"gpt2"' in tables.plot(figures) and "normuon" not in tables.plot(figures)
     figures["runs"] = [run for run in figures["runs"] if run["fields"]["seed"] != ladder.SEEDS[2]]
     assert len(tables.ladder_table(figures).splitlines()) == 2 and tables.plot(figures) == ""

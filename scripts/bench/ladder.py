@@ -67,21 +67,23 @@ class Rung:
 
 
 ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)}
-MUON = {"rate": "optim.muon_learning_rate", "grid": (0.01, 0.014, 0.02, 0.028, 0.04)}
+MUON = {"rate": "optim.muon_learning_rate", "grid": (0.014, 0.02, 0.028, 0.04)}
 RUNGS = (
     Rung("gpt2 of 900 steps", {}, **ADAMW, steps=LONG, taken=False),
     Rung("gpt2", {}, **ADAMW),
     Rung("muon", {"optim.name": "muon", "optim.learning_rate": 3e-3}, **MUON),
     Rung("rope", {"model.position": "rope"}),
-    Rung("rmsnorm without scale and biases", {"model.norm": "rmsnorm", "model.norm_scale": False, "model.bias": False}),
+    Rung("rmsnorm without scale, no biases", {"model.norm": "rmsnorm", "model.norm_scale": False, "model.bias": False}),
     Rung("relu2", {"model.activation": "relu2"}),
     Rung("qk_norm", {"model.qk_norm": True}),
-    Rung("untied head and zero init", {"model.tie_embeddings": False, "model.zero_init_proj": True}),
-    Rung("embed_norm", {"model.embed_norm": True}),
+    Rung(
+        "untied head, zero init, embed_norm",
+        {"model.tie_embeddings": False, "model.zero_init_proj": True, "model.embed_norm": True},
+    ),
     Rung("softcap 15", {"model.logit_softcap": 15.0}),
     Rung("heads of 128", {"model.n_head": 2}),
     Rung(
-        "wsd to zero without warmup",
+        "wsd to zero, no warmup",
         {
             "optim.schedule": "wsd",
             "optim.decay_fraction": 0.7,
@@ -89,35 +91,28 @@ RUNGS = (
             "optim.warmup_fraction": 0.0,
         },
     ),
-    Rung("b1 0.8, decay 0.01, no clipping", {"optim.b1": 0.8, "optim.weight_decay": 0.01, "optim.clip_norm": 0.0}),
     Rung(
-        "rates by group",
-        {"optim.groups.embedding.learning_rate": 0.012},
-        rate="optim.groups.head.learning_rate",
-        grid=(0.006, 0.01, 0.014, 0.02),
+        "rates by group, no clipping",
+        {
+            "optim.groups.head.learning_rate": 0.01,
+            "optim.groups.embedding.learning_rate": 0.012,
+            "optim.weight_decay": 0.01,
+            "optim.clip_norm": 0.0,
+        },
     ),
-    Rung("momentum 0.9, b2 0.98", {"optim.muon_momentum": 0.9, "optim.b2": 0.98}, **MUON),
-    Rung("rope base 1024", {"model.rope_base": 1024.0}),
+    Rung(
+        "momentum 0.9, betas 0.8 and 0.98, rope base 1024",
+        {"optim.muon_momentum": 0.9, "optim.b1": 0.8, "optim.b2": 0.98, "model.rope_base": 1024.0},
+        **MUON,
+    ),
     # not taken
     Rung("normuon", {"optim.name": "normuon"}, taken=False),
-    Rung("decay 0.1", {"optim.groups.matrices.weight_decay": 0.1}, taken=False),
     Rung(
-        "decay 0.1, cautious",
-        {"optim.groups.matrices.weight_decay": 0.1, "optim.cautious_weight_decay": True},
-        taken=False,
-    ),
-    Rung(
-        "decay 0.1, to zero",
-        {"optim.groups.matrices.weight_decay": 0.1, "optim.weight_decay_schedule": "learning_rate"},
-        taken=False,
-    ),
-    Rung("swiglu", {"model.activation": "swiglu"}, taken=False),
-    Rung(
-        "tied head",
+        "decay 0.1, cautious, to zero",
         {
-            "model.tie_embeddings": True,
-            "optim.groups.head.learning_rate": -1.0,
-            "optim.groups.embedding.learning_rate": 0.006,
+            "optim.groups.matrices.weight_decay": 0.1,
+            "optim.cautious_weight_decay": True,
+            "optim.weight_decay_schedule": "learning_rate",
         },
         taken=False,
     ),
@@ -279,17 +274,16 @@ class Runs:
             file.write("\n")
         os.replace(part, self.options.output)
 
-    def climb(self, rung: Rung) -> None:
-        """Runs the grid with the first seed, and the best rate with every seed."""
+    def climb(self, rungs: list[Rung]) -> None:
+        """Runs the grids one after another with the first seed, then the best rates of all rungs with every seed."""
         with concurrent.futures.ThreadPoolExecutor(self.options.workers) as pool:
-            fields = untuned(self.figures, rung, self.shape)
-            if None in fields.values():
-                raise SystemExit(f"{rung.name}: run the rungs with a grid below it first")
-            list(pool.map(lambda rate: self.get(fields | {rung.rate: rate, "seed": SEEDS[0]}), rung.grid))
-            fields = tuned(self.figures, rung, self.shape)
-            seeds = list(pool.map(lambda seed: self.get(fields | {"seed": seed}, rung.averages), SEEDS))
-        values = [each["bits_per_byte"] for each in seeds]
-        print(f"{rung.name}: {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}", file=sys.stderr)
+            for rung in rungs:
+                fields = untuned(self.figures, rung, self.shape)
+                if None in fields.values():
+                    raise SystemExit(f"{rung.name}: run the rungs with a grid below it first")
+                list(pool.map(self.get, [fields | {rung.rate: rate, "seed": SEEDS[0]} for rate in rung.grid]))
+            runs = [tuned(self.figures, rung, self.shape) | {"seed": seed} for rung in rungs for seed in SEEDS]
+            list(pool.map(self.get, runs, [rung.averages for rung in rungs for _ in SEEDS]))
 
 
 def measure_steps(figures: dict, rungs: list[Rung], rounds: int) -> dict[str, float]:
@@ -340,8 +334,7 @@ def main() -> None:
         runs.save()
         print(json.dumps(runs.figures["step_ms"], indent=1))
         return
-    for rung in rungs:
-        runs.climb(rung)
+    runs.climb(rungs)
 
 
 if __name__ == "__main__":
