@@ -6,11 +6,11 @@
     python scripts/aot_compile.py --config=configs/gpt2.py:124m --target=v5e:1x1 --decode=8     # decode 8 samples
     python scripts/aot_compile.py --config=configs/gpt2.py:124m --target=v5e:1x1 --score=1024   # score rows of 1,024
 
-Targets: v5e:4x4, v5p:2x2x1, v6e:4x4, v4:2x2x1, TPU7x:2x2x1 (require `libtpu`, from the extras `test` and `tpu`), h200
-or h200:8 (require the extra `cuda`). The compiler is the one that a job on the chip uses, so whether the step fits, its
-memory, collectives and kernels are exact; speed is not measured. --config.train.batch_size is the batch of one
-optimizer step over all chips. Bytes and collectives are those of one step on one chip, counted in the program's text by
-hlo.py.
+Targets: v5e:4x4, v5p:2x2x1, v6e:4x4, v4:2x2x1, TPU7x:2x2x1 (require `libtpu`, from the extras `test` and `tpu`);
+h200, rtx4090, rtx4080, l4, or h200:8 for eight of one host (require the extra `cuda`). The compiler is the one that a
+job on the chip uses, so whether the step fits, its memory, collectives and kernels are exact; speed is not measured.
+--config.train.batch_size is the batch of one optimizer step over all chips. Bytes and collectives are those of one step
+on one chip, counted in the program's text by hlo.py.
 """
 
 import collections
@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process; independent of the target
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would query the metadata server of a TPU VM
@@ -36,20 +37,46 @@ from trialgpt_jax.parallel.axes import mesh_sizes
 from trialgpt_jax.training.metrics import flops_per_token, parameter_count
 from trialgpt_jax.training.program import Program
 
-# The device properties that XLA:GPU reads, for an H200 SXM (NVIDIA's datasheet and CUDA's device properties).
-_H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+
+class Gpu(NamedTuple):
+    """The device properties of a GPU that XLA reads: NVIDIA's datasheets and CUDA's tables by compute capability."""
+
+    name: str
+    compute_capability: str
+    cores: int  # streaming multiprocessors
+    clock_ghz: float
+    bandwidth: float  # bytes/s
+    memory_bytes: float
+    l2_bytes: int
+    shared_bytes: int  # per core; a block can have 1 KiB less
+    threads: int  # per core
+
+
+GPUS = {
+    "h200": Gpu("NVIDIA H200", "9.0", 132, 1.98, 4.8e12, 150e9, 50 * 2**20, 228 * 2**10, 2048),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", "8.9", 128, 2.52, 1.008e12, 24564 * 2**20, 72 * 2**20, 100 * 2**10, 1536),
+    "rtx4080": Gpu("NVIDIA GeForce RTX 4080", "8.9", 76, 2.505, 716.8e9, 16376 * 2**20, 64 * 2**20, 100 * 2**10, 1536),
+    "l4": Gpu("NVIDIA L4", "8.9", 58, 2.04, 300e9, 23034 * 2**20, 48 * 2**20, 100 * 2**10, 1536),
 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 28 patch: 1 }
-device_description_str: "NVIDIA H200"
-"""
+
+
+def gpu_description(gpu: Gpu) -> str:
+    """XLA's `GpuTargetConfigProto` in text form."""
+    major, minor = gpu.compute_capability.split(".")
+    return f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: {48 * 2**10}
+      shared_memory_per_core: {gpu.shared_bytes} threads_per_core_limit: {gpu.threads} core_count: {gpu.cores}
+      fpus_per_core: 128 block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {int(gpu.bandwidth)} l2_cache_size: {gpu.l2_bytes} clock_rate_ghz: {gpu.clock_ghz}
+      device_memory_size: {int(gpu.memory_bytes)} shared_memory_per_block_optin: {gpu.shared_bytes - 2**10}
+      cuda_compute_capability {{ major: {major} minor: {minor} }}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 28 patch: 1 }}
+    device_description_str: "{gpu.name}"
+    """
 
 
 def target_devices(target: str) -> list[jax.Device]:
@@ -59,17 +86,24 @@ def target_devices(target: str) -> list[jax.Device]:
       UserError: no such target, or its compiler is not installed.
     """
     try:
-        if target.startswith("h200"):
-            n = int(target.partition(":")[2] or 1)
-            topology = topologies.get_topology_desc(
-                platform="cuda", topology_name="H200", topology=f"1x1x{n}", target_config=_H200
-            )
+        name, _, n = target.partition(":")
+        if name in GPUS:
+            described = {"topology": f"1x1x{int(n or 1)}", "target_config": gpu_description(GPUS[name])}
+            topology = topologies.get_topology_desc(platform="cuda", topology_name=name, **described)
         else:
             topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
         return list(topology.devices)
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--target={target} cannot be compiled for here: {reason}; see the top of this file") from None
+
+
+def usable_bytes(target: str, device: jax.Device) -> float | None:
+    """Bytes that a program may use on a device of the target; None = unknown."""
+    if gpu := GPUS.get(target.partition(":")[0]):
+        return 0.75 * gpu.memory_bytes  # what JAX's allocator takes; XLA_PYTHON_CLIENT_MEM_FRACTION sets another share
+    known = accelerators.chip(device.device_kind)
+    return known and known.memory_bytes
 
 
 def compile_for(config, target: str, decode: int = 0, score: int = 0) -> tuple[dict, str]:
@@ -95,7 +129,7 @@ def compile_for(config, target: str, decode: int = 0, score: int = 0) -> tuple[d
     rows = score and Scorer(gpt, program.mesh).batch_rows(score)
     n_tokens = decode * CHUNK or rows * score or config.train.batch_size * gpt.block_size
     flops = 2 * parameter_count(params) if decode or score else flops_per_token(params, gpt)
-    known = accelerators.chip(devices[0].device_kind)
+    available = usable_bytes(target, devices[0])
     report = {
         "target": target,
         "device_kind": devices[0].device_kind,
@@ -108,7 +142,7 @@ def compile_for(config, target: str, decode: int = 0, score: int = 0) -> tuple[d
         "attention": gpt.attention,
         "remat": gpt.remat,
         "jax": jax.__version__,
-        "bytes_of_chip": known and known.memory_bytes,
+        "bytes_of_chip": available,
     }
     try:
         if decode:
@@ -127,7 +161,7 @@ def compile_for(config, target: str, decode: int = 0, score: int = 0) -> tuple[d
     )
     text = _text(compiled)
     report |= {
-        "fits": known is None or needed <= known.memory_bytes,
+        "fits": available is None or needed <= available,
         "bytes_needed": needed,
         "argument_bytes": plan.argument_size_in_bytes,
         "temporary_bytes": plan.temp_size_in_bytes,

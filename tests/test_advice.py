@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import fsspec
 import jax
@@ -28,7 +29,7 @@ from trialgpt_jax.model import generate
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.sampling import DEFAULT_SAMPLING
 from trialgpt_jax.parallel import processes
-from trialgpt_jax.parallel.accelerators import attention_kernel
+from trialgpt_jax.parallel.accelerators import attention_kernel, check_dtype
 from trialgpt_jax.preprocess import preprocess
 from trialgpt_jax.storage import files, json_files, lease, lock
 from trialgpt_jax.training import metrics
@@ -424,3 +425,14 @@ def test_what_lowers_the_memory_of_a_step(store, lever):
         return Program(config).train_step.memory_analysis().temp_size_in_bytes
 
     assert temporaries(**lever) < 0.8 * temporaries()
+
+
+def test_bfloat16_on_a_gpu_without_it_is_refused_and_what_is_proposed_runs():
+    # follows: set train.dtype=float32 and train.attention=xla
+    card = types.SimpleNamespace(device_kind="Tesla T4", compute_capability="7.5")
+    assert "Tesla T4 has 7.5" in message(check_dtype, "bfloat16", card)
+    check_dtype("float32", card)
+    assert attention_kernel("xla", "gpu", **(FUSED | {"dtype": "float32"})) == "xla"
+    for capability in ("8.0", "8.9", "10.0", "gfx942"):
+        check_dtype("bfloat16", types.SimpleNamespace(device_kind="", compute_capability=capability))
+    check_dtype("bfloat16", jax.devices()[0])

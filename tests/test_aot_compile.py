@@ -61,6 +61,15 @@ def test_the_step_for_an_h200_fuses_bias_gelu_and_residual_into_the_matmuls(tmp_
     assert not re.search(r"copy\(.*bf16", text)
 
 
+@pytest.mark.parametrize(("target", "accumulate"), [("rtx4090", 15), ("l4", 15), ("rtx4080", 30)])
+def test_gpt2_fits_gpus_of_24_and_16_gb(target, accumulate):
+    pytest.importorskip("jax_cuda13_plugin", reason="the GPU compiler comes with the extra `cuda`")
+    result = aot_compile(f"--target={target}", f"--config.train.accumulate_steps={accumulate}", "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == 0 and report["fits"] and report["bytes_needed"] < report["bytes_of_chip"] < 18 * 2**30
+    assert report["parameters"] > 124e6 and report["custom_calls"]["__cudnn$fmhaSoftmaxBackward"] == 12
+
+
 @pytest.mark.slow
 def test_fsdp_gathers_every_kernel_twice_and_reduce_scatters_its_gradient_once():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")

@@ -85,6 +85,21 @@ def compute_dtype(name: str, platform: str) -> str:
     return name
 
 
+def check_dtype(dtype: str, device: jax.Device) -> None:
+    """Checks that a device has matmuls of a dtype.
+
+    Raises:
+      UserError: bfloat16 on a GPU older than compute capability 8.0 (V100, T4), which has none.
+    """
+    capability = getattr(device, "compute_capability", "")  # "7.5"; of an AMD GPU "gfx942"
+    major = capability.partition(".")[0]
+    if dtype == "bfloat16" and major.isdigit() and int(major) < 8:
+        raise UserError(
+            f"train.dtype=bfloat16 needs a GPU of compute capability 8.0 or newer, and {device.device_kind} has "
+            f"{capability}; set train.dtype=float32 and train.attention=xla"
+        )
+
+
 def attention_kernel(
     requested: str, platform: str, *, dtype: str, head_dim: int, block_size: int, dropout: float
 ) -> str:

@@ -63,6 +63,7 @@ class Program:
         self.config = config = _with_steps(config)
         self.mesh, self._first_step = mesh, True
         self.gpt = gpt_config(config, mesh.devices.flat[0].platform)
+        accelerators.check_dtype(self.gpt.dtype, mesh.devices.flat[0])
         for field, name in (("train.dtype", self.gpt.dtype), ("train.param_dtype", self.gpt.param_dtype)):
             if jax.dtypes.canonicalize_dtype(name) != jnp.dtype(name):
                 raise UserError(f"{field} is {name}; call config.set_precision(config) first, or set JAX_ENABLE_X64=1")
