@@ -6,8 +6,8 @@
 Data: 8 million documents, 9.04 billion tokens, 18 GB on disk. The schedule is 600,000 steps of 480 x 1,024 tokens,
 295 billion tokens. FLOPs per token: 8.55e8 (124m), 2.4e9 (350m), 5.2e9 (774m), 1.03e10 (1558m).
 
-Hardware, 124m: one GPU or TPU slice. Microbatches of 32 sequences need 14.5 GiB and compile for GPUs of 24 GB (RTX 4090,
-L4), of which JAX takes three quarters; one of 16 GB (RTX 4080) takes --config.train.accumulate_steps=30, 9.7 GiB.
+Hardware, 124m: one GPU or TPU slice. Microbatches of 32 sequences need 14.5 GiB, which compiles for GPUs of 24 GB (RTX
+4090, L4); JAX takes three quarters of them. One of 16 GB (RTX 4080) needs --config.train.accumulate_steps=30, 9.7 GiB.
 Hardware, larger sizes: a TPU slice or several GPUs; the state is split over all of them, and the 32 sequences of a
 microbatch must be divisible by their number. docs/scale.md lists meshes and memory as compiled.
 
