@@ -16,7 +16,7 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 run() {
     printf '\n%s\n' "$1" >&2
     shift
-    echo "+ $(printf '%q ' "$@")" >&2
+    printf '+%s\n' "$(printf ' %q' "$@")" >&2
     "$@"
 }
 run "1 of 4: the text becomes token ids" trialgpt preprocess --config=quickstart "$@"
@@ -35,12 +35,10 @@ for flag in "$@"; do
     flags+=" $(quoted "$flag")"
     case $flag in --config.data.dir=*) store=${flag#*=} ;; esac
 done
+printf '\nMade in %s:\n' "$PWD"
+printf '  %-15s  %s\n' "$VENV" "Python packages and the program \`trialgpt\`" "$store" "the text as token ids" \
+    "$workdir" "checkpoints, metrics.jsonl, config.json"
 cat <<END
-
-Made in $PWD:
-  $VENV  Python packages and the program \`trialgpt\`
-  $store  the text as token ids
-  $workdir  checkpoints, metrics.jsonl, config.json
 Next, one after the other:
   ${cd_root}source $(quoted "$VENV")/bin/activate
   trialgpt infer --workdir=$(quoted "$workdir") --prompt="My fellow citizens" --num_samples=3
