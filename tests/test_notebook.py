@@ -32,7 +32,9 @@ def test_the_notebook_has_no_outputs_and_its_commands_and_names_exist():
     for source in sources(notebook):
         for line in re.findall(r"^!\{trialgpt\} (\w+) (.*)$", source, re.MULTILINE):
             commands.append(line[0])
-            flags = shlex.split(line[1].replace("{FLAGS}", TINY).replace("{OWN} {CORPUS}", "").replace("{OWN} {START}", ""))
+            flags = shlex.split(
+                line[1].replace("{FLAGS}", TINY).replace("{OWN} {CORPUS}", "").replace("{OWN} {START}", "")
+            )
             done = call(line[0], *flags, "--help")  # the other flags are looked at first
             assert done.returncode == 0, done.stderr
         plain = re.sub(r"^( *)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
