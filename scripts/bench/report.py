@@ -27,6 +27,12 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
+def installed(*packages: str) -> dict[str, str]:
+    """`versions` of those that are installed."""
+    found = {name for distribution in importlib.metadata.distributions() if (name := distribution.name) in packages}
+    return versions(*sorted(found))
+
+
 def write(figures: dict, path: str) -> None:
     """Writes the figures as JSON and prints them."""
     text = json.dumps(figures, indent=1)

@@ -4,10 +4,11 @@
 
 Default shapes: on a CPU, GPT-2 124M at 2 x 1,024 and a model of 6 layers of width 384 at 8 x 256, float32; on a GPU,
 GPT-2 124M at 32 x 1,024 with heads of 64 and of 128, bfloat16. Both sides use random ids, AdamW, clipping at norm 1,
-biases and no dropout; nanoGPT's step is that of its train.py, its model.py eager and under torch.compile. Each program
-is a separate process, started as its user would start it, because allocator settings of one would affect the others. A
-round runs every program for --steps steps after one that does not count. Compilation is reported separately. Times are
-synchronised, and the ratio is that of medians.
+biases and no dropout; nanoGPT's step is that of its train.py, its model.py under torch.compile, on a CPU also eager.
+--modern adds the model and optimizer of configs/modern.py at the same shapes. Each program is a separate process,
+started as its user would start it, because allocator settings of one would affect the others. A round runs every
+program for --steps steps after one that does not count. Compilation is reported separately. Times are synchronised, and
+the ratio is that of medians.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 import report
 
+from trialgpt_jax import config_file
 from trialgpt_jax.config import default_config
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.host_memory import MEMORY
@@ -30,7 +32,8 @@ from trialgpt_jax.parallel.sharding import batch_sharding, put_batch, single_dev
 from trialgpt_jax.training.metrics import flops_per_token, parameter_count
 from trialgpt_jax.training.program import Program
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.join(ROOT, "scripts"))
 import hlo
 
 VOCABULARY = 50304  # a multiple of 128: no padding, so both multiply the same matrices
@@ -50,15 +53,16 @@ class Shape:
         return f"{self.layers} layers, {self.heads} heads, width {self.width}, {self.batch} x {self.length}"
 
 
+OURS = ("ours", "modern")
 SHAPES = {"cpu": ["12,12,768,2,1024", "6,6,384,8,256"], "gpu": ["12,12,768,32,1024", "12,6,768,32,1024"]}
 
 
-def ours(shape: Shape, tokens_BxU: np.ndarray) -> tuple:
+def ours(shape: Shape, tokens_BxU: np.ndarray, modern: bool) -> tuple:
     """A function that runs n steps and returns the loss, and facts about the compiled step."""
-    config = default_config()
+    config = config_file.load(os.path.join(ROOT, "configs", "modern.py")) if modern else default_config()
     config.model.update({"vocab_size": VOCABULARY, "block_size": shape.length, "n_layer": shape.layers})
     config.model.update({"n_head": shape.heads, "n_embd": shape.width})
-    config.train.update({"batch_size": shape.batch, "steps": 1000})
+    config.train.update({"batch_size": shape.batch, "accumulate_steps": 1, "steps": 1000, "tokens_per_parameter": 0.0})
     program = Program(config, mesh=single_device())
     gpt, compiled, state = program.gpt, program.train_step, program.init_state()
     batch = put_batch(tokens_BxU, batch_sharding(program.mesh))
@@ -118,11 +122,11 @@ def serve(program: str, shape: Shape, folder: str) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # nanoGPT prints to stdout
     tokens_BxU = np.random.default_rng(0).integers(0, VOCABULARY, (shape.batch, shape.length + 1), np.int32)
-    if program == "ours":
+    if program in OURS:
         if jax.config.jax_platforms == "cpu":  # as `cli.start` does
             jax.config.update("jax_cpu_enable_async_dispatch", False)
             MEMORY.reuse()
-        run, facts = ours(shape, tokens_BxU)
+        run, facts = ours(shape, tokens_BxU, program == "modern")
     else:
         run, facts = nanogpt(folder, shape, tokens_BxU, program == "nanogpt compiled")
     print(json.dumps(facts), file=answers, flush=True)
@@ -130,7 +134,7 @@ def serve(program: str, shape: Shape, folder: str) -> None:
         started = time.perf_counter()
         run(int(line))
         seconds = time.perf_counter() - started
-        stats = jax.devices()[0].memory_stats() if program == "ours" else None
+        stats = jax.devices()[0].memory_stats() if program in OURS else None
         print(json.dumps([seconds, stats and stats["peak_bytes_in_use"]]), file=answers, flush=True)
 
 
@@ -162,6 +166,9 @@ class Server:
 def main() -> None:
     parser = report.parser(__doc__, "train_step", rounds=5)
     parser.add_argument("--peer", metavar="FOLDER", help="nanoGPT's repository, to measure it too")
+    parser.add_argument(
+        "--modern", action="store_true", help="measure the model and optimizer of configs/modern.py too"
+    )
     parser.add_argument("--shapes", nargs="*", help="layers,heads,width,batch,length")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a round")
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # the program that this process runs for the measuring one
@@ -182,7 +189,9 @@ def main() -> None:
     }
     for text in given.shapes or SHAPES[device.platform]:
         shape = Shape(*map(int, text.split(",")))
-        names = ("ours", "nanogpt eager", "nanogpt compiled") if given.peer else ("ours",)
+        names = OURS if given.modern else OURS[:1]
+        if given.peer:
+            names += ("nanogpt eager", "nanogpt compiled") if device.platform == "cpu" else ("nanogpt compiled",)
         servers = {name: Server(name, shape, given.peer or "") for name in names}
         first, seconds = {name: server.run(2) for name, server in servers.items()}, {name: [] for name in names}
         for _ in range(given.rounds):
@@ -198,6 +207,8 @@ def main() -> None:
             "first_two_steps_seconds": {name: round(s, 1) for name, s in first.items()},
             "times_as_fast": {name: round(s / medians["ours"], 3) for name, s in medians.items() if name != "ours"},
         }
+        if given.modern:
+            row["modern"] = servers["modern"].facts
         if chip:
             row["mfu"] = round(tokens / medians["ours"] * facts["flops_per_token"] / chip.peak_flops, 4)
         if peak := servers["ours"].peak_bytes:
