@@ -1,7 +1,7 @@
 """Fine-tunes GPT-2 on your own text, starting from the Hugging Face hub, a folder of its files, or a workdir.
 
-    python -m trialgpt_jax.preprocess --config=configs/finetune.py --config.data.source_options.path=my_texts/
-    python -m trialgpt_jax.train --config=configs/finetune.py --workdir=runs/finetuned
+    trialgpt preprocess --config=finetune --config.data.source_options.path=my_texts/
+    trialgpt train --config=finetune --workdir=runs/finetuned
 
 The weights are those of https://huggingface.co/openai-community/gpt2 (548 MB), kept in the hub's cache. Others are
 named with --config.train.init_from: hf:openai-community/gpt2-xl, a folder with config.json and model.safetensors, or a

@@ -1,7 +1,7 @@
 """Llamas of 7 and 13 billion parameters on FineWeb, with GPT-2's tokenizer: 7b, 13b.
 
-    python -m trialgpt_jax.preprocess --config=configs/gpt.py:7b
-    python -m trialgpt_jax.train --config=configs/gpt.py:7b --workdir=gs://bucket/gpt_7b
+    trialgpt preprocess --config=gpt:7b
+    trialgpt train --config=gpt:7b --workdir=gs://bucket/gpt_7b
 
 Hardware: docs/scale.md lists TPU slices and GPU hosts with mesh, microbatch and memory, compiled for both sizes when
 they had LayerNorm and GELU (6.85 and 13.10 billion parameters, now 6.89 and 13.12). The mesh below is that of most of
@@ -27,7 +27,7 @@ SIZES = {  # layers = heads, width, peak learning rate
 def get_config(size=None):
     if size not in SIZES:
         given = f":{size}: no such size" if size else ": no size is given"
-        raise UserError(f"--config=configs/gpt.py{given}; choose one of {', '.join(SIZES)}, as in configs/gpt.py:7b")
+        raise UserError(f"--config=gpt{given}; choose one of {', '.join(SIZES)}, as in --config=gpt:7b")
     layers, width, learning_rate = SIZES[size]
     c = default_config()
     c.data.dir = "data/fineweb"

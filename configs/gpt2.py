@@ -1,7 +1,7 @@
 """GPT-2 on OpenWebText with nanoGPT's hyperparameters, in four sizes: 124m, 350m, 774m, 1558m.
 
-    python -m trialgpt_jax.preprocess --config=configs/gpt2.py:124m
-    python -m trialgpt_jax.train --config=configs/gpt2.py:124m --workdir=runs/gpt2_124m
+    trialgpt preprocess --config=gpt2:124m
+    trialgpt train --config=gpt2:124m --workdir=runs/gpt2_124m
 
 Data: 8 million documents, 9.04 billion tokens, 18 GB on disk. The schedule is 600,000 steps of 480 x 1,024 tokens,
 295 billion tokens. FLOPs per token: 8.55e8 (124m), 2.4e9 (350m), 5.2e9 (774m), 1.03e10 (1558m).
@@ -36,7 +36,7 @@ SIZES = {  # layers, heads, width, peak learning rate, remat
 
 def get_config(size="124m"):
     if size not in SIZES:
-        raise UserError(f"--config=configs/gpt2.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=gpt2:{size}: no such size; choose one of {', '.join(SIZES)}")
     c = default_config()  # GPT-2 124M on OpenWebText, tokenizer gpt2
     c.model.n_layer, c.model.n_head, c.model.n_embd, c.optim.learning_rate, c.train.remat = SIZES[size]
     c.train.accumulate_steps = 15  # microbatches of 32 sequences, over all chips

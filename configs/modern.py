@@ -1,7 +1,7 @@
 """A GPT with a recipe of 2025 on ClimbMix, in two sizes: 124m, 350m.
 
-    python -m trialgpt_jax.preprocess --config=configs/modern.py:124m
-    python -m trialgpt_jax.train --config=configs/modern.py:124m --workdir=runs/modern_124m
+    trialgpt preprocess --config=modern:124m
+    trialgpt train --config=modern:124m --workdir=runs/modern_124m
 
 Model: RoPE, RMSNorm without scale, queries and keys normalised, ReLU^2, an untied head, a norm after the embedding,
 residual projections and head that start at zero, logits softcapped at 15, heads of 128, no biases. It is nanochat's, so
@@ -34,7 +34,7 @@ SIZES = {  # layers, heads, width, files of the corpus
 
 def get_config(size="124m"):
     if size not in SIZES:
-        raise UserError(f"--config=configs/modern.py:{size}: no such size; choose one of {', '.join(SIZES)}")
+        raise UserError(f"--config=modern:{size}: no such size; choose one of {', '.join(SIZES)}")
     c = default_config()
     c.data.dir = "data/climbmix"
     c.data.source = "climbmix"

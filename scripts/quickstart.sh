@@ -7,16 +7,42 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
     workdir=$1
     shift
 fi
+from=$PWD
 source "$(dirname "$0")/setup_venv.sh" .
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # Huge pages for the buffers that XLA allocates at each step: a sixth less time per step on CPU, with glibc.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 run() {
-    echo "+ $*" >&2
+    printf '\n%s\n' "$1" >&2
+    shift
+    printf '+%s\n' "$(printf ' %q' "$@")" >&2
     "$@"
 }
-run python -m trialgpt_jax.preprocess --config=configs/quickstart.py "$@"
-run python -m trialgpt_jax.train --config=configs/quickstart.py --workdir="$workdir" "$@"
-run python -m trialgpt_jax.evaluate --workdir="$workdir"
-run python -m trialgpt_jax.infer --workdir="$workdir" --prompt="The people of the United States" --top_p=0.9
+run "1 of 4: the text becomes token ids" trialgpt preprocess --config=quickstart "$@"
+run "2 of 4: training; Ctrl-C saves, and the same command continues" \
+    trialgpt train --config=quickstart --workdir="$workdir" "$@"
+run "3 of 4: the loss on text that was not trained on" trialgpt evaluate --workdir="$workdir"
+run "4 of 4: new text" trialgpt infer --workdir="$workdir" --prompt="The people of the United States" --top_p=0.9
+
+# What was made, and what to try next.
+quoted() { printf '%q' "$1"; }
+new_folder=out/$(basename "$workdir")
+while [ -e "$new_folder" ]; do new_folder+=-2; done
+cd_root='' flags='' store=data/quickstart
+[ "$from" = "$PWD" ] || cd_root="cd $(quoted "$PWD") && "
+for flag in "$@"; do
+    flags+=" $(quoted "$flag")"
+    case $flag in --config.data.dir=*) store=${flag#*=} ;; esac
+done
+printf '\nMade in %s:\n' "$PWD"
+printf '  %-15s  %s\n' "$VENV" "Python packages and the program \`trialgpt\`" "$store" "the text as token ids" \
+    "$workdir" "checkpoints, metrics.jsonl, config.json"
+cat <<END
+Next, one after the other:
+  ${cd_root}source $(quoted "$VENV")/bin/activate
+  trialgpt infer --workdir=$(quoted "$workdir") --prompt="My fellow citizens" --num_samples=3
+  trialgpt train --config=quickstart$flags --config.train.steps=1080 --workdir=$(quoted "$workdir")_longer
+  trialgpt convert --workdir=$(quoted "$workdir") --to_hf=$(quoted "$new_folder")
+\`trialgpt --help\` lists the commands; README.md has training on your own text, on GPUs and on TPUs.
+END

@@ -247,7 +247,7 @@ def test_an_object_store_without_its_package(monkeypatch):
 
 
 def test_a_token_store_that_is_damaged(store, tmp_path):
-    # follows: run `python -m trialgpt_jax.preprocess`
+    # follows: run `trialgpt preprocess`
     # follows: remove the folder and {} again
     # follows: but should be {}; remove {} and {} again
     def damage(name, *words):
@@ -381,14 +381,14 @@ def test_a_split_without_documents(store, tmp_path):
 
 def test_flags_of_nanogpt_that_mean_something_else(store):
     # follows: give the ratio to the peak: --config.optim.min_lr_ratio=0.1
-    # follows: run trialgpt_jax.evaluate with --workdir=FOLDER
+    # follows: run `trialgpt evaluate` with --workdir=FOLDER
     # follows: for other weights write --config.train.init_from=FOLDER
     def sort(*given):
         return arguments.sort(given, {"workdir": None})
 
     assert "--config.optim.min_lr_ratio=0.1" in message(sort, "--min_lr=6e-5")
     assert sort("--config.optim.min_lr_ratio=0.1").values == {"optim.min_lr_ratio": 0.1}
-    assert "run trialgpt_jax.evaluate with --workdir=FOLDER" in message(sort, "--eval_only")
+    assert "run `trialgpt evaluate` with --workdir=FOLDER" in message(sort, "--eval_only")
     assert importlib.import_module("trialgpt_jax.evaluate").FLAGS["workdir"]
     assert "write --config.train.init_from=FOLDER" in message(sort, "--init_from=gpt2-xl")
     assert sort("--config.train.init_from=FOLDER").values == {"train.init_from": "FOLDER"}

@@ -6,8 +6,9 @@ import re
 import pytest
 from conftest import ROOT
 
+from trialgpt_jax.__main__ import COMMANDS
+
 PACKAGE = ROOT / "trialgpt_jax"
-COMMANDS = ("preprocess", "train", "evaluate", "infer", "convert")
 # From the bottom. `data` and `model` are on one level and import neither each other nor anything above.
 LAYERS = (
     ("__init__", "aliases", "console", "faults", "schema"),
@@ -17,11 +18,13 @@ LAYERS = (
     ("training",),
     ("config_fields",),
     ("config",),
-    ("arguments", "config_file"),
+    ("config_file",),
+    ("arguments", "help_text"),
     ("cli",),
     ("language_model",),
     ("evaluation",),
-    COMMANDS,
+    tuple(COMMANDS),
+    ("__main__",),
 )
 # Pure Python at the bottom of a package: importable from anywhere above `schema`.
 PURE = ("trialgpt_jax.model.config", "trialgpt_jax.parallel.axes")

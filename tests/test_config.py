@@ -139,19 +139,46 @@ def test_each_size_is_a_class_of_transformers(file, architecture):
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("gpt2.py:125m", ("gpt2.py:125m", "124m, 350m, 774m, 1558m")),
+        ("gpt2.py:125m", ("gpt2:125m", "124m, 350m, 774m, 1558m")),
         ("gpt2.py:", ("124m, 350m, 774m, 1558m",)),
-        ("gpt.py:1b", ("gpt.py:1b", "7b, 13b")),
-        ("modern.py:1b", ("modern.py:1b", "124m, 350m")),
-        ("gpt.py", ("gpt.py", "no size", "7b, 13b", "gpt.py:7b")),
+        ("gpt.py:1b", ("gpt:1b", "7b, 13b")),
+        ("modern.py:1b", ("modern:1b", "124m, 350m")),
+        ("gpt.py", ("gpt", "no size", "7b, 13b", "gpt:7b")),
         ("quickstart.py:big", ("quickstart.py:big",)),
-        ("gpt3.py:1b", ("gpt3.py:1b", "configs/")),
+        ("gpt3.py:1b", ("gpt3.py:1b", "finetune, gpt, gpt2, modern, quickstart")),
     ],
 )
 def test_an_unknown_or_missing_size_is_refused(file, words):
     message = refusal(parse, f"--config={ROOT}/configs/{file}")
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_a_name_is_the_packages_config_in_any_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()  # such as a folder of Hugging Face's files
+    name = os.path.basename(path).replace(".py", "")
+    assert fields(parse(f"--config={name}")[1]) == fields(parse(f"--config={path}")[1])
+
+
+def test_a_file_goes_before_the_packages_config_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text(CONFIG_FILE.format("c.model.n_layer = 3"))
+    assert parse("--config=quickstart")[1].model.n_layer == 3
+    assert parse("--config", "gpt2:350m")[1].model.n_layer == 24
+
+
+def test_a_config_that_is_not_there_is_named_as_the_packages(tmp_path, monkeypatch):
+    # follows: write --config={}{} for that of the package
+    monkeypatch.chdir(tmp_path)
+    for given in ("configs/gpt2.py:350m", "gpt2.py:350m", "./gpt2:350m"):
+        message = refusal(parse, f"--config={given}")
+        (proposed,) = re.findall(r"write (--config=\S+) for that of the package", message)
+        assert parse(proposed)[1].model.n_layer == 24
+    assert "has the configs finetune, gpt, gpt2, modern, quickstart" in refusal(parse, "--config=gpt3:1b")
+    assert refusal(parse, "quickstart").endswith("flags start with --, as in --config=quickstart")
+    assert refusal(parse, "gpt2:350m").endswith("as in --config=gpt2:350m")
 
 
 def test_command_line_overrides_have_the_fields_types(default_file):
@@ -338,7 +365,7 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
 
 
 def test_config_files_that_are_wrong_are_refused(tmp_path):
-    assert "configs/" in refusal(parse)
+    assert "--config=quickstart" in refusal(parse)
     assert "missing.py" in refusal(parse, "--config=missing.py")
     path = tmp_path / "typo.py"
     path.write_text(CONFIG_FILE.format("c.model.n_layers = 3"))

@@ -370,7 +370,7 @@ def test_a_hugging_face_folder_given_as_workdir_is_converted_as_the_message_says
     monkeypatch.chdir(tmp_path)
     result = call("infer", f"--workdir={world / 'hf'}", "--prompt=We")
     refused(result, "is a Hugging Face folder, not a workdir")
-    proposed = shlex.split(re.search(r"python -m trialgpt_jax.convert (.*)", result.stderr)[1])
+    proposed = shlex.split(re.search(r"trialgpt convert (.*)", result.stderr)[1])
     assert call("convert", *proposed).returncode == 0
     assert_equal(params_of(tmp_path / "NEW_FOLDER"), params_of(world / "run"))
 
@@ -410,7 +410,7 @@ def test_evaluate_without_data_says_what_to_give(world, store, tmp_path, monkeyp
         call("evaluate", "--workdir=imported", "--config.data.dir=nowhere"), "data.dir=nowhere does not exist; make"
     )
     shutil.copytree(store.parent / "texts", "TEXTS")
-    preprocess = shlex.split(re.search(r"python -m trialgpt_jax.preprocess (.*?STORE)\.", result.stderr)[1])
+    preprocess = shlex.split(re.search(r"trialgpt preprocess (.*?STORE)\.", result.stderr)[1])
     made = call("preprocess", *preprocess)
     assert made.returncode == 0, made.stderr
     proposed = re.search(r"Then give (--config\S+), and to evaluate (--split=train)", result.stderr).groups()

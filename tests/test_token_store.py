@@ -97,7 +97,7 @@ def test_an_invalid_manifest_is_refused_with_one_line(tmp_path, edit, message):
 
 
 def test_missing_unfinished_and_unrelated_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere does not exist; run `python -m trialgpt_jax.preprocess`"):
+    with pytest.raises(UserError, match=r"nowhere does not exist; run `trialgpt preprocess`"):
         token_store.open_store(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds no token store"):
         token_store.open_store(str(tmp_path))

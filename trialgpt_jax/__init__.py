@@ -12,10 +12,13 @@ class UserError(Exception):
     """
 
 
-if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m trialgpt_jax.train`: this is a command
+def begin_command() -> None:
+    """Sets up Ctrl-C, stdout, stderr and errors of this process for a command, before it imports its libraries.
+
+    Importing JAX takes seconds, in which Ctrl-C would print a traceback.
+    """
     import _signal  # built in; importing `signal` takes 50 ms
 
-    # Importing JAX takes seconds, in which Ctrl-C would print a traceback.
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     from trialgpt_jax import console, faults
@@ -23,3 +26,7 @@ if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m tri
     console.guard()
     console.leave_on_interrupt()
     sys.excepthook = faults.excepthook
+
+
+if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m trialgpt_jax.train`: this is a command
+    begin_command()

@@ -81,7 +81,7 @@ _ADVICE = {
     "min_lr": "give the ratio to the peak: --config.optim.min_lr_ratio=0.1",
     "compile": "leave it out, because every step is compiled",
     "device": "JAX takes the accelerators there are; JAX_PLATFORMS=cpu in the environment selects the CPU",
-    "eval_only": "run trialgpt_jax.evaluate with --workdir=FOLDER",
+    "eval_only": "run `trialgpt evaluate` with --workdir=FOLDER",
     "resume": "leave it out, because `train` goes on from the newest checkpoint of --workdir",
     "resume_from_checkpoint": "leave it out, because `train` goes on from the newest checkpoint of --workdir",
     "num_train_epochs": "give tokens, --config.train.tokens=VALUE; --dry_run says how many epochs they are",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from trialgpt_jax import UserError, aliases
+from trialgpt_jax import UserError, aliases, config_file
 from trialgpt_jax.config import default_config, fields, unknown_field
 from trialgpt_jax.schema import parse_value
 
@@ -24,11 +24,13 @@ class Arguments(NamedTuple):
       own: flags of the command, each as `--name=value`.
       file: of `--config`; None if it is not given.
       values: config field -> its new value.
+      help: what --help asks for, `flags` or `config`; None if it is not given.
     """
 
     own: list[str]
     file: str | None
     values: dict[str, object]
+    help: str | None
 
 
 def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
@@ -36,13 +38,13 @@ def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
 
     Args:
       arguments: without the program's name.
-      flags: name -> default of the command's own flags, without `help` and `config`.
+      flags: name -> default of the command's own flags.
 
     Raises:
       UserError: an argument that is no flag or field of ours (the message says how to write it), a flag without its
         value, `--config` twice, or a value that is not of its field's type.
     """
-    own, file, values = [], None, {}
+    own, file, values, wanted = [], None, {}, None
     known, rest, previous = fields(default_config()), list(arguments), ""
     while rest:
         argument = rest.pop(0)
@@ -70,7 +72,9 @@ def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
                 raise UserError(f"--config is given twice, as {file} and {value}; only one file can be used")
             file = expand(value, "--config")
         elif name in ("h", "help"):
-            own.append("--help")
+            wanted = "flags" if value is None else value
+            if wanted not in ("flags", "config"):
+                raise UserError(f"{argument} is neither --help nor --help=config")
         elif name in flags or (name.startswith("no") and isinstance(flags.get(name[2:]), bool)):
             if value is None and not isinstance(flags.get(name, True), bool):
                 value = _next(rest)
@@ -82,7 +86,7 @@ def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
         else:
             raise UserError(f"--{name} is not a flag{aliases.flag(name, value, flags, known)}")
         previous = name
-    return Arguments(own, file, values)
+    return Arguments(own, file, values, wanted)
 
 
 def _next(rest: list[str], on_or_off: bool = False) -> str | None:
@@ -96,7 +100,7 @@ def _next(rest: list[str], on_or_off: bool = False) -> str | None:
 def _meant(argument: str, previous: str, flags: Mapping[str, object], known: Mapping[str, object]) -> str:
     """For an argument without dashes: `, as in ...`, or nothing."""
     name, equals, value = argument.partition("=")
-    if argument.endswith(".py") or ".py:" in argument:
+    if argument.endswith(".py") or ".py:" in argument or name.partition(":")[0] in config_file.names():
         return f", as in --config={argument}"
     if equals and (name in flags or name == "config" or name.removeprefix("config.") in known):
         dotted = "config." if name in known else ""

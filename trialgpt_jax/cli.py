@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError, arguments, config_file, console, faults
+from trialgpt_jax import UserError, arguments, config_file, console, faults, help_text
 from trialgpt_jax.config import default_config, fields, load_snapshot, set_field, set_precision, validate
 from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files
@@ -145,7 +145,7 @@ def parse(
 
     Args:
       argv: the arguments, preceded by the program's name.
-      doc: what `--help` prints.
+      doc: of the command, for `--help`.
       options: flag name -> (default, help); the flag has the type of its default, None = a string.
       new_workdir: the command creates the workdir, so the config starts from the defaults instead of a snapshot.
 
@@ -157,14 +157,13 @@ def parse(
     define = {bool: absl_flags.DEFINE_boolean, int: integer, float: absl_flags.DEFINE_float}
     for name, (default, text) in options.items():
         define.get(type(default), absl_flags.DEFINE_string)(name, default, text, flag_values=flags)
-    absl_flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=flags)
     given = arguments.sort(argv[1:], {name: default for name, (default, _) in options.items()})
     try:
         flags([argv[0], *given.own])
     except absl_flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
-    if flags.help:
-        print(_help(doc, options, flags))
+    if given.help == "flags":
+        print(help_text.flags(doc, options))
         raise SystemExit(0)
     workdir = flags.workdir if "workdir" in flags else None  # preprocess has none
     if workdir:
@@ -173,28 +172,24 @@ def parse(
             raise UserError(f"--workdir={workdir} is a file, not a folder")
     if given.file:
         config = config_file.load(given.file)
-    elif "workdir" not in flags or new_workdir:
+    elif "workdir" not in flags or new_workdir or (given.help and not workdir):
         config = default_config()
     elif workdir:
         config = load_snapshot(workdir)
     else:
         raise UserError(
-            "--workdir=FOLDER is missing; a new run of `train` needs --config=FILE as well, and the configs that come "
-            "with the project are in configs/"
+            "--workdir=FOLDER is missing; a new run of `train` needs --config=FILE as well, such as --config=quickstart"
         )
     for name, value in fields(config).items():
         own_file = arguments.expand(value, f"config field `{name}`", name)
         set_field(config, name, given.values.get(name, own_file))
     horizon.replace(config, given.values)
+    if given.help:
+        print(help_text.config(fields(config)))
+        raise SystemExit(0)
     return flags, config
 
 
 def given_fields(argv: list[str], options: Mapping[str, tuple]) -> frozenset[str]:
     """The config fields that the command line sets with `--config.x.y=v`, whatever their values; see `parse`."""
     return frozenset(arguments.sort(argv[1:], {name: default for name, (default, _) in options.items()}).values)
-
-
-def _help(doc: str, options: Mapping[str, tuple], values: absl_flags.FlagValues) -> str:
-    lines = [f"{doc}\n\nflags:\n{values.main_module_help() or ''}"]
-    lines += [f"  --{name}: {text} (default: {default})" for name, (default, text) in options.items()]
-    return "\n".join([*lines, "  --config=FILE: a config file; --config.x.y=v overrides a field of it"])

@@ -1,8 +1,11 @@
 """Reads `--config=FILE`: a Python file whose `get_config()` returns a config. The file is executed.
 
+`--config=NAME` is the file NAME.py of the package's folder `configs/`.
+
 Every error in the file is the user's: one line with file, line and reason.
 """
 
+import glob
 import importlib.machinery
 import importlib.util
 import inspect
@@ -17,6 +20,7 @@ from ml_collections import ConfigDict
 from trialgpt_jax import UserError, aliases
 from trialgpt_jax.config import default_config, fields, unknown_field, update
 
+_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 _NAME = "trialgpt_jax_config_file"  # in sys.modules, where dataclasses of the file look up their annotations
 # Of ml_collections.
 _WRONG_TYPE = re.compile(r"field '(\w+)' \(reference\)\. (.*) is of original type <class '(.*?)'>.*'([\w.]+)'>$")
@@ -24,25 +28,33 @@ _UNKNOWN = re.compile(r'Key "(\w+)" does not exist|Did you mean "\w+" instead of
 _DATA = (".json", ".toml", ".yaml", ".yml")
 
 
+def names() -> list[str]:
+    """What NAME may be in `--config=NAME`."""
+    return sorted(os.path.basename(path).removesuffix(".py") for path in glob.glob(os.path.join(_FOLDER, "*.py")))
+
+
 def load(text: str) -> ConfigDict:
     """The config of `--config=text`.
 
     Args:
-      text: the path of a file, or FILE:ARGUMENT, whose argument is passed to `get_config` as a string.
+      text: the path of a file, or the name of a config of the package; in `FILE:ARGUMENT` and `NAME:ARGUMENT` the
+        argument is passed to `get_config` as a string. A name is not taken for a folder of that name.
 
     Raises:
       UserError: no such file, a file that does not compile or import, that defines no `get_config`, or whose
         `get_config` raises or returns anything but a config with our fields.
     """
     path, colon, argument = (text, "", "") if os.path.exists(text) else text.partition(":")
+    if not os.path.isfile(path) and path in names():
+        path = os.path.join(_FOLDER, f"{path}.py")
     if os.path.isdir(path):
         raise UserError(f"--config={text} is a folder, not a Python file that defines get_config()")
     if not os.path.isfile(path):
-        raise UserError(f"--config={text}: no such file; the configs that come with the project are in configs/")
+        raise UserError(f"--config={text}: no such file; {_proposal(path, colon + argument)}")
     if path.endswith(_DATA):
         raise UserError(
-            f"--config={text} is not a Python file that defines get_config(), as those in configs/; the config.json of "
-            "a workdir is read with --workdir"
+            f"--config={text} is not a Python file that defines get_config(); the config.json of a "
+            "workdir is read with --workdir"
         )
     module = _execute(path, text)
     function = getattr(module, "get_config", None)
@@ -52,7 +64,7 @@ def load(text: str) -> ConfigDict:
     try:
         result = function(argument) if colon else function()
     except (UserError, KeyboardInterrupt):
-        raise  # for example a size that configs/gpt2.py does not have
+        raise  # for example a size that the config gpt2 does not have
     except BaseException as error:  # noqa: BLE001 - whatever the user's file raises
         raise UserError(_reason(error, path)) from None
     if not isinstance(result, ConfigDict):
@@ -61,6 +73,14 @@ def load(text: str) -> ConfigDict:
     config = default_config()
     update(config, result.to_dict(), path)
     return config
+
+
+def _proposal(path: str, argument: str) -> str:
+    """What to write instead of a path that does not exist."""
+    name = os.path.basename(path).removesuffix(".py")
+    if name in names():
+        return f"write --config={name}{argument} for that of the package"
+    return f"the package has the configs {', '.join(names())}"
 
 
 def _execute(path: str, text: str) -> ModuleType:

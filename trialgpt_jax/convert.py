@@ -1,9 +1,8 @@
-"""Converts models between a workdir and Hugging Face's files, and verifies the checkpoints of a workdir.
+"""Converts models between a workdir and Hugging Face's files, and verifies every byte of a workdir's checkpoints.
 
-    python -m trialgpt_jax.convert --workdir=runs/x --to_hf=out/     a folder for transformers' AutoModelForCausalLM
-    python -m trialgpt_jax.convert --from_hf=dir/ --workdir=runs/y   a workdir for infer, evaluate and train; dir/ or
-                                                                     hf:owner/name of the hub
-    python -m trialgpt_jax.convert --workdir=runs/x --verify         every byte of every checkpoint; status 1 if damaged
+    trialgpt convert --workdir=runs/x --to_hf=out/    # for AutoModelForCausalLM
+    trialgpt convert --from_hf=dir/ --workdir=runs/y  # or hf:owner/name of the hub
+    trialgpt convert --workdir=runs/x --verify        # status 1 if one is damaged
 
 --to_hf writes the class of transformers that computes exactly the same function, the first of GPT2LMHeadModel,
 NanoChatForCausalLM, LlamaForCausalLM and Qwen3ForCausalLM, or names the options that none has. --from_hf reads them.

@@ -1,4 +1,4 @@
-"""Evaluates a trained model: `python -m trialgpt_jax.evaluate --workdir=runs/quickstart`.
+"""Evaluates a trained model: `trialgpt evaluate --workdir=runs/quickstart`.
 
 Loss and bits per byte over the whole validation split, every window once. With --tasks=hellaswag,lambada_openai the
 model is also scored on these tasks, see docs/evaluation.md. With --json, stdout is one JSON object.

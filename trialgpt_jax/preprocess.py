@@ -1,8 +1,8 @@
 """Turns a corpus into a token store: documents -> token ids -> shards and a manifest.
 
-    python -m trialgpt_jax.preprocess --config=configs/quickstart.py
-    python -m trialgpt_jax.preprocess --config=... --worker=0/4    # one of four machines; then --merge on one of them
-    python -m trialgpt_jax.preprocess --config.data.dir=data/openwebtext --verify --show=3
+    trialgpt preprocess --config=quickstart
+    trialgpt preprocess --config=... --worker=0/4   # of 4; then --merge
+    trialgpt preprocess --config.data.dir=data/openwebtext --verify --show=3
 
 It can be killed at any moment, and the same command continues. The bytes of the store depend neither on interruptions
 nor on the number of workers.
@@ -136,9 +136,7 @@ OPTIONS = {
 def main(argv: list[str]) -> int:
     flags, config = cli.parse(argv, __doc__, OPTIONS)
     if not any(argument.lstrip("-").partition("=")[0] in ("config", "config.data.dir") for argument in argv):
-        raise UserError(
-            "neither --config=FILE nor --config.data.dir=FOLDER is given; configs come with the project in configs/"
-        )
+        raise UserError("neither --config=FILE, such as --config=quickstart, nor --config.data.dir=FOLDER is given")
     if flags.verify or (flags.show and not flags.merge):
         return _command(flags, config)
     try:

@@ -1,4 +1,4 @@
-"""Trains a GPT: `python -m trialgpt_jax.train --config=configs/quickstart.py --workdir=runs/quickstart`.
+"""Trains a GPT: `trialgpt train --config=quickstart --workdir=runs/quickstart`.
 
 The same command resumes a workdir that has checkpoints, exactly. SIGTERM or Ctrl-C saves and exits with status 75.
 """

@@ -115,6 +115,8 @@ def main():
         python.parent.mkdir(parents=True)
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" venv-python "$@"\n')
         python.chmod(0o755)
+    elif name == "venv-python" and arguments[0] == "scripts/check_venv.py":
+        sys.exit(1)  # a new environment has nothing
     elif name == "venv-python" and arguments[:2] == ["-m", "trialgpt_jax.train"]:
         os.execv(sys.executable, [sys.executable, *map(local, arguments)])
     elif name == "python":  # started by multi_gpu.sh; outcomes by process id

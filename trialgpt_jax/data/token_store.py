@@ -24,7 +24,7 @@ from trialgpt_jax.storage import files, json_files
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
-_RUN = "run `python -m trialgpt_jax.preprocess`"
+_RUN = "run `trialgpt preprocess`"
 
 
 class _Version(TypedDict):

@@ -95,7 +95,7 @@ def load_snapshot(workdir: str) -> dict:
         raise UserError(f"{path} holds {type(saved).__name__}, not an object of config fields")
     if "model" not in saved and saved.keys() & {"model_type", "architectures"}:
         raise UserError(
-            f"{workdir} is a Hugging Face folder, not a workdir; make a workdir of it: python -m trialgpt_jax.convert "
+            f"{workdir} is a Hugging Face folder, not a workdir; make a workdir of it: trialgpt convert "
             f"--from_hf={workdir} --workdir=NEW_FOLDER"
         )
     return saved
@@ -208,8 +208,8 @@ def require_data(data_dir: str, workdir: str) -> None:
     absent = not os.path.exists(data_dir) and "," not in data_dir and ":" not in data_dir
     if absent and files.exists(tokenizer_path(workdir)):
         raise UserError(
-            f"data.dir={data_dir} does not exist; make a token store with this model's tokenizer: python -m "
-            f"trialgpt_jax.preprocess --config.data.source=files --config.data.source_options.path=TEXTS "
+            f"data.dir={data_dir} does not exist; make a token store with this model's tokenizer: trialgpt "
+            f"preprocess --config.data.source=files --config.data.source_options.path=TEXTS "
             f"--config.data.tokenizer=from:{workdir} --config.data.val_fraction=0.1 "
             "--config.data.dir=STORE. Then give --config.data.dir=STORE, and to evaluate --split=train as well"
         )
