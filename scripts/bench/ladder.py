@@ -67,7 +67,7 @@ class Rung:
 
 
 ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)}
-MUON = {"rate": "optim.muon_learning_rate", "grid": (0.014, 0.02, 0.028, 0.04)}
+MUON = {"rate": "optim.muon_learning_rate", "grid": (0.01, 0.014, 0.02, 0.028, 0.04)}
 RUNGS = (
     Rung("gpt2 of 900 steps", {}, **ADAMW, steps=LONG, taken=False),
     Rung("gpt2", {}, **ADAMW),
@@ -103,7 +103,7 @@ RUNGS = (
     Rung(
         "momentum 0.9, betas 0.8 and 0.98, rope base 1024",
         {"optim.muon_momentum": 0.9, "optim.b1": 0.8, "optim.b2": 0.98, "model.rope_base": 1024.0},
-        **MUON,
+        **MUON | {"grid": (0.014, 0.02, 0.028, 0.04)},
     ),
     # not taken
     Rung("normuon", {"optim.name": "normuon"}, taken=False),
@@ -312,7 +312,7 @@ def measure_steps(figures: dict, rungs: list[Rung], rounds: int) -> dict[str, fl
 
 def main() -> None:
     parser = report.parser(__doc__, "ladder", rounds=10)
-    parser.add_argument("--only", default="", help="names of rungs, separated by commas")
+    parser.add_argument("--only", nargs="*", choices=[rung.name for rung in RUNGS], help="rungs; default: all")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on its own cores")
     parser.add_argument("--store", default="", help="another token store")
     parser.add_argument("--layers", type=int, default=0, help="of the model, for another store")
@@ -324,10 +324,7 @@ def main() -> None:
     if options.run:
         print(json.dumps(run(*json.loads(options.run))))
         return
-    chosen = options.only.split(",") if options.only else [rung.name for rung in RUNGS]
-    if unknown := set(chosen) - {rung.name for rung in RUNGS}:
-        parser.error(f"--only: no rung is called {', '.join(sorted(unknown))}")
-    rungs = [rung for rung in RUNGS if rung.name in chosen]
+    rungs = [rung for rung in RUNGS if not options.only or rung.name in options.only]
     runs = Runs(options)
     if options.time:
         runs.figures["step_ms"] = measure_steps(runs.figures, rungs, options.rounds)
