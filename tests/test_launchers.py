@@ -1,7 +1,5 @@
 """The launchers against fakes of gcloud, kubectl, srun and scontrol: their calls, the order, and the exit status."""
 
-import json
-import os
 import pathlib
 import re
 import shlex
@@ -9,11 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-import yaml
 from conftest import ROOT, metrics, overrides, refused, run, small_config
+from launcher_fakes import Fakes
 
 SCRIPTS = ROOT / "scripts"
 TPU = [
@@ -24,68 +21,7 @@ TPU = [
     "--workdir=gs://bucket/my run",
     "--wait=0",
 ]
-GKE = ["--name=node", "--image=image:1", "--claim=claim"]
 SPACES = """--config.data.source_options.path=a b's "c" $(d) \\ & *"""
-
-
-class Fakes:
-    """Runs launchers with the fakes first in PATH, in a git work tree with the code; records the calls."""
-
-    def __init__(self, folder):
-        self.folder, self.root = folder, folder / "work tree"
-        (folder / "bin").mkdir()
-        for name in ("gcloud", "kubectl", "srun", "scontrol", "curl", "python3", "python", "nvidia-smi"):
-            path = folder / "bin" / name
-            path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fakes/fake.py" {name} "$@"\n')
-            path.chmod(0o755)
-        removed = ("SLURM_", "CUDA_", "VENV")
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
-        self.env |= {"FAKE": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
-        self.env |= {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CEILING_DIRECTORIES": str(folder)}
-        self.env.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # the compilation cache survives a worker
-        self.script()
-        (folder / "calls.jsonl").touch()
-        skip = shutil.ignore_patterns("__pycache__", "bench")
-        for name in ("trialgpt_jax", "scripts"):
-            shutil.copytree(ROOT / name, self.root / name, ignore=skip)
-        (self.root / "config.py").write_text("from trialgpt_jax.config import default_config as get_config\n")
-        self.git("init", "--quiet")
-        self.git("add", ".")
-        self.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message=all")
-
-    def git(self, *arguments):
-        subprocess.run(["git", *arguments], cwd=self.root, env=self.env, check=True)
-
-    def script(self, **scenario):
-        (self.folder / "scenario.json").write_text(json.dumps({k.replace("_", " "): v for k, v in scenario.items()}))
-
-    def start(self, script, *arguments, **env):
-        command = ["bash", f"scripts/{script}", *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=self.root, env=self.env | env, **pipes)
-
-    def __call__(self, script, *arguments, **env):
-        process = self.start(script, *arguments, **env)
-        stdout, stderr = process.communicate(timeout=280)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def calls(self, name=None):
-        calls = [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
-        return [call for call in calls if name in (None, call[0])]
-
-    def verbs(self):
-        """The verbs of the gcloud calls in order, without `describe`; an ssh counts as the command it ran."""
-        verbs = []
-        for call in self.calls("gcloud"):
-            if call[1] == "compute" and call[4] != "describe":
-                verbs.append(call[-1].split("tpu_worker.sh ")[1].split()[0] if call[4] == "ssh" else call[4])
-        return verbs
-
-    def until(self, condition):
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -113,7 +49,6 @@ def test_shellcheck_finds_nothing_in_the_scripts():
     [
         ("tpu_vm.sh", [*TPU, "--data=gs://bucket/tokens", "--spot", "--delete_when_done", "--dry_run", "--", SPACES]),
         ("slurm.sbatch", ["--dry_run", "--config=config.py", SPACES]),
-        ("gke.sh", [*GKE, "--gpu=nvidia-h100-80gb:8", "--dry_run", "--", "--config=config.py", SPACES]),
         (
             "multi_gpu.sh",
             ["--dry_run", "--processes=2", "--gpus=0,1,2,3", "--port=9", "--", "--config=config.py", SPACES],
@@ -124,9 +59,6 @@ def test_dry_run_prints_quoted_commands_and_runs_none(fakes, script, arguments):
     result = fakes(script, *arguments)
     assert result.returncode == 0, result.stderr
     assert fakes.calls() == []
-    if script == "gke.sh":
-        assert result.stdout.startswith("kubectl apply -f -\n")
-        return
     words = [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("#")]
     if script == "tpu_vm.sh":
         verbs = [line[4] if line[0] == "gcloud" else line[1] for line in words]
@@ -313,119 +245,6 @@ def test_slurm_signals_before_the_time_limit_and_starts_a_task_per_gpu():
     options = dict(line.split()[1][2:].partition("=")[::2] for line in lines)
     assert options["signal"] == "TERM@120" and "requeue" in options and options["open-mode"] == "append"
     assert options["gpus-per-node"] == options["ntasks-per-node"]
-
-
-# gke.sh
-
-# The fields of the Kubernetes API (Job of batch/v1, Service of v1) that the manifest may use, with their types.
-NAMED = {"name": str}
-CONDITION = {"type": str, "status": str}
-EXIT_CODES = {"containerName": str, "operator": str, "values": [int]}
-RULE = {"action": str, "onExitCodes": EXIT_CODES, "onPodConditions": [CONDITION]}
-MOUNT = {"name": str, "mountPath": str}
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "command": [str],
-    "args": [str],
-    "resources": {"limits": dict},
-    "volumeMounts": [MOUNT],
-}
-VOLUME = {"name": str, "persistentVolumeClaim": {"claimName": str}, "emptyDir": {"medium": str}}
-POD = {
-    "subdomain": str,
-    "restartPolicy": str,
-    "terminationGracePeriodSeconds": int,
-    "nodeSelector": dict,
-    "tolerations": [{"key": str, "operator": str, "effect": str}],
-    "containers": [CONTAINER],
-    "volumes": [VOLUME],
-}
-JOB = {
-    "completionMode": str,
-    "completions": int,
-    "parallelism": int,
-    "backoffLimit": int,
-    "podReplacementPolicy": str,
-    "podFailurePolicy": {"rules": [RULE]},
-    "template": {"spec": POD},
-}
-SERVICE = {"clusterIP": str, "publishNotReadyAddresses": bool, "selector": dict}
-
-
-def conforms(value, schema, path=""):
-    """Asserts that `value` has only the fields and types of `schema`."""
-    if isinstance(schema, dict):
-        assert isinstance(value, dict) and value.keys() <= schema.keys(), (path, value)
-        for name in value:
-            conforms(value[name], schema[name], f"{path}.{name}")
-    elif isinstance(schema, list):
-        assert isinstance(value, list) and value, path
-        for i, item in enumerate(value):
-            conforms(item, schema[0], f"{path}[{i}]")
-    else:
-        assert type(value) is schema, (path, value)
-
-
-@pytest.mark.parametrize(
-    ("hardware", "nodes", "limits", "selector"),
-    [
-        (
-            "--tpu=tpu-v5-lite-podslice:4x4:4",
-            4,
-            {"google.com/tpu": 4},
-            {"gke-tpu-accelerator": "tpu-v5-lite-podslice", "gke-tpu-topology": "4x4", "gke-spot": "true"},
-        ),
-        (
-            "--gpu=nvidia-h200-141gb:8",
-            1,
-            {"nvidia.com/gpu": 8},
-            {"gke-accelerator": "nvidia-h200-141gb", "gke-spot": "true"},
-        ),
-    ],
-)
-def test_gke_applies_a_valid_manifest(fakes, hardware, nodes, limits, selector):
-    arguments = [*GKE, hardware, f"--nodes={nodes}", "--spot", "--namespace=mine"]
-    train = ["--config=config.py", "--workdir=gs://bucket/${NAME}", SPACES]
-    result = fakes("gke.sh", *arguments, "--", *train)
-    assert result.returncode == 0, result.stderr
-    assert fakes.calls() == [["kubectl", "apply", "--namespace=mine", "-f", "-"]]
-    text = (fakes.folder / "stdin").read_text()
-    dry = fakes("gke.sh", *arguments, "--dry_run", "--", *train).stdout
-    assert dry == "kubectl apply --namespace=mine -f -\n" + text
-    service, job = yaml.safe_load_all(text)
-    top = {"apiVersion": str, "kind": str, "metadata": NAMED}
-    conforms(service, top | {"spec": SERVICE})
-    conforms(job, top | {"spec": JOB})
-    kinds = [(document["apiVersion"], document["kind"]) for document in (service, job)]
-    assert kinds == [("v1", "Service"), ("batch/v1", "Job")]
-    assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == nodes
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert pod["restartPolicy"] == "Never"  # required by the failure policy
-    rules = [rule for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
-    assert {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules} == {2: "FailJob", 75: "Ignore"}
-    assert spec["podReplacementPolicy"] == "Failed"
-    assert pod["nodeSelector"] == {f"cloud.google.com/{name}": value for name, value in selector.items()}
-    (container,) = pod["containers"]
-    assert container["resources"]["limits"] == limits
-    assert {rule["onExitCodes"]["containerName"] for rule in rules} == {container["name"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    processes = ["--coordinator_address=node-0.node:8476", f"--num_processes={nodes}"]
-    processes += ["--process_id=$(JOB_COMPLETION_INDEX)"]
-    escaped = [argument.replace("$(", "$$(") for argument in train]  # Kubernetes reads `$$(` as `$(`
-    assert container["args"] == escaped + (processes if nodes > 1 else [])
-
-
-def test_gke_refuses_invalid_names_and_hardware(fakes):
-    refused(fakes("gke.sh", *GKE, "--name=My_Run", "--gpu=a:1", "--", "--config=c"), "--name=My_Run", "lower-case")
-    refused(fakes("gke.sh", *GKE, "--gpu=a", "--", "--config=c"), "--gpu=TYPE:GPUS", "--gpu=a")
-    refused(fakes("gke.sh", *GKE, "--gpu=a:1", "--tpu=a:2x2:4", "--", "--config=c"), "one of")
-    refused(fakes("gke.sh", *GKE[:-1], "--gpu=a:1", "--", "--config=c"), "--claim", "missing")
-    refused(fakes("gke.sh", *GKE, "--gpu=a:1"), "--config=FILE")
-    assert fakes.calls() == []
 
 
 # multi_gpu.sh

@@ -100,6 +100,37 @@ def ssh(command):
     return sys.exit(worker.wait())
 
 
+def kubectl(arguments):
+    """$FAKE/objects.json maps KIND/NAME to [manifest, its conditions that are true]. Messages as of kubectl 1.32."""
+    objects_file = FAKE / "objects.json"
+    objects = json.loads(objects_file.read_text()) if objects_file.exists() else {}
+    verb, (what, *_) = arguments[0], [a for a in arguments[1:] if not a.startswith("-")] or [""]
+    if (wrong := outcome(f"kubectl {verb}")) != 0:
+        fail(wrong)
+    if verb == "get":
+        if what in objects:
+            kind = {"job": "Job", "jobset": "JobSet"}[what.split("/")[0]]
+            print(f"{kind} {objects[what][1]}", end="")
+        elif "--ignore-not-found" not in arguments:
+            fail(f"Error from server (NotFound): {what} not found")
+    elif verb == "delete":
+        if what not in objects:
+            fail(f"Error from server (NotFound): {what} not found")
+        del objects[what]
+        print(f'"{what}" deleted')
+    elif verb == "apply":
+        text = sys.stdin.read()
+        (FAKE / "stdin").write_text(text)
+        kind = "jobset" if "kind: JobSet" in text else "job"
+        what = f"{kind}/{text.split('metadata:')[1].split('name: ')[1].split()[0]}"
+        full = what.replace("/", ".jobset.x-k8s.io/" if kind == "jobset" else ".batch/")
+        if what in objects and objects[what][0] != text:
+            fail('The Job "node" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable')
+        print(full, "unchanged" if what in objects else "created")
+        objects[what] = [text, ""]
+    objects_file.write_text(json.dumps(objects))
+
+
 def main():
     name, *arguments = sys.argv[1:]
     with open(FAKE / "calls.jsonl", "a") as file:
@@ -133,7 +164,7 @@ def main():
             time.sleep(0.02)
         sys.exit(what)
     elif name == "kubectl":
-        (FAKE / "stdin").write_text(sys.stdin.read())
+        kubectl(arguments)
     elif name == "srun":
         sys.exit(outcome("srun"))
 
