@@ -16,7 +16,7 @@ class Fakes:
     def __init__(self, folder):
         self.folder, self.root = folder, folder / "work tree"
         (folder / "bin").mkdir()
-        for name in ("gcloud", "kubectl", "srun", "scontrol", "curl", "python3", "python", "nvidia-smi"):
+        for name in ("gcloud", "kubectl", "srun", "scontrol", "curl", "python3", "python", "nvidia-smi", "sudo"):
             path = folder / "bin" / name
             path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fakes/fake.py" {name} "$@"\n')
             path.chmod(0o755)
@@ -61,8 +61,9 @@ class Fakes:
         """The verbs of the gcloud calls in order, without `describe`; an ssh counts as the command it ran."""
         verbs = []
         for call in self.calls("gcloud"):
-            if call[1] == "compute" and call[4] != "describe":
-                verbs.append(call[-1].split("tpu_worker.sh ")[1].split()[0] if call[4] == "ssh" else call[4])
+            words = [word for word in call[1:] if word != "alpha"]
+            if words[0] == "compute" and words[3] != "describe":
+                verbs.append(words[-1].split("tpu_worker.sh ")[-1].split()[0] if words[3] == "ssh" else words[3])
         return verbs
 
     def until(self, condition):

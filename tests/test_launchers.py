@@ -30,6 +30,7 @@ def fakes(tmp_path):
 
 
 ONCE = ["scp", "install", "train"]
+READY, MAINTENANCE = "READY,HEALTHY,v5litepod-16", "READY,UNHEALTHY_MAINTENANCE,v5litepod-16"
 
 
 def test_shellcheck_finds_nothing_in_the_scripts():
@@ -126,7 +127,7 @@ def test_a_preempted_slice_is_recreated_and_the_run_resumes_at_the_saved_step(fa
         ({"train": [75]}, [], 0, ["create", *ONCE, *ONCE]),  # stopped after saving: resumes on the same node
         ({"train": [75, 75, 75]}, ["--max_restarts=2"], 1, ["create", *ONCE * 3]),
         ({"train": [2]}, [], 2, ["create", *ONCE]),
-        ({"train": [1, 134]}, [], 0, ["create", *ONCE * 3]),
+        ({"train": [1, 139]}, [], 0, ["create", *ONCE * 3]),
         ({"train": [1, 255, 1, 1]}, [], 1, ["create", *ONCE * 3]),
         ({"train": [1, 1, 75, 1, 1]}, [], 0, ["create", *ONCE * 6]),  # the limit is on consecutive failures
         ({"train": ["preempted"] * 4}, [], 0, ["create", *(ONCE + ["delete", "create"]) * 4, *ONCE]),
@@ -135,11 +136,30 @@ def test_a_preempted_slice_is_recreated_and_the_run_resumes_at_the_saved_step(fa
         ({"install": [2]}, [], 2, ["create", "scp", "install"]),
         ({"create": ["There is no more capacity"] * 9}, ["--max_creates=3"], 1, ["create"] * 3),
         ({"create": ["ERROR: PERMISSION_DENIED: no"]}, [], 2, ["create"]),
-        ({"describe": ["READY\tv5litepod-16"]}, [], 0, ONCE),  # exists already
-        ({"describe": ["CREATING\tv5litepod-16", "READY\tv5litepod-16"]}, [], 0, ONCE),
-        ({"describe": ["TERMINATED\tv5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),
-        ({"describe": ["READY\tv5p-8"]}, [], 2, []),
-        ({"describe": ["STOPPED\tv5litepod-16"]}, [], 2, []),
+        ({"describe": ["READY,,v5litepod-16"]}, [], 0, ONCE),  # exists already
+        ({"describe": ["CREATING,,v5litepod-16", "READY,,v5litepod-16"]}, [], 0, ONCE),
+        ({"describe": ["TERMINATED,,v5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),
+        ({"describe": ["READY,HEALTHY,v5p-8"]}, [], 2, []),
+        ({"describe": ["STOPPED,,v5litepod-16"]}, [], 2, []),
+        # a process lost another one, as Python or as JAX's C++ threads saw it: like 75
+        ({"train": [76, 134, 76, 134]}, [], 0, ["create", *ONCE * 5]),
+        ({"train": [76, 134]}, ["--max_restarts=1"], 1, ["create", *ONCE * 2]),
+        # in maintenance the node is READY, and its health says it; gcloud may refuse to connect (1)
+        (
+            {
+                "train": [1] * 4,
+                "describe": [0, *[MAINTENANCE, MAINTENANCE, READY] * 4],
+            },
+            [],
+            0,
+            ["create", *ONCE * 5],
+        ),
+        ({"describe": ["UNKNOWN,,v5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),  # a repair has failed
+        ({"describe": ["REPAIRING,,v5litepod-16", READY]}, [], 0, ONCE),
+        # the state lags behind: the node is gone while it is said to be READY
+        ({"train": [255, 255]}, ["--spot"], 0, ["create", *ONCE * 2, "delete", "create", *ONCE]),
+        ({"train": [255, 255, 255]}, [], 1, ["create", *ONCE * 3]),
+        ({"train": [255, 1, 255]}, ["--spot"], 1, ["create", *ONCE * 3]),  # it was reached in between
     ],
 )
 def test_tpu_vm_handles_each_exit_status_and_node_state(fakes, scenario, options, status, verbs):
@@ -150,6 +170,42 @@ def test_tpu_vm_handles_each_exit_status_and_node_state(fakes, scenario, options
     assert (result.returncode, fakes.verbs()) == (status, verbs), result.stderr
     exists = (fakes.folder / "node").exists()
     assert ("node still exists and is billed" in result.stderr) == (exists and "STOPPED" not in str(scenario))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "status", "verbs"),
+    [
+        ({}, 0, ["create", *ONCE]),
+        ({"queue": [["ACCEPTED", "FAILED"]]}, 0, ["create", "delete", "create", *ONCE]),
+        ({"train": ["preempted"]}, 0, ["create", *ONCE, "delete", "create", *ONCE]),
+        ({"queue": [["WAITING_FOR_RESOURCES"] * 9 + ["ACTIVE"]]}, 0, ["create", *ONCE]),  # waits without limit
+    ],
+)
+def test_a_queued_resource_is_waited_for_and_owns_its_node(fakes, scenario, status, verbs):
+    fakes.script(**scenario)
+    flags = ["--queued", "--gcloud_track=alpha", "--create_flag=--provisioning-model=flex-start", "--max_creates=3"]
+    flags += ["--ssh_flag=--internal-ip"]
+    result = fakes("tpu_vm.sh", *TPU, *flags)
+    assert (result.returncode, fakes.verbs()) == (status, verbs), result.stderr
+    for call in fakes.calls("gcloud"):
+        assert call[1:4] == ["alpha", "compute", "tpus"]
+        assert call[5] in ("ssh", "scp") or "--internal-ip" not in call
+        assert call[5] not in ("ssh", "scp") or "--internal-ip" in call
+        if call[5] in ("create", "delete"):
+            assert call[4] == "queued-resources"
+            own = ["--node-id=node", "--runtime-version=v2-alpha-tpuv5-lite", "--provisioning-model=flex-start"]
+            assert set(own if call[5] == "create" else ["--force"]) < set(call)
+    assert "node is WAITING_FOR_RESOURCES; waiting" in result.stderr or "queue" in scenario
+    assert "to delete it: gcloud alpha compute tpus queued-resources delete node" in result.stderr
+
+
+def test_all_workers_have_stopped_what_is_left_before_one_trains(fakes):
+    """gcloud's ssh returns when the command has ended on all workers."""
+    assert fakes("tpu_vm.sh", *TPU).returncode == 0
+    before, train = [call[-1] for call in fakes.calls("gcloud") if call[4] == "ssh"]
+    assert re.search("scripts/tpu_worker.sh stop && .*scripts/tpu_worker.sh install", before)
+    assert "tpu_worker.sh train" in train and "stop" not in train
+    assert any("transparent_hugepage" in word for call in fakes.calls("sudo") for word in call)
 
 
 def test_sigterm_to_tpu_vm_stops_train_after_saving(fakes):
@@ -187,6 +243,8 @@ def test_tpu_vm_refuses_flags_that_would_lose_work(fakes):
     refusal("--config=mine.py", "git add", replace="--config=mine.py")
     refusal("--type", "missing", replace="--type=")
     refusal("--version", "v99", replace="--type=v99-8")
+    refusal("--type=tpu7x-16", "scripts/gke.sh", replace="--type=tpu7x-16")
+    refusal("--gcloud_track=gamma", more=["--gcloud_track=gamma"])
     refusal("--config.seed=1", "after `--`", more=["--config.seed=1"])
     refusal("--data=here", "gs://", more=["--data=here"])
     assert fakes.calls() == []
@@ -223,21 +281,33 @@ def test_a_worker_passes_its_index_and_stops_a_running_train(fakes):
 # slurm.sbatch
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (1, False), (137, False), (75, True)])
-def test_slurm_requeues_only_status_75(fakes, status, requeued):
+@pytest.mark.parametrize(
+    ("status", "requeued"),
+    [(0, False), (2, False), (1, False), (137, False), (143, False), (75, True), (76, True), (134, True)],
+)
+def test_slurm_requeues_what_was_saved_or_lost_a_peer(fakes, status, requeued):
+    """srun's status is the highest of its tasks', a signal's is 128 more; JAX's C++ threads abort: 134, given as 76."""
     (fakes.root / ".venv" / "bin").mkdir(parents=True)
     (fakes.root / ".venv" / "bin" / "python").symlink_to(sys.executable)
     fakes.script(srun=[status] * 2)
     env = {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(fakes.root), "SLURM_CPUS_PER_TASK": "6"}
     result = fakes("slurm.sbatch", "--config=config.py", SPACES, **env)
-    assert result.returncode == status, result.stderr
+    expected = 76 if status == 134 else status
+    assert result.returncode == expected, result.stderr
     assert fakes.calls("scontrol") == ([["scontrol", "requeue", "77"]] if requeued else [])
     (call,) = fakes.calls("srun")
     assert call[-4:] == ["-m", "trialgpt_jax.train", "--config=config.py", SPACES]
     assert {f"--chdir={fakes.root}", "--cpus-per-task=6"} < set(call)
     env |= {"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}
-    assert fakes("slurm.sbatch", "--config=config.py", **env).returncode == status
+    fakes.script(srun=[status])
+    assert fakes("slurm.sbatch", "--config=config.py", **env).returncode == expected
     assert len(fakes.calls("scontrol")) == requeued
+    # JobRequeue=0 on the cluster
+    refusal = "slurm_requeue error: Requested operation is presently disabled"
+    fakes.script(srun=[status], scontrol=[refusal])
+    result = fakes("slurm.sbatch", "--config=config.py", **env | {"SLURM_RESTART_COUNT": "0"})
+    assert result.returncode == expected and (refusal in result.stderr) == requeued
+    assert ("Slurm refuses to requeue the job; submit it again to continue" in result.stderr) == requeued
 
 
 def test_slurm_signals_before_the_time_limit_and_starts_a_task_per_gpu():
@@ -248,6 +318,17 @@ def test_slurm_signals_before_the_time_limit_and_starts_a_task_per_gpu():
 
 
 # multi_gpu.sh
+
+
+def test_the_environment_of_venv_is_used_and_python_is_not(fakes):
+    """PYTHON chooses the interpreter of which setup_venv.sh makes an environment."""
+    (fakes.root / "env" / "bin").mkdir(parents=True)
+    (fakes.root / "env" / "bin" / "python").symlink_to(fakes.folder / "bin" / "python")
+    for processes in (1, 2):
+        command = ["--dry_run", f"--processes={processes}", "--gpus=0,1", "--port=9", "--config=a"]
+        for env, python in (({}, "python"), ({"VENV": "env"}, "env/bin/python")):
+            result = fakes("multi_gpu.sh", *command, PYTHON="/nowhere/python", **env)
+            assert result.returncode == 0 and result.stdout.count(f" {python} -m trialgpt_jax.train") == processes
 
 
 def test_gpus_are_divided_among_the_processes(fakes):
@@ -269,6 +350,13 @@ def test_when_one_process_fails_the_others_are_terminated_and_its_status_is_retu
         "multi_gpu.sh", "--processes=3", "--gpus=none", "--port=9", "--grace=1", "--config=a", FAKE_WAIT_FOR="0 2"
     )
     assert result.returncode == 3 and "status 3; terminating the others" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("status", [76, 134])
+def test_a_process_that_lost_another_one_or_was_aborted_for_it_has_status_76(fakes, status):
+    fakes.script(process_0=["until stopped"], process_1=[status])
+    result = fakes("multi_gpu.sh", "--processes=2", "--gpus=none", "--port=9", "--config=a", FAKE_WAIT_FOR="0")
+    assert result.returncode == 76, result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -3,7 +3,8 @@
 `fake.py NAME ARGUMENT...` appends [NAME, ARGUMENT...] to $FAKE/calls.jsonl and then follows $FAKE/scenario.json, which
 maps a kind of call ("create", "train", "srun", ...) to the outcomes of its first, second, ... call. Calls without an
 outcome succeed. There is one Cloud TPU node: $FAKE/node holds its state and type, $FAKE/vm is its home directory, and
-$FAKE/bucket replaces gs://bucket.
+$FAKE/bucket replaces gs://bucket. States, exit statuses and messages are the documented ones of gcloud, srun, scontrol
+and kubectl.
 """
 
 import fcntl
@@ -46,18 +47,24 @@ def gcloud(arguments):
     if arguments[:2] == ["storage", "rsync"]:
         source, target = arguments[2:4]
         return shutil.copytree(local(source), target, dirs_exist_ok=True)
-    assert arguments[:3] == ["compute", "tpus", "tpu-vm"], arguments
+    if arguments[0] in ("alpha", "beta"):
+        del arguments[0]
+    assert arguments[:2] == ["compute", "tpus"] and arguments[2] in ("tpu-vm", "queued-resources"), arguments
     verb, flags = arguments[3], dict(a[2:].split("=", 1) for a in arguments[4:] if a.startswith("--") and "=" in a)
-    if verb == "describe":
+    if arguments[2] == "queued-resources":
+        queue(verb, flags)
+    elif verb == "describe":
         if (change := outcome("describe")) != 0:
             NODE.write_text(change)
         print(NODE.read_text() if NODE.exists() else fail("NOT_FOUND"))
     elif verb == "create":
         if (what := outcome("create")) != 0:
             fail(what)
-        NODE.write_text(f"READY\t{flags['accelerator-type']}")
+        NODE.write_text(f"READY,HEALTHY,{flags['accelerator-type']}")
         VM.mkdir()
     elif verb == "delete":
+        if (what := outcome("delete")) != 0:
+            fail(what)
         NODE.unlink()
         shutil.rmtree(VM)
     elif verb == "scp":
@@ -68,8 +75,29 @@ def gcloud(arguments):
         fail(f"no such verb: {verb}", 2)
 
 
+def queue(verb, flags):
+    """A queued resource: $FAKE/queue has its states, one for each `describe`; with ACTIVE the node exists."""
+    states = FAKE / "queue"
+    if verb == "create":
+        (FAKE / "queued type").write_text(flags["accelerator-type"])
+        states.write_text("\n".join(outcome("queue") or ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]))
+    elif verb == "describe":
+        left = states.read_text().splitlines() if states.exists() else fail("NOT_FOUND")
+        print(left[0])
+        states.write_text("\n".join(left[1:] or left))
+        if left[0] == "ACTIVE":
+            NODE.write_text(f"READY,,{(FAKE / 'queued type').read_text()}")
+            VM.mkdir(exist_ok=True)
+    elif verb == "delete":
+        states.unlink()
+        NODE.unlink(missing_ok=True)
+        shutil.rmtree(VM, ignore_errors=True)
+    else:
+        fail(f"no such verb: {verb}", 2)
+
+
 def ssh(command):
-    kind = command.split("tpu_worker.sh ")[1].split()[0]
+    kind = command.split("tpu_worker.sh ")[-1].split()[0]
     what = outcome(kind)
     if isinstance(what, int) and what:
         sys.exit(what)
@@ -165,8 +193,9 @@ def main():
         sys.exit(what)
     elif name == "kubectl":
         kubectl(arguments)
-    elif name == "srun":
-        sys.exit(outcome("srun"))
+    elif name in ("srun", "scontrol"):
+        what = outcome(name)
+        fail(what) if isinstance(what, str) else sys.exit(what)
 
 
 main()
