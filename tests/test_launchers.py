@@ -283,7 +283,7 @@ def test_a_worker_passes_its_index_and_stops_a_running_train(fakes):
 
 @pytest.mark.parametrize(
     ("status", "requeued"),
-    [(0, False), (2, False), (1, False), (137, False), (143, False), (75, True), (76, True), (134, True)],
+    [(0, False), (2, False), (1, False), (137, False), (143, True), (75, True), (76, True), (134, True)],
 )
 def test_slurm_requeues_what_was_saved_or_lost_a_peer(fakes, status, requeued):
     """srun's status is the highest of its tasks', a signal's is 128 more; JAX's C++ threads abort: 134, given as 76."""
