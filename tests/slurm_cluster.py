@@ -1,4 +1,7 @@
-"""A real Slurm of two nodes on this machine, for a test: no accounting, and two partitions of which one preempts."""
+"""A real Slurm of two nodes on this machine, for a test: no accounting, and two partitions of which one preempts.
+
+The nodes' names are addresses, because JAX takes the coordinator's from the node list and it must resolve.
+"""
 
 import contextlib
 import os
@@ -37,8 +40,8 @@ SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
 JobRequeue=1
 KillWait=60
-NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
-NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
+NodeName=127.0.0.1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
+NodeName=127.0.0.2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -97,7 +100,8 @@ def running(at: pathlib.Path):
     (at / "slurm.conf").write_text(_CONF.format(at=at, host=host, ports=_free_ports(3)))
     files = [f"--{name}-file={at}/munge.{name}" for name in ("key", "log", "pid", "seed")]
     commands = [["munged", "--foreground", "--force", f"--socket={at}/munge.socket", *files]]
-    commands += [["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"], ["slurmd", "-D", "-N", host]]
+    commands += [["slurmctld", "-D"]]
+    commands += [["slurmd", "-D", "-N", f"127.0.0.{i}"] for i in (1, 2)]
     try:
         with open(at / "daemons.log", "w") as log:
             for command in commands:
