@@ -10,12 +10,12 @@
 #   --grace=S      seconds from SIGTERM to SIGKILL for the remaining processes after one died (default 30)
 #   --dry_run      prints the commands without running them
 #
-# PYTHON is the interpreter (default `python`). SIGTERM, SIGHUP and Ctrl-C reach all processes, which save and exit with
-# 75. When one process fails, the others are terminated, because they would wait for it. The exit status is the first
-# nonzero one.
+# VENV is the folder of the virtual environment (default: the `python` of PATH). SIGTERM, SIGHUP and Ctrl-C reach all
+# processes, which save and exit with 75. When one process fails, the others are terminated, because they would wait for
+# it. The exit status is the first nonzero one; 76 means that a process lost another one, also where it was aborted (134).
 set -euo pipefail
 source "$(dirname "$0")/launcher_lib.sh"
-processes=1 gpus=${CUDA_VISIBLE_DEVICES:-} port='' grace=30 python=${PYTHON:-python}
+processes=1 gpus=${CUDA_VISIBLE_DEVICES:-} port='' grace=30 python=${VENV:+$VENV/bin/}python
 while (($#)); do
     case $1 in
         --help) usage; exit 0 ;;
@@ -80,6 +80,7 @@ while ((${#pids[@]})); do
         [ "$each" = "$pid" ] || left+=("$each")
     done
     pids=("${left[@]}")
+    ((one != 134)) || one=76 # JAX's C++ threads abort a process that lost another one
     ((status)) || status=$one
     if ((one != 0 && one != 75 && ${#pids[@]})); then
         echo "process $pid exited with status $one; terminating the others" >&2 || true # the terminal may be closed

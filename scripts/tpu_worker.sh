@@ -37,6 +37,8 @@ case $command in
             python3 -m uv venv --quiet --seed --python=3.12 .venv
         fi
         source scripts/setup_venv.sh '.[tpu,gs]'
+        # JAX on v5e and newer starts slowly without huge pages, and warns
+        sudo sh -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled' || true
         if (($#)); then
             mkdir -p "$2"
             gcloud storage rsync "$1" "$2" --recursive

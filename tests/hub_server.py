@@ -26,13 +26,14 @@ class HubServer(http.server.ThreadingHTTPServer):
       faults: probability that a data request returns 503 or disconnects in the middle.
       failed: number of such requests so far.
       log: method, path and Range header of every request.
+      agents: User-Agent headers of the requests for plain files.
     """
 
     daemon_threads = True
 
     def __init__(self, files: dict[str, bytes], faults: float = 0.0):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.faults, self.log = files, faults, []
+        self.files, self.faults, self.log, self.agents = files, faults, [], set()
         self.dice, self.failed = random.Random(0), 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -54,6 +55,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._file(f"/{match[1]}/{match[3]}", commit=True)
         if path.startswith("/plain/"):
+            self.server.agents.add(self.headers.get("User-Agent"))
             return self._file(path, commit=False)
         if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             if not self._paths(match[1]):

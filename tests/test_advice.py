@@ -28,7 +28,7 @@ from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.model import generate
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.sampling import DEFAULT_SAMPLING
-from trialgpt_jax.parallel import processes
+from trialgpt_jax.parallel import clusters, processes
 from trialgpt_jax.parallel.accelerators import attention_kernel, check_dtype
 from trialgpt_jax.preprocess import preprocess
 from trialgpt_jax.storage import files, json_files, lease, lock
@@ -224,11 +224,11 @@ def test_processes_that_find_no_others(monkeypatch):
         peer_timeout_seconds = start_timeout_seconds = 60
 
     assert "give --coordinator_address, --num_processes and --process_id" in message(
-        processes.detected, {"OMPI_COMM_WORLD_SIZE": "2"}
+        clusters.detected, {"OMPI_COMM_WORLD_SIZE": "2"}
     )
     assert "give all three" in message(processes._given, Flags)
     Flags.coordinator_address, Flags.process_id = "host:1234", 1
-    assert processes._given(Flags) == ("host:1234", 2, 1)
+    assert processes._given(Flags) == ("host:1234", 2, 1, None)
     Flags.coordinator_address = "host"
     assert "--coordinator_address=host is not host:port" in message(processes._given, Flags)
 

@@ -7,15 +7,18 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from conftest import command, metrics, overrides, refused, run, small_config
+from jax._src.clusters import ClusterEnv
 from test_train import assert_same_bits, final_state
 
 from trialgpt_jax import UserError, console
-from trialgpt_jax.parallel import processes
+from trialgpt_jax.parallel import clusters, processes
 from trialgpt_jax.training.program import Program
 
 # Trains as the command line does. Records the rows that each device was given, and sends itself a signal before a step,
@@ -221,7 +224,7 @@ def test_a_killed_process_ends_the_others_at_once_and_the_job_starts_again_witho
 ):
     """One device per process: with more, a device may wait in a collective that never finishes."""
     results, _ = train(tmp_path / "run", 4, send=(3, signal.SIGKILL, 16))
-    assert [r.returncode for r in results] == [1, 1, 1, -signal.SIGKILL], [r.stderr for r in results]
+    assert [r.returncode for r in results] == [76, 76, 76, -signal.SIGKILL], [r.stderr for r in results]
     *left, killed = results
     for r in left:  # by the broken connection; the missing heartbeat would be detected after 100 s
         assert "has lost the connection to another process of this job" in r.stderr, r.stderr
@@ -252,7 +255,7 @@ def test_a_killed_process_ends_the_others_at_once_and_the_job_starts_again_witho
 def test_a_lost_coordinator_or_a_silent_host_ends_the_others_within_the_timeout(train, tmp_path, number, who):
     results, _ = train(tmp_path / "run", 2, "--peer_timeout_seconds=5", send=(who, number, 4))
     left = results[1 - who]
-    assert left.returncode in (1, -signal.SIGABRT), left.stderr
+    assert left.returncode in (76, -signal.SIGABRT), left.stderr
     assert "died" in left.stderr and "the same command on every host continues" in left.stderr, left.stderr
     with open(tmp_path / "run" / "lock", "a") as lock:  # released when its holder died
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -275,9 +278,9 @@ _BROKEN = (
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (jax.errors.JaxRuntimeError(_SLOW_START), 1, "has waited too long for another process"),
-        (ValueError(_SLOW_STEP), 1, "has waited too long for another process"),
-        (ValueError(_BROKEN), 1, "has lost the connection to another process"),
+        (jax.errors.JaxRuntimeError(_SLOW_START), 76, "has waited too long for another process"),
+        (ValueError(_SLOW_STEP), 76, "has waited too long for another process"),
+        (ValueError(_BROKEN), 76, "has lost the connection to another process"),
         (KeyboardInterrupt(), 130, "was interrupted"),
         (UserError("data.dir is wrong"), 2, "data.dir is wrong"),
         (console.OutputError(BrokenPipeError()), 141, "stdout was closed"),
@@ -289,7 +292,7 @@ def test_the_message_to_other_processes_claims_no_death_that_is_not_known(error,
     got, own, others = processes._describe(error)
     assert got == status and words in others and others.startswith("error: process 0 of 1")
     assert "died" not in own + others and "Traceback" not in own + others and others.count("\n") == 0
-    if status == 1:
+    if status == 76:
         assert own == others and str(error) in own and "the same command on every host continues" in own
     own_line = {130: "interrupted", 141: ""}
     assert status not in own_line or own == own_line[status]
@@ -384,7 +387,87 @@ def test_a_process_that_finds_no_others_says_so(default_file, tmp_path):
     flags = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", "--process_id=1"]
     flags += ["--start_timeout_seconds=1"]
     result = run("train", f"--config={default_file}", f"--workdir={tmp_path}", *flags)
-    assert result.returncode != 0 and "could not be reached" in result.stderr, result.stderr
+    assert result.returncode == -signal.SIGABRT and "could not be reached" in result.stderr, result.stderr
+    assert "raise --peer_timeout_seconds, or --start_timeout_seconds at the start" in result.stderr
+
+
+def test_who_is_waited_for_is_said_by_name(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        place = clusters.Place(f"127.0.0.1:{port}", 3, 0)
+        assert clusters.missing(place) == f"waiting for 2 of 3 processes at 127.0.0.1:{port}"
+        # process 0 and another one have connected
+        with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
+            assert clusters.missing(place) == f"waiting for 1 of 3 processes at 127.0.0.1:{port}"
+            with socket.create_connection(("127.0.0.1", port)):
+                assert clusters.missing(place) == ""
+        found = f"process 2 has found process 0 of 3 at 127.0.0.1:{port}; waiting for the others"
+        assert clusters.missing(place._replace(index=2)) == found
+    closed = f"process 2 is waiting for process 0 of 3 at 127.0.0.1:{port}: Connection refused"
+    assert clusters.missing(place._replace(index=2)) == closed
+    unknown = clusters.missing(clusters.Place("nowhere.invalid:7", 3, 2))
+    assert "process 0 of 3 at nowhere.invalid:7: the name nowhere.invalid does not resolve" in unknown
+    monkeypatch.setattr(clusters, "_connections", lambda port: None)  # not Linux
+    assert clusters.missing(place) == f"waiting for 2 of 3 processes at 127.0.0.1:{port}"
+
+
+def test_a_line_every_ten_seconds_says_so_while_jax_waits(monkeypatch, capsys):
+    assert clusters._EVERY_SECONDS == 10
+    monkeypatch.setattr(clusters, "_EVERY_SECONDS", 0.02)
+    with clusters.Waiting(clusters.Place("nowhere.invalid:7", 2, 0)):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1 and set(lines) == {"waiting for 1 of 2 processes at nowhere.invalid:7 (0 s)"}
+
+
+_JOINED = """
+import sys
+import jax
+from trialgpt_jax.parallel import clusters, processes
+clusters._EVERY_SECONDS = 0.2
+class Flags:
+    coordinator_address, (num_processes, process_id) = sys.argv[1], map(int, sys.argv[2:])
+    peer_timeout_seconds = start_timeout_seconds = 60
+with processes.join(Flags):
+    print(jax.process_count(), jax.config.read("jax_cuda_visible_devices"))
+"""
+
+
+def joined(address, count, index, env):
+    argv = [sys.executable, "-c", _JOINED, address, str(count), str(index)]
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_given_flags_are_all_that_counts_under_slurm_open_mpi_5_and_kubernetes():
+    """JAX would take the GPU of SLURM_LOCALID, fail without mpi4py, or ask the API server of Kubernetes."""
+    _, env = command("train")
+    env |= _SLURM | {"SLURM_LOCALID": "3", "OMPI_VERSION": "5.0.7", "OMPI_COMM_WORLD_SIZE": "4"}
+    env |= {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+    env |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+    process = joined(f"127.0.0.1:{free_port()}", 1, 0, env)
+    stdout, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stdout) == (0, "1 all\n"), stderr
+
+
+def test_a_process_that_starts_late_is_waited_for_and_the_log_says_so():
+    # follows: raise --peer_timeout_seconds, or --start_timeout_seconds at the start
+    address, env = f"127.0.0.1:{free_port()}", command("train")[1]
+    late = f"process 1 is waiting for process 0 of 2 at {address}: Connection refused"
+    second = joined(address, 2, 1, env)
+    line = second.stderr.readline()  # process 0 starts only now
+    assert line.startswith(late), line
+    first = joined(address, 2, 0, env)
+    outputs = [process.communicate(timeout=100) for process in (first, second)]
+    assert [(process.returncode, out) for process, (out, _) in zip((first, second), outputs, strict=True)] == [
+        (0, "2 all\n")
+    ] * 2, outputs
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_COMPLETION", "JAX_COORDINATOR", "JAX_LOCAL")):
+            monkeypatch.delenv(name)
 
 
 _SLURM = {
@@ -415,13 +498,10 @@ _OMPI = {
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 1),  # any pod, such as that of a notebook
     ],
 )
-def test_clusters_are_detected(env, count, monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JOB_COMPLETION")):
-            monkeypatch.delenv(name)
+def test_clusters_are_detected(env, count, no_cluster, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert processes.detected(os.environ) == count
+    assert clusters.detected(os.environ) == count
 
 
 def test_a_cloud_tpu_pod_is_detected(monkeypatch):
@@ -433,9 +513,34 @@ def test_a_cloud_tpu_pod_is_detected(monkeypatch):
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
     monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "")
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: pytest.fail(f"asked for {key}"))
-    assert processes.detected(os.environ) == 4
+    assert clusters.detected(os.environ) == 4
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
-    assert processes.detected(os.environ) == 8
+    assert clusters.detected(os.environ) == 8
+
+
+def test_what_jax_detects_is_given_to_it_as_a_whole(no_cluster, monkeypatch):
+    """As in `jax.distributed.initialize`, except for the GPUs of a process that has its own."""
+    for name, value in _SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert clusters.find(os.environ, 1) == ("node3:61452", 16, 9, [1])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert clusters.find(os.environ, 1) == ("node3:61452", 16, 9, None)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "other:7")
+    assert clusters.find(os.environ, 1) == ("other:7", 16, 9, None)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert clusters.find(os.environ, 1) is None
+
+
+@pytest.mark.parametrize("where", ["is_env_present", "get_process_count", "get_coordinator_address"])
+def test_an_error_of_jaxs_detection_is_one_line(no_cluster, monkeypatch, where):
+    """Such as a service account that may not read pods, or Open MPI 5 without mpi4py."""
+    cluster = next(c for c in ClusterEnv._cluster_types if c.name == "slurm")
+    error = classmethod(lambda cls, **_: (_ for _ in ()).throw(RuntimeError("Kubernetes API Error:\n403 - Forbidden")))
+    for name, value in _SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cluster, where, error)
+    with pytest.raises(UserError, match="^JAX does not find .*: Kubernetes API Error: 403 - Forbidden; give --coord"):
+        clusters.find(os.environ, 1)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +550,7 @@ def test_processes_that_jax_cannot_find_are_refused_rather_than_trained_separate
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="does not find the others.*--coordinator_address"):
-        processes.detected(os.environ)
+        clusters.detected(os.environ)
 
 
 @pytest.mark.parametrize(
@@ -458,10 +563,11 @@ def test_processes_that_jax_cannot_find_are_refused_rather_than_trained_separate
         (_SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, False),
         (_OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
         (_OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+        (_SLURM | {"JAX_LOCAL_DEVICE_IDS": "2,3"}, True),
     ],
 )
 def test_which_gpus_a_process_uses(env, own):
-    assert processes.each_has_its_own_gpu(env) == own
+    assert clusters.has_own_gpus(env) == own
 
 
 _RESTORE = """

@@ -1,7 +1,5 @@
 """The launchers against fakes of gcloud, kubectl, srun and scontrol: their calls, the order, and the exit status."""
 
-import json
-import os
 import pathlib
 import re
 import shlex
@@ -9,11 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-import yaml
 from conftest import ROOT, metrics, overrides, refused, run, small_config
+from launcher_fakes import Fakes
 
 SCRIPTS = ROOT / "scripts"
 TPU = [
@@ -24,68 +21,7 @@ TPU = [
     "--workdir=gs://bucket/my run",
     "--wait=0",
 ]
-GKE = ["--name=node", "--image=image:1", "--claim=claim"]
 SPACES = """--config.data.source_options.path=a b's "c" $(d) \\ & *"""
-
-
-class Fakes:
-    """Runs launchers with the fakes first in PATH, in a git work tree with the code; records the calls."""
-
-    def __init__(self, folder):
-        self.folder, self.root = folder, folder / "work tree"
-        (folder / "bin").mkdir()
-        for name in ("gcloud", "kubectl", "srun", "scontrol", "curl", "python3", "python", "nvidia-smi"):
-            path = folder / "bin" / name
-            path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/fakes/fake.py" {name} "$@"\n')
-            path.chmod(0o755)
-        removed = ("SLURM_", "CUDA_", "VENV")
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
-        self.env |= {"FAKE": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
-        self.env |= {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CEILING_DIRECTORIES": str(folder)}
-        self.env.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # the compilation cache survives a worker
-        self.script()
-        (folder / "calls.jsonl").touch()
-        skip = shutil.ignore_patterns("__pycache__", "bench")
-        for name in ("trialgpt_jax", "scripts"):
-            shutil.copytree(ROOT / name, self.root / name, ignore=skip)
-        (self.root / "config.py").write_text("from trialgpt_jax.config import default_config as get_config\n")
-        self.git("init", "--quiet")
-        self.git("add", ".")
-        self.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message=all")
-
-    def git(self, *arguments):
-        subprocess.run(["git", *arguments], cwd=self.root, env=self.env, check=True)
-
-    def script(self, **scenario):
-        (self.folder / "scenario.json").write_text(json.dumps({k.replace("_", " "): v for k, v in scenario.items()}))
-
-    def start(self, script, *arguments, **env):
-        command = ["bash", f"scripts/{script}", *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=self.root, env=self.env | env, **pipes)
-
-    def __call__(self, script, *arguments, **env):
-        process = self.start(script, *arguments, **env)
-        stdout, stderr = process.communicate(timeout=280)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def calls(self, name=None):
-        calls = [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
-        return [call for call in calls if name in (None, call[0])]
-
-    def verbs(self):
-        """The verbs of the gcloud calls in order, without `describe`; an ssh counts as the command it ran."""
-        verbs = []
-        for call in self.calls("gcloud"):
-            if call[1] == "compute" and call[4] != "describe":
-                verbs.append(call[-1].split("tpu_worker.sh ")[1].split()[0] if call[4] == "ssh" else call[4])
-        return verbs
-
-    def until(self, condition):
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -94,6 +30,7 @@ def fakes(tmp_path):
 
 
 ONCE = ["scp", "install", "train"]
+READY, MAINTENANCE = "READY,HEALTHY,v5litepod-16", "READY,UNHEALTHY_MAINTENANCE,v5litepod-16"
 
 
 def test_shellcheck_finds_nothing_in_the_scripts():
@@ -113,7 +50,6 @@ def test_shellcheck_finds_nothing_in_the_scripts():
     [
         ("tpu_vm.sh", [*TPU, "--data=gs://bucket/tokens", "--spot", "--delete_when_done", "--dry_run", "--", SPACES]),
         ("slurm.sbatch", ["--dry_run", "--config=config.py", SPACES]),
-        ("gke.sh", [*GKE, "--gpu=nvidia-h100-80gb:8", "--dry_run", "--", "--config=config.py", SPACES]),
         (
             "multi_gpu.sh",
             ["--dry_run", "--processes=2", "--gpus=0,1,2,3", "--port=9", "--", "--config=config.py", SPACES],
@@ -124,9 +60,6 @@ def test_dry_run_prints_quoted_commands_and_runs_none(fakes, script, arguments):
     result = fakes(script, *arguments)
     assert result.returncode == 0, result.stderr
     assert fakes.calls() == []
-    if script == "gke.sh":
-        assert result.stdout.startswith("kubectl apply -f -\n")
-        return
     words = [shlex.split(line) for line in result.stdout.splitlines() if not line.startswith("#")]
     if script == "tpu_vm.sh":
         verbs = [line[4] if line[0] == "gcloud" else line[1] for line in words]
@@ -194,7 +127,7 @@ def test_a_preempted_slice_is_recreated_and_the_run_resumes_at_the_saved_step(fa
         ({"train": [75]}, [], 0, ["create", *ONCE, *ONCE]),  # stopped after saving: resumes on the same node
         ({"train": [75, 75, 75]}, ["--max_restarts=2"], 1, ["create", *ONCE * 3]),
         ({"train": [2]}, [], 2, ["create", *ONCE]),
-        ({"train": [1, 134]}, [], 0, ["create", *ONCE * 3]),
+        ({"train": [1, 139]}, [], 0, ["create", *ONCE * 3]),
         ({"train": [1, 255, 1, 1]}, [], 1, ["create", *ONCE * 3]),
         ({"train": [1, 1, 75, 1, 1]}, [], 0, ["create", *ONCE * 6]),  # the limit is on consecutive failures
         ({"train": ["preempted"] * 4}, [], 0, ["create", *(ONCE + ["delete", "create"]) * 4, *ONCE]),
@@ -203,11 +136,30 @@ def test_a_preempted_slice_is_recreated_and_the_run_resumes_at_the_saved_step(fa
         ({"install": [2]}, [], 2, ["create", "scp", "install"]),
         ({"create": ["There is no more capacity"] * 9}, ["--max_creates=3"], 1, ["create"] * 3),
         ({"create": ["ERROR: PERMISSION_DENIED: no"]}, [], 2, ["create"]),
-        ({"describe": ["READY\tv5litepod-16"]}, [], 0, ONCE),  # exists already
-        ({"describe": ["CREATING\tv5litepod-16", "READY\tv5litepod-16"]}, [], 0, ONCE),
-        ({"describe": ["TERMINATED\tv5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),
-        ({"describe": ["READY\tv5p-8"]}, [], 2, []),
-        ({"describe": ["STOPPED\tv5litepod-16"]}, [], 2, []),
+        ({"describe": ["READY,,v5litepod-16"]}, [], 0, ONCE),  # exists already
+        ({"describe": ["CREATING,,v5litepod-16", "READY,,v5litepod-16"]}, [], 0, ONCE),
+        ({"describe": ["TERMINATED,,v5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),
+        ({"describe": ["READY,HEALTHY,v5p-8"]}, [], 2, []),
+        ({"describe": ["STOPPED,,v5litepod-16"]}, [], 2, []),
+        # a process lost another one, as Python or as JAX's C++ threads saw it: like 75
+        ({"train": [76, 134, 76, 134]}, [], 0, ["create", *ONCE * 5]),
+        ({"train": [76, 134]}, ["--max_restarts=1"], 1, ["create", *ONCE * 2]),
+        # in maintenance the node is READY, and its health says it; gcloud may refuse to connect (1)
+        (
+            {
+                "train": [1] * 4,
+                "describe": [0, *[MAINTENANCE, MAINTENANCE, READY] * 4],
+            },
+            [],
+            0,
+            ["create", *ONCE * 5],
+        ),
+        ({"describe": ["UNKNOWN,,v5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),  # a repair has failed
+        ({"describe": ["REPAIRING,,v5litepod-16", READY]}, [], 0, ONCE),
+        # the state lags behind: the node is gone while it is said to be READY
+        ({"train": [255, 255]}, ["--spot"], 0, ["create", *ONCE * 2, "delete", "create", *ONCE]),
+        ({"train": [255, 255, 255]}, [], 1, ["create", *ONCE * 3]),
+        ({"train": [255, 1, 255]}, ["--spot"], 1, ["create", *ONCE * 3]),  # it was reached in between
     ],
 )
 def test_tpu_vm_handles_each_exit_status_and_node_state(fakes, scenario, options, status, verbs):
@@ -218,6 +170,42 @@ def test_tpu_vm_handles_each_exit_status_and_node_state(fakes, scenario, options
     assert (result.returncode, fakes.verbs()) == (status, verbs), result.stderr
     exists = (fakes.folder / "node").exists()
     assert ("node still exists and is billed" in result.stderr) == (exists and "STOPPED" not in str(scenario))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "status", "verbs"),
+    [
+        ({}, 0, ["create", *ONCE]),
+        ({"queue": [["ACCEPTED", "FAILED"]]}, 0, ["create", "delete", "create", *ONCE]),
+        ({"train": ["preempted"]}, 0, ["create", *ONCE, "delete", "create", *ONCE]),
+        ({"queue": [["WAITING_FOR_RESOURCES"] * 9 + ["ACTIVE"]]}, 0, ["create", *ONCE]),  # waits without limit
+    ],
+)
+def test_a_queued_resource_is_waited_for_and_owns_its_node(fakes, scenario, status, verbs):
+    fakes.script(**scenario)
+    flags = ["--queued", "--gcloud_track=alpha", "--create_flag=--provisioning-model=flex-start", "--max_creates=3"]
+    flags += ["--ssh_flag=--internal-ip"]
+    result = fakes("tpu_vm.sh", *TPU, *flags)
+    assert (result.returncode, fakes.verbs()) == (status, verbs), result.stderr
+    for call in fakes.calls("gcloud"):
+        assert call[1:4] == ["alpha", "compute", "tpus"]
+        assert call[5] in ("ssh", "scp") or "--internal-ip" not in call
+        assert call[5] not in ("ssh", "scp") or "--internal-ip" in call
+        if call[5] in ("create", "delete"):
+            assert call[4] == "queued-resources"
+            own = ["--node-id=node", "--runtime-version=v2-alpha-tpuv5-lite", "--provisioning-model=flex-start"]
+            assert set(own if call[5] == "create" else ["--force"]) < set(call)
+    assert "node is WAITING_FOR_RESOURCES; waiting" in result.stderr or "queue" in scenario
+    assert "to delete it: gcloud alpha compute tpus queued-resources delete node" in result.stderr
+
+
+def test_all_workers_have_stopped_what_is_left_before_one_trains(fakes):
+    """gcloud's ssh returns when the command has ended on all workers."""
+    assert fakes("tpu_vm.sh", *TPU).returncode == 0
+    before, train = [call[-1] for call in fakes.calls("gcloud") if call[4] == "ssh"]
+    assert re.search("scripts/tpu_worker.sh stop && .*scripts/tpu_worker.sh install", before)
+    assert "tpu_worker.sh train" in train and "stop" not in train
+    assert any("transparent_hugepage" in word for call in fakes.calls("sudo") for word in call)
 
 
 def test_sigterm_to_tpu_vm_stops_train_after_saving(fakes):
@@ -255,6 +243,8 @@ def test_tpu_vm_refuses_flags_that_would_lose_work(fakes):
     refusal("--config=mine.py", "git add", replace="--config=mine.py")
     refusal("--type", "missing", replace="--type=")
     refusal("--version", "v99", replace="--type=v99-8")
+    refusal("--type=tpu7x-16", "scripts/gke.sh", replace="--type=tpu7x-16")
+    refusal("--gcloud_track=gamma", more=["--gcloud_track=gamma"])
     refusal("--config.seed=1", "after `--`", more=["--config.seed=1"])
     refusal("--data=here", "gs://", more=["--data=here"])
     assert fakes.calls() == []
@@ -291,21 +281,33 @@ def test_a_worker_passes_its_index_and_stops_a_running_train(fakes):
 # slurm.sbatch
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (1, False), (137, False), (75, True)])
-def test_slurm_requeues_only_status_75(fakes, status, requeued):
+@pytest.mark.parametrize(
+    ("status", "requeued"),
+    [(0, False), (2, False), (1, False), (137, False), (143, True), (75, True), (76, True), (134, True)],
+)
+def test_slurm_requeues_what_was_saved_or_lost_a_peer(fakes, status, requeued):
+    """srun's status is the highest of its tasks', a signal's is 128 more; JAX's C++ threads abort: 134, given as 76."""
     (fakes.root / ".venv" / "bin").mkdir(parents=True)
     (fakes.root / ".venv" / "bin" / "python").symlink_to(sys.executable)
     fakes.script(srun=[status] * 2)
     env = {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(fakes.root), "SLURM_CPUS_PER_TASK": "6"}
     result = fakes("slurm.sbatch", "--config=config.py", SPACES, **env)
-    assert result.returncode == status, result.stderr
+    expected = 76 if status == 134 else status
+    assert result.returncode == expected, result.stderr
     assert fakes.calls("scontrol") == ([["scontrol", "requeue", "77"]] if requeued else [])
     (call,) = fakes.calls("srun")
     assert call[-4:] == ["-m", "trialgpt_jax.train", "--config=config.py", SPACES]
     assert {f"--chdir={fakes.root}", "--cpus-per-task=6"} < set(call)
     env |= {"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}
-    assert fakes("slurm.sbatch", "--config=config.py", **env).returncode == status
+    fakes.script(srun=[status])
+    assert fakes("slurm.sbatch", "--config=config.py", **env).returncode == expected
     assert len(fakes.calls("scontrol")) == requeued
+    # JobRequeue=0 on the cluster
+    refusal = "slurm_requeue error: Requested operation is presently disabled"
+    fakes.script(srun=[status], scontrol=[refusal])
+    result = fakes("slurm.sbatch", "--config=config.py", **env | {"SLURM_RESTART_COUNT": "0"})
+    assert result.returncode == expected and (refusal in result.stderr) == requeued
+    assert ("Slurm refuses to requeue the job; submit it again to continue" in result.stderr) == requeued
 
 
 def test_slurm_signals_before_the_time_limit_and_starts_a_task_per_gpu():
@@ -315,120 +317,18 @@ def test_slurm_signals_before_the_time_limit_and_starts_a_task_per_gpu():
     assert options["gpus-per-node"] == options["ntasks-per-node"]
 
 
-# gke.sh
-
-# The fields of the Kubernetes API (Job of batch/v1, Service of v1) that the manifest may use, with their types.
-NAMED = {"name": str}
-CONDITION = {"type": str, "status": str}
-EXIT_CODES = {"containerName": str, "operator": str, "values": [int]}
-RULE = {"action": str, "onExitCodes": EXIT_CODES, "onPodConditions": [CONDITION]}
-MOUNT = {"name": str, "mountPath": str}
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "command": [str],
-    "args": [str],
-    "resources": {"limits": dict},
-    "volumeMounts": [MOUNT],
-}
-VOLUME = {"name": str, "persistentVolumeClaim": {"claimName": str}, "emptyDir": {"medium": str}}
-POD = {
-    "subdomain": str,
-    "restartPolicy": str,
-    "terminationGracePeriodSeconds": int,
-    "nodeSelector": dict,
-    "tolerations": [{"key": str, "operator": str, "effect": str}],
-    "containers": [CONTAINER],
-    "volumes": [VOLUME],
-}
-JOB = {
-    "completionMode": str,
-    "completions": int,
-    "parallelism": int,
-    "backoffLimit": int,
-    "podReplacementPolicy": str,
-    "podFailurePolicy": {"rules": [RULE]},
-    "template": {"spec": POD},
-}
-SERVICE = {"clusterIP": str, "publishNotReadyAddresses": bool, "selector": dict}
-
-
-def conforms(value, schema, path=""):
-    """Asserts that `value` has only the fields and types of `schema`."""
-    if isinstance(schema, dict):
-        assert isinstance(value, dict) and value.keys() <= schema.keys(), (path, value)
-        for name in value:
-            conforms(value[name], schema[name], f"{path}.{name}")
-    elif isinstance(schema, list):
-        assert isinstance(value, list) and value, path
-        for i, item in enumerate(value):
-            conforms(item, schema[0], f"{path}[{i}]")
-    else:
-        assert type(value) is schema, (path, value)
-
-
-@pytest.mark.parametrize(
-    ("hardware", "nodes", "limits", "selector"),
-    [
-        (
-            "--tpu=tpu-v5-lite-podslice:4x4:4",
-            4,
-            {"google.com/tpu": 4},
-            {"gke-tpu-accelerator": "tpu-v5-lite-podslice", "gke-tpu-topology": "4x4", "gke-spot": "true"},
-        ),
-        (
-            "--gpu=nvidia-h200-141gb:8",
-            1,
-            {"nvidia.com/gpu": 8},
-            {"gke-accelerator": "nvidia-h200-141gb", "gke-spot": "true"},
-        ),
-    ],
-)
-def test_gke_applies_a_valid_manifest(fakes, hardware, nodes, limits, selector):
-    arguments = [*GKE, hardware, f"--nodes={nodes}", "--spot", "--namespace=mine"]
-    train = ["--config=config.py", "--workdir=gs://bucket/${NAME}", SPACES]
-    result = fakes("gke.sh", *arguments, "--", *train)
-    assert result.returncode == 0, result.stderr
-    assert fakes.calls() == [["kubectl", "apply", "--namespace=mine", "-f", "-"]]
-    text = (fakes.folder / "stdin").read_text()
-    dry = fakes("gke.sh", *arguments, "--dry_run", "--", *train).stdout
-    assert dry == "kubectl apply --namespace=mine -f -\n" + text
-    service, job = yaml.safe_load_all(text)
-    top = {"apiVersion": str, "kind": str, "metadata": NAMED}
-    conforms(service, top | {"spec": SERVICE})
-    conforms(job, top | {"spec": JOB})
-    kinds = [(document["apiVersion"], document["kind"]) for document in (service, job)]
-    assert kinds == [("v1", "Service"), ("batch/v1", "Job")]
-    assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == nodes
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert pod["restartPolicy"] == "Never"  # required by the failure policy
-    rules = [rule for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
-    assert {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules} == {2: "FailJob", 75: "Ignore"}
-    assert spec["podReplacementPolicy"] == "Failed"
-    assert pod["nodeSelector"] == {f"cloud.google.com/{name}": value for name, value in selector.items()}
-    (container,) = pod["containers"]
-    assert container["resources"]["limits"] == limits
-    assert {rule["onExitCodes"]["containerName"] for rule in rules} == {container["name"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    processes = ["--coordinator_address=node-0.node:8476", f"--num_processes={nodes}"]
-    processes += ["--process_id=$(JOB_COMPLETION_INDEX)"]
-    escaped = [argument.replace("$(", "$$(") for argument in train]  # Kubernetes reads `$$(` as `$(`
-    assert container["args"] == escaped + (processes if nodes > 1 else [])
-
-
-def test_gke_refuses_invalid_names_and_hardware(fakes):
-    refused(fakes("gke.sh", *GKE, "--name=My_Run", "--gpu=a:1", "--", "--config=c"), "--name=My_Run", "lower-case")
-    refused(fakes("gke.sh", *GKE, "--gpu=a", "--", "--config=c"), "--gpu=TYPE:GPUS", "--gpu=a")
-    refused(fakes("gke.sh", *GKE, "--gpu=a:1", "--tpu=a:2x2:4", "--", "--config=c"), "one of")
-    refused(fakes("gke.sh", *GKE[:-1], "--gpu=a:1", "--", "--config=c"), "--claim", "missing")
-    refused(fakes("gke.sh", *GKE, "--gpu=a:1"), "--config=FILE")
-    assert fakes.calls() == []
-
-
 # multi_gpu.sh
+
+
+def test_the_environment_of_venv_is_used_and_python_is_not(fakes):
+    """PYTHON chooses the interpreter of which setup_venv.sh makes an environment."""
+    (fakes.root / "env" / "bin").mkdir(parents=True)
+    (fakes.root / "env" / "bin" / "python").symlink_to(fakes.folder / "bin" / "python")
+    for processes in (1, 2):
+        command = ["--dry_run", f"--processes={processes}", "--gpus=0,1", "--port=9", "--config=a"]
+        for env, python in (({}, "python"), ({"VENV": "env"}, "env/bin/python")):
+            result = fakes("multi_gpu.sh", *command, PYTHON="/nowhere/python", **env)
+            assert result.returncode == 0 and result.stdout.count(f" {python} -m trialgpt_jax.train") == processes
 
 
 def test_gpus_are_divided_among_the_processes(fakes):
@@ -450,6 +350,13 @@ def test_when_one_process_fails_the_others_are_terminated_and_its_status_is_retu
         "multi_gpu.sh", "--processes=3", "--gpus=none", "--port=9", "--grace=1", "--config=a", FAKE_WAIT_FOR="0 2"
     )
     assert result.returncode == 3 and "status 3; terminating the others" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("status", [76, 134])
+def test_a_process_that_lost_another_one_or_was_aborted_for_it_has_status_76(fakes, status):
+    fakes.script(process_0=["until stopped"], process_1=[status])
+    result = fakes("multi_gpu.sh", "--processes=2", "--gpus=none", "--port=9", "--config=a", FAKE_WAIT_FOR="0")
+    assert result.returncode == 76, result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -38,11 +38,40 @@ def test_a_uniform_byte_model_has_eight_bits_per_byte():
     assert bits_per_byte(1.0, 1000, None) is None
 
 
-def test_peaks_of_known_chips():
-    assert chip("NVIDIA H200").peak_flops == chip("NVIDIA H100 80GB HBM3").peak_flops == 989e12
-    peaks = [chip(f"TPU {v}").peak_flops for v in ("v4", "v5 lite", "v5", "v5p", "v6 lite")]
-    assert peaks == [275e12, 197e12, 459e12, 459e12, 918e12]
-    assert chip("NVIDIA H100 PCIe") is None and chip("cpu") is None
+@pytest.mark.parametrize(
+    ("kind", "peak", "gigabytes"),
+    [
+        ("NVIDIA H200", 989e12, 150),
+        ("NVIDIA H100 80GB HBM3", 989e12, 80),
+        ("NVIDIA GH200 480GB", 989e12, 96),
+        ("NVIDIA H200 NVL", 835e12, 150),
+        ("NVIDIA H100 NVL", 835e12, 94),
+        ("NVIDIA H100 PCIe", 756e12, 80),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 40),
+        ("NVIDIA B200", 2250e12, 180),
+        ("NVIDIA GB200", 2500e12, 186),
+        ("NVIDIA L4", 121e12, 24),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 24),
+        ("TPU v4", 275e12, 33),
+        ("TPU v5 lite", 197e12, 17),
+        ("TPU v5", 459e12, 103),
+        ("TPU v5p", 459e12, 103),
+        ("TPU v6 lite", 918e12, 34),
+        ("TPU7x", 1153.5e12, 102),
+    ],
+)
+def test_peaks_of_known_chips(kind, peak, gigabytes):
+    known = chip(kind)
+    assert known.peak_flops == peak and round(known.memory_bytes / 1e9) == gigabytes
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cpu", "TPU v4 lite", "TPU v3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H20", "NVIDIA L40S", "NVIDIA A100X"],
+)
+def test_chips_whose_names_only_resemble_known_ones_have_no_peak(kind):
+    """A MIG slice is a part of its GPU, and v4 lite is v4i."""
+    assert chip(kind) is None
 
 
 def test_time_left_is_in_two_units():

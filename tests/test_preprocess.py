@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,6 +29,7 @@ from conftest import call, refused
 from hub_server import HubServer
 from test_files import Disk
 
+import trialgpt_jax
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
 from trialgpt_jax.data import corpora, encoders, hub, job_folder, network, prepare, progress, token_store, units
@@ -978,6 +980,27 @@ def test_climbmix_is_the_dataset_that_nanochat_trains_on(tmp_path, speeches):
     assert list(show(config.data.dir, 10)) == [text for part in parts[:3] for text in part]
 
 
+@pytest.mark.parametrize("source", ["openwebtext", "fineweb", "climbmix"])
+def test_the_corpora_of_the_hub_are_pinned_and_sizes_are_asked_for_in_parts(source, monkeypatch):
+    """ClimbMix has 6,543 files."""
+    revisions, asked = [], []
+
+    def data_files(repo, where, config, split, revision):
+        revisions.append(revision)
+        return [f"hf://datasets/{repo}@{revision}/shard_{i:05d}.parquet" for i in range(1234)]
+
+    def sizes(api, repo, paths, revision, repo_type):
+        asked.append(len(paths))
+        return [types.SimpleNamespace(path=path, size=int(path[6:11])) for path in paths]
+
+    monkeypatch.setattr(hub, "check_reachable", lambda *arguments: None)
+    monkeypatch.setattr(hub, "_data_files", data_files)
+    monkeypatch.setattr("huggingface_hub.HfApi.get_paths_info", sizes)
+    found = corpora.survey(source, default_config().data.source_options)
+    assert [file.size for file in found.files] == list(range(1234)) and asked == [500, 500, 234]
+    assert len(revisions) == 1 and re.fullmatch("[0-9a-f]{40}", revisions[0])
+
+
 def test_dolma_from_its_list_of_files_whose_field_types_differ(tmp_path, speeches):
     (tmp_path / "local").mkdir()
     files = {}
@@ -998,6 +1021,9 @@ def test_dolma_from_its_list_of_files_whose_field_types_differ(tmp_path, speeche
         done = run_with_hub(config, server, tmp_path / "home")
         assert done.returncode == 0, done.stderr
         assert server.failed > 0 and "retrying in" in done.stderr
+    assert server.agents == {f"trialgpt_jax/{trialgpt_jax.__version__}"}  # some servers refuse that of urllib
+    pinned = "/datasets/allenai/dolma/resolve/7f48140530a023e9ea4c5cfb141160922727d4d3/urls/v1_6-sample.txt"
+    assert pinned in {path for _, path, _ in server.log}
     preprocess(make_config(tmp_path / "again", path=tmp_path / "local", subset="wiki"))
     assert_same_shards(tmp_path / "store", tmp_path / "again")
     assert sum(record["documents"] for record in token_store.verify(str(tmp_path / "store"))) == 30

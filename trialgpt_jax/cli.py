@@ -29,7 +29,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """Calls `main(sys.argv)` and exits with its status.
 
     0 = done, 2 = the user's mistake or a fault outside the program, 75 = stopped on request after saving, 130 =
-    interrupted by Ctrl-C, 141 = the reader of stdout has closed it, 1 = anything else.
+    interrupted by Ctrl-C, 141 = the reader of stdout has closed it, 1 = anything else. A job of several processes also
+    ends with 76 = another process was lost (`processes.EXIT_PEER_LOST`).
     """
     console.guard()
     try:

@@ -3,7 +3,8 @@
 `fake.py NAME ARGUMENT...` appends [NAME, ARGUMENT...] to $FAKE/calls.jsonl and then follows $FAKE/scenario.json, which
 maps a kind of call ("create", "train", "srun", ...) to the outcomes of its first, second, ... call. Calls without an
 outcome succeed. There is one Cloud TPU node: $FAKE/node holds its state and type, $FAKE/vm is its home directory, and
-$FAKE/bucket replaces gs://bucket.
+$FAKE/bucket replaces gs://bucket. States, exit statuses and messages are the documented ones of gcloud, srun, scontrol
+and kubectl.
 """
 
 import fcntl
@@ -46,18 +47,24 @@ def gcloud(arguments):
     if arguments[:2] == ["storage", "rsync"]:
         source, target = arguments[2:4]
         return shutil.copytree(local(source), target, dirs_exist_ok=True)
-    assert arguments[:3] == ["compute", "tpus", "tpu-vm"], arguments
+    if arguments[0] in ("alpha", "beta"):
+        del arguments[0]
+    assert arguments[:2] == ["compute", "tpus"] and arguments[2] in ("tpu-vm", "queued-resources"), arguments
     verb, flags = arguments[3], dict(a[2:].split("=", 1) for a in arguments[4:] if a.startswith("--") and "=" in a)
-    if verb == "describe":
+    if arguments[2] == "queued-resources":
+        queue(verb, flags)
+    elif verb == "describe":
         if (change := outcome("describe")) != 0:
             NODE.write_text(change)
         print(NODE.read_text() if NODE.exists() else fail("NOT_FOUND"))
     elif verb == "create":
         if (what := outcome("create")) != 0:
             fail(what)
-        NODE.write_text(f"READY\t{flags['accelerator-type']}")
+        NODE.write_text(f"READY,HEALTHY,{flags['accelerator-type']}")
         VM.mkdir()
     elif verb == "delete":
+        if (what := outcome("delete")) != 0:
+            fail(what)
         NODE.unlink()
         shutil.rmtree(VM)
     elif verb == "scp":
@@ -68,8 +75,29 @@ def gcloud(arguments):
         fail(f"no such verb: {verb}", 2)
 
 
+def queue(verb, flags):
+    """A queued resource: $FAKE/queue has its states, one for each `describe`; with ACTIVE the node exists."""
+    states = FAKE / "queue"
+    if verb == "create":
+        (FAKE / "queued type").write_text(flags["accelerator-type"])
+        states.write_text("\n".join(outcome("queue") or ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]))
+    elif verb == "describe":
+        left = states.read_text().splitlines() if states.exists() else fail("NOT_FOUND")
+        print(left[0])
+        states.write_text("\n".join(left[1:] or left))
+        if left[0] == "ACTIVE":
+            NODE.write_text(f"READY,,{(FAKE / 'queued type').read_text()}")
+            VM.mkdir(exist_ok=True)
+    elif verb == "delete":
+        states.unlink()
+        NODE.unlink(missing_ok=True)
+        shutil.rmtree(VM, ignore_errors=True)
+    else:
+        fail(f"no such verb: {verb}", 2)
+
+
 def ssh(command):
-    kind = command.split("tpu_worker.sh ")[1].split()[0]
+    kind = command.split("tpu_worker.sh ")[-1].split()[0]
     what = outcome(kind)
     if isinstance(what, int) and what:
         sys.exit(what)
@@ -98,6 +126,37 @@ def ssh(command):
                 sys.exit(255)
             time.sleep(0.002)
     return sys.exit(worker.wait())
+
+
+def kubectl(arguments):
+    """$FAKE/objects.json maps KIND/NAME to [manifest, its conditions that are true]. Messages as of kubectl 1.32."""
+    objects_file = FAKE / "objects.json"
+    objects = json.loads(objects_file.read_text()) if objects_file.exists() else {}
+    verb, (what, *_) = arguments[0], [a for a in arguments[1:] if not a.startswith("-")] or [""]
+    if (wrong := outcome(f"kubectl {verb}")) != 0:
+        fail(wrong)
+    if verb == "get":
+        if what in objects:
+            kind = {"job": "Job", "jobset": "JobSet"}[what.split("/")[0]]
+            print(f"{kind} {objects[what][1]}", end="")
+        elif "--ignore-not-found" not in arguments:
+            fail(f"Error from server (NotFound): {what} not found")
+    elif verb == "delete":
+        if what not in objects:
+            fail(f"Error from server (NotFound): {what} not found")
+        del objects[what]
+        print(f'"{what}" deleted')
+    elif verb == "apply":
+        text = sys.stdin.read()
+        (FAKE / "stdin").write_text(text)
+        kind = "jobset" if "kind: JobSet" in text else "job"
+        what = f"{kind}/{text.split('metadata:')[1].split('name: ')[1].split()[0]}"
+        full = what.replace("/", ".jobset.x-k8s.io/" if kind == "jobset" else ".batch/")
+        if what in objects and objects[what][0] != text:
+            fail('The Job "node" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable')
+        print(full, "unchanged" if what in objects else "created")
+        objects[what] = [text, ""]
+    objects_file.write_text(json.dumps(objects))
 
 
 def main():
@@ -135,9 +194,10 @@ def main():
             time.sleep(0.02)
         sys.exit(what)
     elif name == "kubectl":
-        (FAKE / "stdin").write_text(sys.stdin.read())
-    elif name == "srun":
-        sys.exit(outcome("srun"))
+        kubectl(arguments)
+    elif name in ("srun", "scontrol"):
+        what = outcome(name)
+        fail(what) if isinstance(what, str) else sys.exit(what)
 
 
 main()

@@ -215,10 +215,12 @@ def _dataset(source: str, options: Mapping, store: str, repo: str = "", config: 
 
 def _dolma(source: str, options: Mapping, store: str) -> Corpus:
     with tempfile.TemporaryDirectory() as folder:
-        return _remote(source, options, hub.list_addresses("allenai/dolma", "urls/v1_6-sample.txt", folder))
+        listed = hub.list_addresses("allenai/dolma", "urls/v1_6-sample.txt", folder, _DOLMA)
+        return _remote(source, options, listed)
 
 
 _ANY_DATASET = "hf:owner/name"
+_DOLMA = "7f48140530a023e9ea4c5cfb141160922727d4d3"  # revision of the list
 SOURCES: dict[str, Callable[[str, Mapping, str], Corpus]] = {
     "sotu": _sotu,
     "files": _path,
@@ -226,10 +228,18 @@ SOURCES: dict[str, Callable[[str, Mapping, str], Corpus]] = {
     "openwebtext": functools.partial(
         _dataset, repo="Skylion007/openwebtext", revision="79d93d786212f7344586290adb811d4ae6a1762c"
     ),
-    "fineweb": functools.partial(_dataset, repo="HuggingFaceFW/fineweb", config="sample-10BT"),
+    # The datasets below are pinned so that a store can be made again; this is version 1.4.0
+    "fineweb": functools.partial(
+        _dataset,
+        repo="HuggingFaceFW/fineweb",
+        config="sample-10BT",
+        revision="9bb295ddab0e05d785b879661af7260fed5140fc",
+    ),
     # About 400 billion tokens in random order, shard_00000.parquet to shard_06542.parquet; nanochat validates on the
     # last. The first files are a sample (data.source_options.max_files).
-    "climbmix": functools.partial(_dataset, repo="karpathy/climbmix-400b-shuffle"),
+    "climbmix": functools.partial(
+        _dataset, repo="karpathy/climbmix-400b-shuffle", revision="915333b4f8b8684f39aeaafea600fea6f43fb703"
+    ),
     "dolma_v1_6_sample": _dolma,
     _ANY_DATASET: _dataset,
 }

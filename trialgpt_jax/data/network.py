@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import TypeVar
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, __version__
 from trialgpt_jax.console import say
 
 ATTEMPTS, FIRST_DELAY = 9, 0.5  # seconds; doubles up to 60 s, about two minutes in total
@@ -20,7 +20,11 @@ _T = TypeVar("_T")
 
 
 def open_url(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
-    """Sends a request; redirections lead to http and https only."""
+    """Sends a request; redirections lead to http and https only.
+
+    Its User-Agent is our own: some servers answer 403 to that of urllib.
+    """
+    request.add_header("User-Agent", f"trialgpt_jax/{__version__}")
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),

@@ -21,23 +21,41 @@ class Chip(NamedTuple):
     memory_bytes: float
 
 
-# Substring of `device_kind` -> figures; the first match wins. Peaks are the vendors' dense bf16 figures, without
-# sparsity. TPU memory is what the compiler lets a program use. A kind that is not listed has no MFU.
-_CHIPS = (
-    ("H200", Chip(989e12, 150e9)),
-    ("H100 80GB HBM3", Chip(989e12, 80e9)),  # SXM; the PCIe card is slower and not listed
-    ("A100", Chip(312e12, 80e9)),
-    ("TPU v4", Chip(275e12, 30.75 * 2**30)),
-    ("TPU v5 lite", Chip(197e12, 15.75 * 2**30)),
-    ("TPU v5e", Chip(197e12, 15.75 * 2**30)),
-    ("TPU v5", Chip(459e12, 95.74 * 2**30)),
-    ("TPU v6", Chip(918e12, 31.25 * 2**30)),
-)
+# The whole `device_kind` -> figures: "NVIDIA GH200 480GB" is no H200, "TPU v4 lite" no v4, and a MIG slice ("... MIG
+# 1g.10gb") is a seventh of its GPU. Peaks are the vendors' dense bf16 figures, without sparsity: NVIDIA's datasheets,
+# for GeForce the whitepapers with float32 accumulation; Google's Cloud TPU pages. TPU memory is what the compiler lets
+# a program use. A kind that is not listed has no MFU.
+_CHIPS = {
+    "NVIDIA GB200": Chip(2500e12, 186e9),
+    "NVIDIA B200": Chip(2250e12, 180e9),
+    "NVIDIA GH200 480GB": Chip(989e12, 96e9),  # 480 GB are the CPU's
+    "NVIDIA H200": Chip(989e12, 150e9),
+    "NVIDIA H200 NVL": Chip(835e12, 150e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9),  # SXM
+    "NVIDIA H100 NVL": Chip(835e12, 94e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 80e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 40e9),
+    "NVIDIA L4": Chip(121e12, 24e9),
+    "NVIDIA GeForce RTX 4090": Chip(165.2e12, 24e9),
+    "NVIDIA GeForce RTX 3090": Chip(71e12, 24e9),
+    "TPU v4": Chip(275e12, 30.75 * 2**30),
+    "TPU v5 lite": Chip(197e12, 15.75 * 2**30),
+    "TPU v5e": Chip(197e12, 15.75 * 2**30),
+    "TPU v5": Chip(459e12, 95.74 * 2**30),
+    "TPU v5p": Chip(459e12, 95.74 * 2**30),
+    "TPU v6 lite": Chip(918e12, 31.25 * 2**30),
+    "TPU v6e": Chip(918e12, 31.25 * 2**30),
+    # a device is one of the two cores of a chip, which has 2,307 TFLOP/s
+    "TPU7x": Chip(1153.5e12, 94.75 * 2**30),
+}
 
 
 def chip(device_kind: str) -> Chip | None:
     """Figures for `device.device_kind`; None for a chip that is not listed."""
-    return next((figures for name, figures in _CHIPS if name in device_kind), None)
+    return _CHIPS.get(device_kind)
 
 
 def memory_bytes(device: jax.Device) -> float | None:

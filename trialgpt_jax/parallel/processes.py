@@ -17,17 +17,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
 from jax._src import distributed  # the key-value store of the coordination service has no public name
-from jax._src.clusters import ClusterEnv
 
 from trialgpt_jax import UserError, console, faults
+from trialgpt_jax.parallel import clusters
 
 T = TypeVar("T")
 
+EXIT_PEER_LOST = 76  # another process has ended or does not answer; where JAX's C++ threads notice it first it is 134
 FLAGS = {
     "coordinator_address": (None, "host:port of process 0, where JAX does not detect it"),
     "num_processes": (0, "processes of the job, with --coordinator_address"),
@@ -43,6 +44,7 @@ _POLL_SECONDS = 0.5  # between two reads of _FAILURE
 _EXIT_SECONDS = 5.0  # process 0 waits this long for the others to read _FAILURE, because the store ends with it
 _DAY = 24 * 3600
 _NEXT_STEPS = "the same command on every host continues from the newest whole checkpoint"
+_RAISE = "if it is only slow, raise --peer_timeout_seconds, or --start_timeout_seconds at the start"
 # In the text of an exception: the connection to another process broke, and not the program.
 _CONNECTION = re.compile(
     r"gloo|nccl|connection (closed|reset)|socket closed|heartbeat|coordination service", re.IGNORECASE
@@ -58,7 +60,8 @@ def join(flags) -> Iterator[None]:
     """Connects the processes of the job, if there are several, for the length of the block.
 
     With several processes an exception does not leave the block: it is printed, sent to the others, and every process
-    exits with its status (2 for a UserError, otherwise 1).
+    exits with its status: 2 for a UserError, EXIT_PEER_LOST where another process was lost, otherwise 1. If JAX's C++
+    threads notice a lost process before Python does, they end this one with SIGABRT (a shell's status 134).
 
     Args:
       flags: has the attributes of `FLAGS`. Without an address JAX detects the processes on Cloud TPU, Slurm, Open MPI
@@ -67,26 +70,29 @@ def join(flags) -> Iterator[None]:
     Raises:
       UserError: flags that contradict each other, or an environment of several processes that JAX cannot detect.
     """
-    where = _given(flags)
-    if where is None:
-        if detected(os.environ) <= 1:
-            yield
-            return
-        where = ()
+    place = _given(flags) or clusters.find(os.environ, flags.start_timeout_seconds)
+    if place is None:
+        yield
+        return
 
     _redirect_native_stdout()
     notice = _ExitNotice()
-    with console.interrupts_end_process():  # it waits in C++, where Python's handler would not run
+    # it waits in C++, where Python's handler of Ctrl-C would not run
+    with console.interrupts_end_process(), clusters.Waiting(place):
         jax.distributed.initialize(
-            *where,
+            place.address,
+            place.count,
+            place.index,
+            place.gpus,
+            # otherwise JAX detects them as well, to find the GPUs of this process; with Open MPI 5 and without mpi4py
+            # it fails, although all that it would find is given
+            cluster_detection_method="deactivate",
             initialization_timeout=flags.start_timeout_seconds,
             heartbeat_timeout_seconds=flags.peer_timeout_seconds,
             # long, because process 0 may still check a large checkpoint; a dead process is detected by its heartbeat
             shutdown_timeout_seconds=_DAY,
         )
-    console.enable(distributed.global_state.process_id == 0)
-    if not where and each_has_its_own_gpu(os.environ):
-        jax.config.update("jax_cuda_visible_devices", "all")
+    console.enable(place.index == 0)
     watchdog = _Watchdog(notice)
     try:
         yield
@@ -97,8 +103,8 @@ def join(flags) -> Iterator[None]:
     notice.cancel()
 
 
-def _given(flags) -> tuple[str, int, int] | None:
-    """Address, number of processes and number of this one, if the flags give them. Raises UserError as `join` does."""
+def _given(flags) -> clusters.Place | None:
+    """The place of this process, if the flags give it. Raises UserError as `join` does."""
     given = [flags.coordinator_address is not None, flags.num_processes > 0, flags.process_id >= 0]
     if any(given) and not all(given):
         raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three")
@@ -113,7 +119,7 @@ def _given(flags) -> tuple[str, int, int] | None:
         )
     if not re.fullmatch(r".+:\d{1,5}", flags.coordinator_address):
         raise UserError(f"--coordinator_address={flags.coordinator_address} is not host:port")
-    return flags.coordinator_address, flags.num_processes, flags.process_id
+    return clusters.Place(flags.coordinator_address, flags.num_processes, flags.process_id)
 
 
 def from_first(compute: Callable[[], T]) -> T:
@@ -198,46 +204,6 @@ class AgreedStep:
         return True
 
 
-def detected(env: Mapping[str, str]) -> int:
-    """Number of processes that JAX detects; 1 outside a cluster.
-
-    Args:
-      env: the environment. (JAX's own detection reads `os.environ` and, on Cloud TPU, the metadata server.)
-
-    Raises:
-      UserError: the environment belongs to several processes, but JAX does not detect them.
-    """
-    # JAX takes any pod for Kubernetes, but only a pod of an Indexed Job can be one of several processes.
-    pod = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" not in env
-    for cluster in ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method or (pod and cluster.__name__ == "K8sCluster"):
-            continue
-        if cluster.is_env_present():
-            return cluster.get_process_count()
-    for name, count in (
-        ("OMPI_COMM_WORLD_SIZE", env.get("OMPI_COMM_WORLD_SIZE", "1")),
-        ("SLURM_NTASKS", env.get("SLURM_NTASKS", "1") if "SLURM_STEP_ID" in env else "1"),
-        ("JOB_COMPLETION_INDEX", "several" if "JOB_COMPLETION_INDEX" in env else "1"),
-    ):
-        if count != "1":
-            raise UserError(
-                f"{name} means {count} processes, but JAX does not find the others (Open MPI 5 and later; Kubernetes "
-                "without the package `kubernetes`); give --coordinator_address, --num_processes and --process_id"
-            )
-    return 1
-
-
-def each_has_its_own_gpu(env: Mapping[str, str]) -> bool:
-    """Whether a process should use all GPUs it can see, under Slurm or Open MPI.
-
-    There JAX gives each process the one GPU with its local rank. That is right only if several processes share a node
-    and see all its GPUs: a single process per node would use one GPU of eight, and one that sees a single GPU none.
-    """
-    per_node = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", "")
-    alone = set(re.findall(r"(?:^|,)(\d+)", per_node)) == {"1"}  # Slurm writes 1(x4) or 2(x3),1
-    return alone or len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
-
-
 class _ExitNotice:
     """A child process that prints a line if this process ends without `cancel`: when JAX's C++ threads or a signal end
     it."""
@@ -245,7 +211,8 @@ class _ExitNotice:
     def __init__(self):
         text = (
             f"error: pid {os.getpid()} on host {socket.gethostname()} ended without finishing: another process of this "
-            f"job died or could not be reached (JAX's lines above say which), or this one was killed; {_NEXT_STEPS}"
+            f"job died or could not be reached (JAX's lines above say which; {_RAISE}), or this one was killed; "
+            f"{_NEXT_STEPS}"
         )
         script = "trap '' INT TERM HUP; read -r finished || echo \"$1\" >&2"
         self._shell = subprocess.Popen(
@@ -314,11 +281,11 @@ def _describe(error: BaseException) -> tuple[int, str, str]:
         return console.EXIT_INTERRUPTED, "interrupted", f"error: {me} was interrupted; {_NEXT_STEPS}"
     if isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)) and _CONNECTION.search(str(error)):
         if _NO_ANSWER.search(str(error)):
-            why = "has waited too long for another process of this job, which is slow or has ended"
+            why = f"has waited too long for another process of this job, which is slow or has ended ({_RAISE})"
         else:
             why = "has lost the connection to another process of this job, which has ended or cannot be reached"
         text = f"error: {me} {why}: {line}; {_NEXT_STEPS}"
-        return 1, text, text
+        return EXIT_PEER_LOST, text, text
     if (why := faults.explain(error)) is not None:
         return 2, f"error: {why}", f"error: {me}: {why}"
     text = "".join(traceback.format_exception(error)).rstrip()
