@@ -18,7 +18,6 @@ follow_pip() {
         name=${line#* }
         name=${name%% *}
         case $line in
-            *.metadata*) continue ;;
             "Collecting "*) [ -t 2 ] && printf '\r\033[K  looking for %.60s' "$name" >&2 ;;
             "Downloading "*" MB)" | "Downloading "*" GB)")
                 name=$(cut -d- -f1,2 <<<"$name")
