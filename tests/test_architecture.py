@@ -19,6 +19,7 @@ LAYERS = (
     ("config",),
     ("arguments", "config_file"),
     ("cli",),
+    ("generation",),
     ("language_model",),
     ("evaluation",),
     COMMANDS,

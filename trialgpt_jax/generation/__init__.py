@@ -1,1 +1,1 @@
-"""Text from a model: see the modules."""
+"""From prompts to text: a continuation as it grows, batches of prompts, files of prompts."""

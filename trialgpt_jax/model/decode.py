@@ -52,7 +52,7 @@ def keep_ids(params: dict, config: GPTConfig, n_ids: int) -> tuple[dict, GPTConf
     return params, config
 
 
-def split_layers(params, config: GPTConfig, weights: str = ""):
+def split_layers(params, config: GPTConfig, weights: str = "auto"):
     """Parameters in the layout of `config.decode`: matrices as `weights.stored`, layers apart, kernels [out, in].
 
     A slice of a stacked array would be copied at every token; for the kernels see docs/performance.md#decode-layout.
@@ -61,7 +61,7 @@ def split_layers(params, config: GPTConfig, weights: str = ""):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _split(params, config: GPTConfig, weights: str = ""):
+def _split(params, config: GPTConfig, weights: str):
     params = stored(params, weights, config.dtype)
 
     def layer(i):
@@ -104,8 +104,8 @@ def compile_decode(
 
     with jax.set_mesh(mesh):
         # The decode step reads parameters and cache in the layouts that the programs before it give them.
-        split = _split.lower(params_layout, config).compile()
-        params = like(jax.eval_shape(_split, params_layout, config), split.output_shardings)
+        split = _split.lower(params_layout, config, "auto").compile()
+        params = like(jax.eval_shape(lambda p: _split(p, config, "auto"), params_layout), split.output_shardings)
         prompt, scalar, lengths = (
             array(shape, jnp.int32) for shape in ((1, piece_length(1, prompt_length, S)), (), (1,))
         )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from trialgpt_jax import UserError
 
-WEIGHTS = ("", "float32", "bfloat16", "int8")  # "" = the dtype of the model's matmuls
+WEIGHTS = ("auto", "bfloat16", "int8")  # auto = the dtype of the model's matmuls
 SCALE = "channel_scale"  # beside a kernel or embedding in int8: float32 [O] or [V]
 _TILE = 64  # output channels that are converted at a time: 64 x 3,072 float32 fit into the L2 cache
 _OUTPUTS = {"kernel": -1, "embedding": -2}  # the axis of output channels in the layout for training
@@ -24,7 +24,7 @@ _OUTPUTS = {"kernel": -1, "embedding": -2}  # the axis of output channels in the
 def check(weights: str) -> None:
     """Raises UserError unless `weights` is one of WEIGHTS."""
     if weights not in WEIGHTS:
-        raise UserError(f"weights is {weights!r}, not one of {', '.join(WEIGHTS[1:])}")
+        raise UserError(f"weights is {weights!r}, not one of {', '.join(WEIGHTS)}")
 
 
 def _quantised(matrix: jax.Array, outputs: int) -> tuple[jax.Array, jax.Array]:
@@ -40,12 +40,15 @@ def _is_matrix(path: tuple) -> bool:
     return path[-1].key in _OUTPUTS and path[0].key != "wpe"
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def rounded(params: dict, weights: str) -> dict:
     """Parameters in the layout for training whose matrices have the values that they have as `weights`."""
+    return params if weights == "auto" else _rounded(params, weights)
 
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rounded(params: dict, weights: str) -> dict:
     def one(path, matrix):
-        if weights in ("", "float32") or not _is_matrix(path):
+        if not _is_matrix(path):
             return matrix
         if weights == "bfloat16":
             return matrix.astype(jnp.bfloat16).astype(matrix.dtype)
@@ -72,10 +75,10 @@ def stored(params: dict, weights: str, dtype: str) -> dict:
             elif weights == "int8":
                 made[name], scale = _quantised(value, _OUTPUTS[name])
                 made[SCALE] = scale.squeeze(-1 if name == "embedding" else -2)
-            elif weights == "bfloat16" and dtype != "bfloat16":
+            elif weights == "bfloat16" and dtype != weights:
                 made[name] = jax.lax.bitcast_convert_type(value.astype(jnp.bfloat16), jnp.uint16)
             else:
-                made[name] = value.astype(weights or dtype)
+                made[name] = value.astype(dtype)
         return made
 
     return inside("", params)
