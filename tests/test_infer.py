@@ -194,8 +194,8 @@ def test_ctrl_c_stops_the_text_of_an_interactive_prompt_and_not_the_program(work
     monkeypatch.setattr(GrowingText, "push", interrupted)
     result = infer(workdir, "--interactive", "--max_new_tokens=20", "--temperature=0", "--stop=\0")
     assert result.returncode == 0, result.stderr
-    first, interrupted_line, last = result.stdout.partition("\nWe")[0], "", result.stdout.partition("\nWe")[1:]
-    assert first.startswith("The people") and "aaa" not in result.stdout and last[1], result.stdout
+    first, _, last = result.stdout.partition("\nWe")
+    assert first.startswith("The people") and len(last) > 10, result.stdout
 
 
 def test_flags_that_exclude_each_other_are_refused_before_anything_is_printed(workdir, prompts):

@@ -54,6 +54,9 @@ class Letters:
     def decode(self, ids):
         return "".join(chr(i) for i in ids)
 
+    def token_bytes(self, token_id):
+        return chr(token_id).encode()
+
 
 parameters = functools.cache(random_params)
 
@@ -241,7 +244,8 @@ def test_a_batch_of_prompts_continues_each_as_if_it_were_alone(name, sampling):
     for i, prompt in enumerate(PROMPTS):
         options = Options(12, 2, sampling, seed=3)
         (samples,) = lm.samples([prompt], options, first=i)
-        assert got[i] == samples[0].text == lm.tokenizer.decode(samples[0].tokens) and samples[0] != samples[1]
+        assert got[i] == samples[0].text == lm.tokenizer.decode(samples[0].tokens)
+        assert (samples[0] != samples[1]) == (sampling.temperature > 0)
 
 
 def test_a_continuation_ends_before_the_first_stop_string_and_at_end_of_text():

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 processors = pytest.importorskip("transformers.generation.logits_process")
 
 V = 24
-ROWS = st.lists(st.floats(-8, 8, width=32), min_size=V, max_size=V)
+ROWS = st.lists(st.floats(-8, 8, width=32, allow_subnormal=False), min_size=V, max_size=V)
 
 
 @jax.jit
@@ -32,7 +32,7 @@ def assert_equal(ours, theirs, row, share):
 
 
 @settings(max_examples=150)
-@given(ROWS, st.lists(st.integers(0, V - 1), min_size=1, max_size=30), st.floats(0.2, 4, width=32))
+@given(ROWS, st.lists(st.integers(0, V - 1), min_size=1, max_size=30), st.floats(0.25, 4, width=32))
 def test_the_repetition_penalty_is_that_of_transformers(row, text, penalty):
     """Of positive and negative logits, of ids that a text has once or more often."""
     scores = torch.tensor([row])
@@ -40,7 +40,7 @@ def test_the_repetition_penalty_is_that_of_transformers(row, text, penalty):
     seen = np.zeros((1, V), bool)
     seen[0, text] = True
     found = ours(np.array([row], np.float32), seen, Draw.of(Sampling(repetition_penalty=penalty)))
-    np.testing.assert_allclose(np.asarray(found)[0], theirs, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(found)[0], theirs, rtol=1e-6, atol=1e-37)  # XLA flushes subnormals
 
 
 @settings(max_examples=150)
@@ -65,7 +65,8 @@ def test_min_p_is_that_of_transformers(row, min_p):
 def test_all_of_them_are_applied_in_the_order_of_transformers(seed, text, temperature, top_k, top_p, min_p, penalty):
     row = np.random.default_rng(seed).normal(0, 3, (1, V)).astype(np.float32)
     chain = [processors.RepetitionPenaltyLogitsProcessor(penalty), processors.TemperatureLogitsWarper(temperature)]
-    chain += [processors.TopKLogitsWarper(top_k)] * (top_k > 0) + [processors.TopPLogitsWarper(top_p)] * (top_p < 1)
+    chain += [processors.TopKLogitsWarper(top_k)] if top_k else []
+    chain += [processors.TopPLogitsWarper(top_p)] if top_p < 1 else []
     scores = torch.tensor(row)
     for step in [*chain, processors.MinPLogitsWarper(min_p)]:
         scores = step(torch.tensor([text]), scores)

@@ -20,7 +20,8 @@ CONFIG = GPTConfig(vocab_size=131, block_size=16, n_layer=1, n_head=2, n_embd=24
 
 def test_int8_rounds_each_output_channel_by_its_own_scale():
     kernel = np.random.default_rng(0).normal(size=(2, 24, 5)).astype(np.float32) * np.array([1e-3, 1, 50, 1, 0])
-    table = np.random.default_rng(1).normal(size=(7, 24)).astype(np.float32) * 10.0 ** np.arange(-3, 4)[:, None]
+    table = np.random.default_rng(1).normal(size=(7, 24)) * 10.0 ** np.arange(-3, 4)[:, None]
+    table = table.astype(np.float32)
     params = {
         "blocks": {"c_fc": {"kernel": jnp.asarray(kernel, jnp.float32)}},
         "wte": {"embedding": jnp.asarray(table)},
@@ -39,8 +40,7 @@ def test_int8_rounds_each_output_channel_by_its_own_scale():
     assert stored["wte"]["channel_scale"].shape == (7,) and stored["wpe"]["embedding"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("weights", "tied"), [("bfloat16", False), ("int8", True)])
 def test_decoding_with_stored_matrices_is_that_of_the_rounded_model(weights, tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = jax.tree.map(jnp.asarray, random_params(config))

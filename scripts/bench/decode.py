@@ -34,7 +34,8 @@ def ours(params, config: GPTConfig, prompt: np.ndarray) -> Callable[[int, int], 
     greedy = Sampling(temperature=0.0)
 
     def run(batch_size: int, new: int) -> np.ndarray:
-        pieces = generate(layers, config, prompt, max_new_tokens=NEW, num_samples=batch_size, sampling=greedy)
+        made = generate(layers, config, [prompt], max_new_tokens=NEW, num_samples=batch_size, sampling=greedy)
+        pieces = (piece.tokens for piece in made)
         tokens = next(pieces)  # the first piece is the first token
         return np.concatenate([tokens, *pieces], axis=1) if new > 1 else tokens
 
