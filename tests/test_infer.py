@@ -204,7 +204,7 @@ def test_flags_that_exclude_each_other_are_refused_before_anything_is_printed(wo
         (("--interactive", f"--prompts={prompts}"), ("--prompts and --interactive exclude each other",)),
         (("--out=x",), ("--out is of the lines of --prompts",)),
         (("--json", "--interactive"), ("--json and --interactive exclude each other",)),
-        (("--logprobs",), ("--logprobs needs --json or --prompts",)),
+        (("--logprobs",), ("--logprobs is only for --json and --prompts",)),
         (("--prompts=nowhere.jsonl",), ("--prompts='nowhere.jsonl' cannot be read: No such file",)),
         (("--weights=int4",), ("weights is 'int4', not one of auto, bfloat16, int8",)),
         (("--min_p=2",), ("min_p is 2.0, outside [0, 1]",)),
@@ -217,7 +217,7 @@ def test_flags_that_exclude_each_other_are_refused_before_anything_is_printed(wo
         assert result.stdout == ""
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_fewer_bytes_cost_less_than_half_a_percent_of_bits_per_byte(workdir, weights):
     """Over text that the model was not trained on; decoding with them runs."""
     from trialgpt_jax.language_model import LanguageModel

@@ -135,7 +135,7 @@ def _options(flags) -> Options:
     if flags.json and (flags.prompts or flags.interactive):
         raise UserError(f"--json and {ways[0]} exclude each other; --prompts prints JSON lines")
     if flags.logprobs and not (flags.json or flags.prompts):
-        raise UserError("--logprobs needs --json or --prompts, whose output has them")
+        raise UserError("--logprobs is only for --json and --prompts, whose output has room for them")
     limits = (flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty)
     options = Options(flags.max_new_tokens, flags.num_samples, Sampling(flags.temperature, *limits), tuple(flags.stop))
     own = ("seed", "logprobs", "special_tokens", "strict", "batch_size")
