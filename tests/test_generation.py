@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from trialgpt_jax import UserError
 from trialgpt_jax.data import tokenizer as tokenizer_lib
+from trialgpt_jax.data.char_tokenizer import CharTokenizer
 from trialgpt_jax.generation import prompts as prompt_files
-from trialgpt_jax.generation.samples import GrowingText, Options, Sample, batches, encode_prompt
+from trialgpt_jax.generation.samples import GrowingText, Options, Sample, batches, encode_prompt, prompt_ids
 
 GPT2 = tokenizer_lib.load("gpt2")
 END = "<|endoftext|>"
@@ -36,7 +37,7 @@ def test_tokens_of_a_sample_are_the_fewest_whose_text_begins_with_its_text():
     growing.push(ids, [-0.5, -1.0, -2.0, -4.0])
     assert growing.sample() == Sample(" United Sta", ids[:2], [-0.5, -1.0])
     unfinished = GrowingText(GPT2, Options(1))
-    unfinished.push(GPT2.encode("é".encode()[:1].decode("latin-1"))[:0] or [GPT2.encode("😀")[0]], [0.0])
+    unfinished.push(GPT2.encode("😀")[:1], [0.0])  # a part of its four bytes
     assert unfinished.sample().text == "\ufffd" and len(unfinished.sample().tokens) == 1
 
 
@@ -46,6 +47,14 @@ def test_end_of_text_in_a_prompt_is_its_id_only_when_asked():
     assert ids == [50256, *GPT2.encode("one"), 50256, 50256, *GPT2.encode(" two")]
     assert 50256 not in encode_prompt(GPT2, prompt) and GPT2.decode(encode_prompt(GPT2, prompt)) == prompt
     assert encode_prompt(GPT2, [1, 2], special_tokens=True) == [1, 2] and encode_prompt(GPT2, "") == []
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named_by_its_number():
+    letters = CharTokenizer(list("abc"))
+    with pytest.raises(UserError, match=r"^prompt 7: character 'x' \(U\+0078\) at position 1"):
+        prompt_ids(letters, ["a", "ax"], 0, 8, Options(), first=5)
+    with pytest.raises(UserError, match="special_tokens: the tokenizer char has no end-of-text"):
+        prompt_ids(letters, ["a"], 0, 8, Options(special_tokens=True))
 
 
 def test_batches_have_prompts_of_similar_lengths_and_all_of_them_once():

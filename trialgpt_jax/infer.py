@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 
 import jax
@@ -24,6 +23,7 @@ from trialgpt_jax.model import weights as weights_lib
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.storage import files
 
 
 def load(config: ConfigDict, workdir: str, step: int | str = -1, weights: str = "auto") -> LanguageModel:
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
         model.shows_progress = bool(flags.out)
         if flags.prompts:
             settings = {name: flags[name].value for name in FLAGS if name not in _NO_SETTINGS | processes.FLAGS.keys()}
-            settings |= {"workdir": os.path.abspath(workdir), "checkpoint_step": model.step}
+            settings |= {"workdir": files.resolve(workdir), "checkpoint_step": model.step}
 
             def run() -> None:
                 output = prompt_files.Output(flags.out, settings)

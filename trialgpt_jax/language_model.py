@@ -300,7 +300,7 @@ class LanguageModel(Driven):
         options = options._replace(sampling=Sampling(*options.sampling), stop=tuple(options.stop))
         options.check()
         self._repeat("samples", prompts, options, first=first, what=what)
-        ids = prompt_ids(self.tokenizer, prompts, self.start_id, self.block_size, options)
+        ids = prompt_ids(self.tokenizer, prompts, self.start_id, self.block_size, options, first)
         found: list[list[Sample]] = [[] for _ in ids]
         shown = self.shows_progress and on_text is None
         with console.requests_bar(len(ids), what, shown, self.on_batch) as advance:

@@ -166,14 +166,25 @@ def encode_prompt(tokenizer: Vocabulary, prompt: str | Sequence[int], special_to
 
 
 def prompt_ids(
-    tokenizer: Vocabulary, prompts: Sequence[str | Sequence[int]], start_id: int, block_size: int, options: Options
+    tokenizer: Vocabulary,
+    prompts: Sequence[str | Sequence[int]],
+    start_id: int,
+    block_size: int,
+    options: Options,
+    first: int = 0,
 ) -> list[np.ndarray]:
     """The ids of prompts: of an empty one `start_id`, of one longer than block_size the last ones.
 
     Raises:
-      UserError: as `encode_prompt`, or a long one with `options.strict`.
+      UserError: as `encode_prompt`, with the number of the prompt where there are several, counted from 1 after the
+        `first` ones; or a long one with `options.strict`.
     """
-    ids = [encode_prompt(tokenizer, prompt, options.special_tokens) or [start_id] for prompt in prompts]
+    ids = []
+    for number, prompt in enumerate(prompts, first + 1):
+        try:
+            ids.append(encode_prompt(tokenizer, prompt, options.special_tokens) or [start_id])
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from None
     lengths = [len(each) for each in ids if len(each) > block_size]
     if lengths:
         many = f"{len(lengths):,} of {len(ids):,} prompts have up to {max(lengths):,} tokens"
