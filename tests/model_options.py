@@ -55,8 +55,11 @@ def random_params(config, seed=0, scale=0.3):
     return jax.tree_util.tree_map_with_path(draw, shapes["params"])
 
 
-def reference_logits(params, c: GPTConfig, tokens_BxT) -> np.ndarray:
-    """float64 logits [B, T, vocab_size], with loops over sequences, heads and positions."""
+def reference_logits(params, c: GPTConfig, tokens_BxT, window: int = 10**9) -> np.ndarray:
+    """float64 logits [B, T, vocab_size], with loops over sequences, heads and positions.
+
+    A token attends to itself and to the `window` - 1 tokens before it.
+    """
 
     def dense(x, p):
         return x @ p["kernel"] + p.get("bias", 0.0)
@@ -87,8 +90,9 @@ def reference_logits(params, c: GPTConfig, tokens_BxT) -> np.ndarray:
                 q, k = rotate(q), rotate(k)
             rows = []
             for t in range(len(x_TxC)):
-                weights = np.exp(k[: t + 1] @ q[t] / np.sqrt(D))
-                rows.append(weights @ v[: t + 1] / weights.sum())
+                seen = slice(max(0, t + 1 - window), t + 1)
+                weights = np.exp(k[seen] @ q[t] / np.sqrt(D))
+                rows.append(weights @ v[seen] / weights.sum())
             heads.append(np.stack(rows))
         return dense(np.concatenate(heads, 1), p["c_proj"])
 

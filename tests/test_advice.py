@@ -27,7 +27,6 @@ from trialgpt_jax.data import batches, hub, token_store, tokenizer
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.model import generate
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.sampling import DEFAULT_SAMPLING
 from trialgpt_jax.parallel import clusters, processes
 from trialgpt_jax.parallel.accelerators import attention_kernel, check_dtype
 from trialgpt_jax.preprocess import preprocess
@@ -361,8 +360,8 @@ def test_a_dataset_whose_data_are_outside_the_hub(store, tmp_path, monkeypatch):
 def test_a_prompt_without_tokens():
     # follows: the prompt is empty; give at least one token
     gpt = GPTConfig(n_layer=1)
-    assert message(generate._check, np.zeros(0, int), gpt, 1, 1, DEFAULT_SAMPLING).endswith("give at least one token")
-    generate._check(np.zeros(1, int), gpt, 1, 1, DEFAULT_SAMPLING)
+    assert message(generate._check_prompt, np.zeros(0, int), gpt).endswith("give at least one token")
+    generate._check_prompt(np.zeros(1, int), gpt)
 
 
 def test_a_split_without_documents(store, tmp_path):

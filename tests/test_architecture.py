@@ -21,6 +21,7 @@ LAYERS = (
     ("config_file",),
     ("arguments", "help_text"),
     ("cli",),
+    ("generation",),
     ("language_model",),
     ("evaluation",),
     tuple(COMMANDS),

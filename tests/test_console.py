@@ -195,7 +195,7 @@ def test_ctrl_c_in_the_work_of_a_reader_is_status_130(workdir, monkeypatch, stor
         time.sleep(10)
 
     monkeypatch.setattr("trialgpt_jax.training.program.Program.evaluate", interrupted)
-    monkeypatch.setattr("trialgpt_jax.language_model.LanguageModel.stream", interrupted)
+    monkeypatch.setattr("trialgpt_jax.language_model.LanguageModel.samples", interrupted)
     monkeypatch.setattr("trialgpt_jax.convert.load_params", interrupted)
     monkeypatch.setattr(token_store, "verify", interrupted)
     for module, *arguments in (

@@ -19,7 +19,8 @@ from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.evaluate import evaluate, format_result
-from trialgpt_jax.infer import infer
+from trialgpt_jax.generation.samples import Options
+from trialgpt_jax.infer import infer, load
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.storage import lock
@@ -76,13 +77,36 @@ def test_transformers_generates_the_same_tokens_as_infer(world):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = load_snapshot(str(world / "run"))
-    ours = infer(config, str(world / "run"), "The people", max_new_tokens=12, sampling=Sampling(0.0))["samples"][0]
+    ours = infer(load(config, str(world / "run")), "The people", Options(12))["samples"][0]
     tokenizer = transformers.GPT2TokenizerFast.from_pretrained(world / "hf")
     model = transformers.GPT2LMHeadModel.from_pretrained(world / "hf")
     ids = tokenizer("The people", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0][ids["input_ids"].shape[1] :]
     assert isinstance(out, torch.Tensor) and out.tolist() == ours["tokens"]
     assert tokenizer.decode(out, clean_up_tokenization_spaces=False) == ours["text"]
+
+
+def test_penalty_stop_string_and_log_probabilities_are_those_of_transformers_on_the_exported_model(world):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(world / "hf")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(world / "hf")
+    ours, prompt = load(load_snapshot(str(world / "run")), str(world / "run")), "The people"
+    ids = tokenizer(prompt, return_tensors="pt")
+    greedy = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.4, "pad_token_id": 0}
+    extra = {"output_logits": True, "return_dict_in_generate": True}
+    penalised = Options(20, sampling=Sampling(0.0, repetition_penalty=1.4), logprobs=True)
+    (sample,) = infer(ours, prompt, penalised)["samples"]
+    out = theirs.generate(**ids, **greedy, **extra)
+    new = out.sequences[0][ids["input_ids"].shape[1] :]
+    assert new.tolist() == sample["tokens"] != infer(ours, prompt, Options(20))["samples"][0]["tokens"]
+    rows = torch.cat(out.logits).log_softmax(-1)
+    np.testing.assert_allclose(sample["logprobs"], rows[torch.arange(20), new].numpy(), atol=1e-4)
+    stop = sample["text"][7:10]
+    ended = theirs.generate(**ids, **greedy, stop_strings=[stop], tokenizer=tokenizer)[0][ids["input_ids"].shape[1] :]
+    text = tokenizer.decode(ended, clean_up_tokenization_spaces=False)
+    (short,) = infer(ours, prompt, penalised._replace(stop=(stop,)))["samples"]
+    assert short["text"] == text[: text.index(stop)] and short["tokens"] == ended.tolist()[: len(short["tokens"])]
 
 
 def test_import_gives_identical_parameters_and_tokenizer(world):
@@ -99,7 +123,7 @@ def test_import_gives_identical_parameters_and_tokenizer(world):
 def test_infer_and_evaluate_use_the_converted_workdir(world):
     for result in (
         lambda name: evaluate(load_snapshot(str(world / name)), str(world / name), batches=2)["loss"],
-        lambda name: infer(load_snapshot(str(world / name)), str(world / name), "We", max_new_tokens=5)["samples"],
+        lambda name: infer(load(load_snapshot(str(world / name)), str(world / name)), "We", Options(5))["samples"],
     ):
         assert result("back") == result("run")
 
@@ -183,7 +207,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_in_both_directions(worl
     # nor does anything compute with them
     for workdir in (tmp_path / "run", tmp_path / "back"):
         with pytest.raises(UserError, match="checkpoint .* has 5 values that are not finite"):
-            infer(config, str(workdir), "We", max_new_tokens=5)
+            load(config, str(workdir))
         with pytest.raises(UserError, match="checkpoint .* has 5 values that are not finite"):
             evaluate(config, str(workdir), batches=1)
     program = Program(config, mesh=single_device())

@@ -20,7 +20,7 @@ from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.decode import compile_decode, keep_ids, split_layers
 from trialgpt_jax.model.generate import generate
 from trialgpt_jax.model.gpt import GPT, logits
-from trialgpt_jax.model.sampling import Sampling
+from trialgpt_jax.model.sampling import Draw, Sampling
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.training.program import params_layout
@@ -35,8 +35,8 @@ def params():
 
 def produce(params, config=CONFIG, prompt=(3, 1, 4), **options):
     """All new tokens, int32 [num_samples, n]."""
-    pieces = list(generate(params, config, np.array(prompt), **({"max_new_tokens": 10} | options)))
-    return np.concatenate(pieces, axis=1)
+    pieces = generate(params, config, [prompt], **({"max_new_tokens": 10} | options))
+    return np.concatenate([piece.tokens for piece in pieces], axis=1)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,7 +69,7 @@ def test_every_combination_matches_the_numpy_model_and_cached_logits_match_uncac
         expected = np.asarray(uncached(params, config, ids))
         layers = split_layers(params, config)
         padded = np.where(np.arange(T) < prefill, ids, config.vocab_size - 1).astype(np.int32)
-        first, caches = decode.prefill(layers, config, padded, prefill, 1, T)
+        first, caches = decode.prefill(layers, config, padded, jnp.int32(0), np.array([prefill]), None, 1, T)
         out = [np.asarray(first)]
 
         @jax.jit
@@ -84,30 +84,70 @@ def test_every_combination_matches_the_numpy_model_and_cached_logits_match_uncac
     assert np.abs(expected - reference_logits(params, config, ids)).max() < 1e-10
 
 
+def argmaxes(raw, config, prompt, n):
+    """The n likeliest next tokens one after the other: what `generate` promises beyond block_size, in plain NumPy."""
+    T, keep = config.block_size, config.block_size // 2
+    text, begin = list(prompt), 0
+    for _ in range(n):
+        if config.position == "rope":  # a token attends to the last T tokens, in every layer
+            row = reference_logits(raw, config, np.array([text]), window=T)[0, -1]
+        else:  # the model reads the text from `begin` on, which jumps when that would be more than T tokens
+            if len(text) - begin > T:
+                begin = len(text) - 1 - keep
+            row = reference_logits(raw, config, np.array([text[begin:]]))[0, -1]
+        text.append(int(row.argmax()))
+    return text[len(prompt) :]
+
+
 @pytest.mark.parametrize(
-    ("position", "chunk", "length"), [("learned", 16, 1), ("learned", 5, 15), ("rope", 5, 3), ("rope", 16, 16)]
+    ("position", "chunk", "T", "lengths"),
+    [
+        ("learned", 5, 16, [15]),
+        ("learned", 16, 15, [15, 1, 8, 14]),
+        ("learned", 16, 1, [1, 1]),
+        ("rope", 5, 16, [16]),
+        ("rope", 5, 15, [15, 1, 8]),
+    ],
 )
-def test_greedy_is_the_argmax_of_the_uncached_forward_also_when_the_window_slides(position, chunk, length):
-    config = dataclasses.replace(CONFIG, position=position, tie_embeddings=False)
-    raw = random_params(config, scale=0.6)
-    prompt = np.random.default_rng(2).integers(0, 61, length)
-    expected = list(prompt)
-    for _ in range(24):  # beyond block_size the window slides by one token, as in nanoGPT
-        window = np.array(expected[-16:])
-        padded = np.pad(window, (0, 16 - len(window)))[None]  # one shape, so one program; the padding is masked
-        expected.append(int(np.argmax(uncached(raw, config, padded)[0, len(window) - 1])))
-    options = {"max_new_tokens": 24, "sampling": Sampling(0.0), "chunk": chunk, "num_samples": 2}
-    ours = produce(split_layers(raw, config), config, prompt, **options)
-    assert len(set(expected[length:])) >= 3, "not a trivial loop"
+def test_beyond_block_size_rope_slides_over_block_size_tokens_and_learned_positions_read_half_again(
+    position, chunk, T, lengths, monkeypatch
+):
+    """Greedy, from 1 ... block_size tokens on, of single prompts and of several that differ in length."""
+    if len(lengths) > 2:  # the prompts are read in pieces, the last of which overlaps with the one before
+        monkeypatch.setattr(generate_lib, "piece_length", lambda *_: 4)
+    config = dataclasses.replace(CONFIG, position=position, tie_embeddings=False, block_size=T, dtype="float64")
+    config = dataclasses.replace(config, param_dtype="float64")
+    rng = np.random.default_rng(2)
+    raw, prompts = random_params(config, scale=0.6), [rng.integers(0, 61, n) for n in lengths]
+    n_samples = 2 if len(lengths) == 1 else 1
+    options = {"max_new_tokens": 40, "sampling": Sampling(0.0), "chunk": chunk, "num_samples": n_samples}
+    with jax.enable_x64(True):
+        pieces = list(generate(split_layers(raw, config), config, prompts, **options))
+    ours = np.concatenate([piece.tokens for piece in pieces], axis=1)
+    expected = [argmaxes(raw, config, prompt, 40) for prompt in prompts]
     assert ours.dtype == np.int32
-    np.testing.assert_array_equal(ours, [expected[length:]] * 2)
+    np.testing.assert_array_equal(ours, np.repeat(expected, n_samples, axis=0))
+    assert T == 1 or min(len(set(row)) for row in expected) >= 3, "not a trivial loop"
+
+
+def test_a_token_beyond_block_size_takes_no_forward_pass_over_the_window(params, monkeypatch):
+    """Of 60 tokens with learned positions, six half windows are read again; with rope none."""
+    calls = []
+    monkeypatch.setattr(
+        generate_lib, "read_again", lambda *args: (calls.append(args[3].shape), decode.read_again(*args))[1]
+    )
+    produce(params, max_new_tokens=60)
+    assert calls == [(1, 8)] * 6
+    rope = dataclasses.replace(CONFIG, position="rope")
+    produce(split_layers(random_params(rope), rope), rope, max_new_tokens=60)
+    assert len(calls) == 6
 
 
 def test_pieces_have_at_most_chunk_tokens_and_add_up_to_max_new_tokens(params):
     for count in (1, 7, 30):
-        pieces = list(generate(params, CONFIG, np.array([1]), max_new_tokens=count, num_samples=3, chunk=4))
-        assert all(piece.shape[0] == 3 and 1 <= piece.shape[1] <= 4 for piece in pieces)
-        assert sum(piece.shape[1] for piece in pieces) == count
+        pieces = list(generate(params, CONFIG, [[1]], max_new_tokens=count, num_samples=3, chunk=4))
+        assert all(piece.tokens.shape[0] == 3 and 1 <= piece.tokens.shape[1] <= 4 for piece in pieces)
+        assert sum(piece.tokens.shape[1] for piece in pieces) == count
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 30}, {"max_new_tokens": 12, "stop_id": 7, "num_samples": 2}])
@@ -117,12 +157,12 @@ def test_an_accelerator_computes_the_next_chunk_while_one_is_fetched(params, mon
     def noted(name, function):
         return lambda *arguments: (events.append(name), function(*arguments))[1]
 
-    here = list(generate(params, CONFIG, np.array([1, 2]), chunk=4, **options))
+    here = list(generate(params, CONFIG, [[1, 2]], chunk=4, **options))
     monkeypatch.setattr(accelerators, "dispatches_ahead", lambda platform: True)
     monkeypatch.setattr(generate_lib._Chunk, "fetch", noted("fetch", generate_lib._Chunk.fetch))
-    monkeypatch.setattr(generate_lib, "decode_cached", noted("dispatch", generate_lib.decode_cached))
-    ahead = list(generate(params, CONFIG, np.array([1, 2]), chunk=4, **options))
-    assert [piece.tolist() for piece in ahead] == [piece.tolist() for piece in here]
+    monkeypatch.setattr(generate_lib, "decode", noted("dispatch", generate_lib.decode))
+    ahead = list(generate(params, CONFIG, [[1, 2]], chunk=4, **options))
+    assert [piece.tokens.tolist() for piece in ahead] == [piece.tokens.tolist() for piece in here]
     assert events[:5] == ["dispatch", "fetch", "dispatch", "fetch", "dispatch"]
 
 
@@ -154,7 +194,7 @@ def test_the_stop_id_ends_a_sample_and_fills_its_row(params):
     assert alone.shape[1] < 30, "generation must stop with the chunk in which all samples end"
 
 
-_limit = jax.jit(sampling_lib._limit)
+limit = jax.jit(sampling_lib.limit)
 
 
 def kept_by_numpy(row, temperature, top_k, top_p):
@@ -182,7 +222,8 @@ def test_top_k_and_top_p_match_numpy(seed, n_ids, temperature, top_k, top_p):
     expected = kept_by_numpy(row, np.float32(temperature), top_k, np.float32(top_p))
     padded = np.full((1, 40), -np.inf, np.float32)  # one shape, so one program; -inf is never kept
     padded[0, :n_ids] = row
-    limited = np.asarray(_limit(padded / np.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)))[0]
+    draw = Draw.of(Sampling(1.0, top_k, top_p))
+    limited = np.asarray(limit(padded / np.float32(temperature), draw))[0]
     assert set(np.flatnonzero(limited > -np.inf).tolist()) == set(expected)
     np.testing.assert_allclose(limited[list(expected)], row[list(expected)] / np.float32(temperature), rtol=1e-6)
 
@@ -193,7 +234,7 @@ def test_top_k_and_top_p_match_numpy(seed, n_ids, temperature, top_k, top_p):
 def test_samples_have_the_probabilities_of_the_model(params, sampling):
     n = 4000
     row = np.asarray(uncached(random_params(CONFIG), CONFIG, np.array([[3, 1, 4]])))[0, -1]
-    expected = kept_by_numpy(row, *sampling)
+    expected = kept_by_numpy(row, *sampling[:3])
     drawn = produce(params, num_samples=n, max_new_tokens=1, sampling=sampling, seed=3)[:, 0]
     counts = np.bincount(drawn, minlength=61)
     assert set(np.flatnonzero(counts)) <= set(expected)
@@ -260,6 +301,8 @@ def test_a_token_reads_each_weight_once_and_copies_neither_weights_nor_cache(sam
         ({"sampling": Sampling(1.0, top_p=0.0)}, r"top_p is 0.0, outside \(0, 1\]"),
         ({"sampling": Sampling(1.0, top_p=1.1)}, "top_p is 1.1"),
         ({"sampling": Sampling(1.0, top_p=float("nan"))}, "top_p is nan"),
+        ({"sampling": Sampling(1.0, min_p=1.5)}, r"min_p is 1.5, outside \[0, 1\]"),
+        ({"sampling": Sampling(1.0, repetition_penalty=0.0)}, "repetition_penalty is 0.0, but must be above 0"),
     ],
 )
 def test_impossible_requests_are_refused(params, options, message):

@@ -159,12 +159,12 @@ def test_greedy_tokens_are_the_cpus():
             pieces = generate(
                 split_layers(params, config),
                 config,
-                np.arange(7),
+                [np.arange(7)],
                 max_new_tokens=100,
                 num_samples=3,
                 sampling=Sampling(temperature=0.0),
             )
-            found.append(np.concatenate(list(pieces), axis=1))
+            found.append(np.concatenate([piece.tokens for piece in pieces], axis=1))
     np.testing.assert_array_equal(*found)
     hidden = GPT(config).apply({"params": params}, found[0][:1])
     assert (logits(params, config, hidden)[0, :-1].argmax(-1) == found[0][0, 1:]).mean() > 0.9  # cached = uncached

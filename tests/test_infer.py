@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import subprocess
+import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import call, overrides, refused, run, small_config
+from conftest import call, command, overrides, refused, run, small_config
 
 from trialgpt_jax.config import load_snapshot
 from trialgpt_jax.data.token_store import open_store
@@ -103,8 +105,8 @@ def test_wrong_requests_are_refused(workdir, tmp_path):
         file.truncate(1 << 40)  # sparse
     for arguments, words in (
         (("--prompt=",), ("prompt", "empty")),
-        (("--prompt=" + "word " * 100,), ("prompt", "block_size=32")),
-        (("--prompt=" + "\udcff" * 100,), ("prompt", "block_size=32")),
+        (("--strict", "--prompt=" + "word " * 100), ("prompt", "block_size=32")),
+        (("--strict", "--prompt=" + "\udcff" * 100), ("prompt", "block_size=32")),
         (("--prompt=FILE:",), ("--prompt='FILE:'",)),
         (("--prompt=FILE:a\0b",), ("--prompt='FILE:a\\x00b'", "cannot be read")),
         (("--prompt=FILE:" + "a" * 5000,), ("cannot be read: File name too long",)),
@@ -126,3 +128,123 @@ def test_wrong_requests_are_refused(workdir, tmp_path):
     refused(infer(tmp_path), "config.json", "--workdir")
     assert infer(workdir, "--max_new_tokens=5", "--prompt=a\udcff\0b").stdout.startswith("a")
     refused(call("evaluate", f"--workdir={workdir}", "--config.data.dir=nowhere"), "nowhere", "preprocess")
+
+
+PROMPTS = ["The people", "", "Fellow-citizens of the Senate", "a", "We " * 40]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return path
+
+
+def test_many_prompts_give_the_lines_of_each_alone_in_their_order_on_stdout_or_in_a_file(workdir, prompts, tmp_path):
+    options = ("--max_new_tokens=40", "--temperature=0", "--logprobs")
+    result = infer(workdir, f"--prompts={prompts}", *options)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS
+    assert "1 of 5 prompts have up to" in result.stderr and "the last 32 are used" in result.stderr
+    for prompt, line in list(zip(PROMPTS, lines))[::2]:
+        alone = json.loads(infer(workdir, *(["--prompt", prompt] * bool(prompt)), *options, "--json").stdout)["samples"]
+        assert [line["samples"][0][key] for key in ("text", "tokens")] == [alone[0][key] for key in ("text", "tokens")]
+        np.testing.assert_allclose(line["samples"][0]["logprobs"], alone[0]["logprobs"], atol=1e-4)
+    into = ("--out", tmp_path / "out.jsonl")
+    silent = infer(workdir, f"--prompts={prompts}", *into, *options)
+    assert silent.stdout == "" and (tmp_path / "out.jsonl").read_text() == result.stdout
+    # follows: choose another --out or remove the file
+    refused(infer(workdir, f"--prompts={prompts}", *into, "--temperature=0"), "max_new_tokens=40", "has 200")
+    refused(infer(workdir, f"--prompts={prompts}", "--strict", *options), "1 of 5 prompts have up to")
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_to_its_end_with_a_word(workdir):
+    long = infer(workdir, "--prompt=" + "The people " * 40, "--max_new_tokens=5", "--temperature=0", "--json")
+    assert "more than model.block_size=32: the last 32 are used" in long.stderr
+    assert len(json.loads(long.stdout)["samples"][0]["tokens"]) == 5
+
+
+def test_a_stop_string_ends_the_text_and_is_not_printed(workdir):
+    request = ("--prompt=The people", "--max_new_tokens=40", "--temperature=0")
+    whole = infer(workdir, *request).stdout.removeprefix("The people").rstrip("\n")
+    stop = whole[8:11]
+    short = infer(workdir, *request, "--stop=never", f"--stop={stop}").stdout
+    assert short == "The people" + whole[: whole.index(stop)] + "\n"
+
+
+def test_ctrl_c_stops_the_text_of_an_interactive_prompt_and_not_the_program(workdir, monkeypatch):
+    from trialgpt_jax.generation.samples import GrowingText
+
+    answers, push, count = iter(["The people", "a" * 3, "We"]), GrowingText.push, 0
+
+    def answer(prompt):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    def interrupted(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 4:  # in the text of the second prompt: each has three pieces
+            raise KeyboardInterrupt
+        push(self, *arguments)
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr(GrowingText, "push", interrupted)
+    result = infer(workdir, "--interactive", "--max_new_tokens=20", "--temperature=0", "--stop=\0")
+    assert result.returncode == 0, result.stderr
+    first, _, last = result.stdout.partition("\nWe")
+    assert first.startswith("The people") and len(last) > 10, result.stdout
+
+
+def test_flags_that_exclude_each_other_are_refused_before_anything_is_printed(workdir, prompts):
+    for arguments, words in (
+        (("--prompt=a", f"--prompts={prompts}"), ("--prompt and --prompts exclude each other",)),
+        (("--interactive", f"--prompts={prompts}"), ("--prompts and --interactive exclude each other",)),
+        (("--out=x",), ("--out is of the lines of --prompts",)),
+        (("--json", "--interactive"), ("--json and --interactive exclude each other",)),
+        (("--logprobs",), ("--logprobs is only for --json and --prompts",)),
+        (("--prompts=nowhere.jsonl",), ("--prompts='nowhere.jsonl' cannot be read: No such file",)),
+        (("--weights=int4",), ("weights is 'int4', not one of auto, bfloat16, int8",)),
+        (("--min_p=2",), ("min_p is 2.0, outside [0, 1]",)),
+        (("--repetition_penalty=0",), ("repetition_penalty is 0.0",)),
+        (("--batch_size=0",), ("batch_size is 0",)),
+        (("--num_samples=2", "--max_new_tokens=0"), ("max_new_tokens is 0",)),
+    ):
+        result = infer(workdir, *arguments)
+        refused(result, *words)
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize("weights", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+def test_fewer_bytes_cost_less_than_half_a_percent_of_bits_per_byte(workdir, weights):
+    """Over text that the model was not trained on; decoding with them runs."""
+    from trialgpt_jax.language_model import LanguageModel
+
+    config = load_snapshot(str(workdir))
+    text = open_store(config.data.dir).split("val").read(0, 1500).tolist()
+    whole, rounded = (
+        LanguageModel.load(str(workdir), config=config, mesh=single_device(), weights=each).rolling([text])[0]
+        for each in ("auto", weights)
+    )
+    assert whole != rounded and abs(rounded / whole - 1) < 0.005, rounded / whole - 1
+    assert infer(workdir, f"--weights={weights}", "--max_new_tokens=3").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_process_killed_between_blocks_is_continued_to_the_same_bytes(workdir, tmp_path):
+    lines = "".join(json.dumps({"prompt": f"The people {'of ' * (i % 9)}{i}"}) + "\n" for i in range(64))
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    arguments = (f"--workdir={workdir}", f"--prompts={tmp_path}/prompts.jsonl", "--max_new_tokens=30", "--batch_size=2")
+    assert run("infer", *arguments, f"--out={tmp_path}/whole.jsonl").returncode == 0
+    argv, env = command("infer", *arguments, f"--out={tmp_path}/killed.jsonl")
+    process = subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL)
+    killed, started = tmp_path / "killed.jsonl", time.monotonic()
+    while not (killed.exists() and killed.read_bytes()) and time.monotonic() < started + 120:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 0 < killed.read_bytes().count(b"\n") < 64
+    assert run("infer", *arguments, f"--out={killed}").returncode == 0
+    assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from model_options import random_params, reference_logits
 
 from trialgpt_jax import UserError
+from trialgpt_jax.generation.samples import GrowingText, Options
 from trialgpt_jax.language_model import LanguageModel
 from trialgpt_jax.model import decode, packing, scoring
 from trialgpt_jax.model.config import GPTConfig
@@ -52,6 +53,9 @@ class Letters:
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids)
+
+    def token_bytes(self, token_id):
+        return chr(token_id).encode()
 
 
 parameters = functools.cache(random_params)
@@ -180,10 +184,10 @@ def test_any_number_of_requests_of_any_length_takes_at_most_six_programs():
 
 def test_prompts_of_any_length_take_at_most_eight_programs():
     lm = model(block_size=64, n_layer=1)
-    before = decode.prefill._cache_size() + decode.decode_cached._cache_size()
+    before = decode.prefill._cache_size() + decode.decode._cache_size()
     for count in (1, 2, 20):
         lm.generate(["x" * (1 + i * 61 % 70) for i in range(count)], max_new_tokens=2)
-    assert 3 <= decode.prefill._cache_size() + decode.decode_cached._cache_size() - before <= 8
+    assert 3 <= decode.prefill._cache_size() + decode.decode._cache_size() - before <= 8
 
 
 def test_logits_are_computed_for_the_scored_positions_alone():
@@ -238,20 +242,20 @@ def test_a_batch_of_prompts_continues_each_as_if_it_were_alone(name, sampling):
     lm = model(name)
     got = lm.generate(PROMPTS, max_new_tokens=12, sampling=sampling, seed=3)
     for i, prompt in enumerate(PROMPTS):
-        # sample i of one prompt has the random numbers of prompt i
-        rows = lm.stream(lm.encode(prompt), num_samples=len(PROMPTS), max_new_tokens=12, sampling=sampling, seed=3)
-        row = np.concatenate(list(rows), axis=1)[i].tolist()
-        assert got[i] == lm.tokenizer.decode(row[: row.index(0)] if 0 in row else row)
+        options = Options(12, 2, sampling, seed=3)
+        (samples,) = lm.samples([prompt], options, first=i)
+        assert got[i] == samples[0].text == lm.tokenizer.decode(samples[0].tokens)
+        assert (samples[0] != samples[1]) == (sampling.temperature > 0)
 
 
 def test_a_continuation_ends_before_the_first_stop_string_and_at_end_of_text():
     lm = model()
     (whole,) = lm.generate(["hello"], max_new_tokens=12)
     assert len(whole) == 12
-    assert lm.generate(["hello"], max_new_tokens=12, until=["", whole[7:9], whole[4:6]]) == [
+    assert lm.generate(["hello"], max_new_tokens=12, stop=["", whole[7:9], whole[4:6]]) == [
         whole[: whole.find(whole[4:6])]
     ]
-    assert lm.generate(["hello"], max_new_tokens=12, until=f"{whole[2]}\x01") == [whole]  # one string, not two
+    assert lm.generate(["hello"], max_new_tokens=12, stop=f"{whole[2]}\x01") == [whole]  # one string, not two
     lm.tokenizer.eot_id = ord(whole[3])
     (short,) = lm.generate(["hello"], max_new_tokens=12)
     assert short == whole[: whole.index(whole[3])] and len(short) < 12
@@ -265,36 +269,53 @@ STOPS = st.lists(st.text("ab:\n", max_size=3), max_size=3)
 @example(["a\nb:aaaaaaaa"], ["\nb:", "b:"], 12)
 @example(["abbbbbbbbbbb"], ["abb", "b"], 12)
 def test_stop_strings_are_cut_as_lm_eval_cuts_the_text_that_ends_with_the_first_of_them(texts, until, size):
-    """Whatever the size of the pieces, and nothing is read after the last text has ended."""
+    """Whatever the size of the pieces, and what is printed on the way is never taken back."""
     from lm_eval.models.utils import postprocess_generated_text
-
-    lm = LanguageModel(None, GPTConfig(**SMALL, n_head=2), Letters(), single_device())
-    ids, read = np.array([lm.encode(text) for text in texts]), []
-
-    def pieces():
-        for start in range(0, 12, size):
-            read.append(start)
-            yield ids[:, start : start + size]
 
     def first_end(text):
         """The number of characters after which the text has a stop string."""
         return next((n for n in range(13) if any(stop and stop in text[:n] for stop in until)), 12)
 
-    found, _ = lm._read(pieces(), len(texts), until)
-    assert found == [postprocess_generated_text(text[: first_end(text)], until, None) for text in texts]
-    if all(any(stop and stop in text for stop in until) for text in texts):
-        assert len(read) == -(-max(map(first_end, texts)) // size)
+    for text in texts:
+        growing, printed = GrowingText(Letters(), Options(12, stop=until)), ""
+        for start in range(0, 12, size):
+            piece = text[start : start + size]
+            growing.push([ord(c) for c in piece], [0.0] * len(piece))
+            printed += growing.take()
+            assert growing.done == (start + size >= first_end(text))
+        assert growing.sample().text == printed == postprocess_generated_text(text[: first_end(text)], until, None)
+        assert growing.sample().tokens == [ord(c) for c in printed]
 
 
-def test_a_long_prompt_keeps_its_end_and_one_without_room_is_refused():
+def test_of_a_long_prompt_the_end_is_used_which_is_said_and_strict_refuses_it(capsys):
     lm = model()
-    assert lm.generate(["x" * 50 + "hello world!"], max_new_tokens=12) == lm.generate(
-        ["hello world!"], max_new_tokens=12
-    )
-    with pytest.raises(UserError, match="max_new_tokens=24 leaves no room for a prompt in model.block_size=24"):
-        lm.generate(["hello"], max_new_tokens=24)
+    end = "x" * 12 + "hello world!"
+    assert lm.generate(["x" * 50 + "hello world!"], max_new_tokens=12) == lm.generate([end], max_new_tokens=12)
+    assert "the prompt has 62 tokens, more than model.block_size=24: the last 24 are used" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"2 of 3 prompts have up to 30 tokens, more than model.block_size=24"):
+        lm.samples(["x" * 30, "y", "z" * 25], Options(3, strict=True))
     assert lm.generate([], max_new_tokens=3) == []
     assert len(lm.generate([""], max_new_tokens=3)) == 1
+
+
+def test_a_text_streams_in_pieces_that_add_up_and_one_text_gives_one_text():
+    lm = model()
+    whole = lm.generate("hello", max_new_tokens=40)  # past block_size
+    pieces = list(lm.generate("hello", max_new_tokens=40, stream=True))
+    assert isinstance(whole, str) and [whole] == lm.generate(["hello"], max_new_tokens=40)
+    assert "".join(pieces) == whole and len(pieces) >= 3
+    stop = whole[20:22]
+    assert "".join(lm.generate("hello", max_new_tokens=40, stop=stop, stream=True)) == whole[: whole.index(stop)]
+
+
+def test_log_probabilities_are_those_of_score_whatever_decides_the_draw():
+    lm = model()
+    sampling = Sampling(0.7, top_k=9, repetition_penalty=1.3)
+    ((sample,),) = lm.samples(["hello"], Options(12, sampling=sampling, logprobs=True))
+    total = lm.score_tokens([(lm.encode("hello"), sample.tokens)])[0].log_prob
+    np.testing.assert_allclose(sum(sample.logprobs), total, rtol=1e-5)
+    assert len(sample.logprobs) == len(sample.tokens) and max(sample.logprobs) < 0
+    assert lm.samples(["hello"], Options(12, sampling=sampling))[0][0] == sample._replace(logprobs=None)
 
 
 def test_logits_are_those_of_numpy():

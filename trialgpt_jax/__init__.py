@@ -1,5 +1,6 @@
 """trialgpt_jax: train GPT-2 style language models from scratch on TPUs and GPUs, and generate text with them."""
 
+import importlib
 import sys
 
 __version__ = "0.1.0"
@@ -10,6 +11,12 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with status 2.
     """
+
+
+def load(workdir: str, step: int | str = -1, weights: str = "auto"):
+    """A trained model as an object: `language_model.LanguageModel.load`, imported on the first call."""
+    module = importlib.import_module("trialgpt_jax.language_model")
+    return module.LanguageModel.load(workdir, step, weights=weights)
 
 
 def begin_command() -> None:

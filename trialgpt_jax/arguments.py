@@ -14,7 +14,7 @@ from trialgpt_jax.schema import parse_value
 
 _FLAG = re.compile(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
 _PATH_FIELDS = ("data.source_options.path", "train.init_from", "eval.core_bundle", "eval.include_path")
-_PATH_FLAGS = ("workdir", "to_hf", "from_hf", "include_path", "core_bundle")
+_PATH_FLAGS = ("workdir", "to_hf", "from_hf", "include_path", "core_bundle", "prompts", "out")
 
 
 class Arguments(NamedTuple):

@@ -147,7 +147,8 @@ def parse(
     Args:
       argv: the arguments, preceded by the program's name.
       doc: of the command, for `--help`.
-      options: flag name -> (default, help); the flag has the type of its default, None = a string.
+      options: flag name -> (default, help); the flag has the type of its default, None = a string; one
+        whose default is a tuple may be given more than once.
       new_workdir: the command creates the workdir, so the config starts from the defaults instead of a snapshot.
 
     Raises:
@@ -156,6 +157,7 @@ def parse(
     flags = absl_flags.FlagValues()
     integer = functools.partial(absl_flags.DEFINE_integer, lower_bound=-INT32_MAX, upper_bound=INT32_MAX)
     define = {bool: absl_flags.DEFINE_boolean, int: integer, float: absl_flags.DEFINE_float}
+    define[tuple] = absl_flags.DEFINE_multi_string
     for name, (default, text) in options.items():
         define.get(type(default), absl_flags.DEFINE_string)(name, default, text, flag_values=flags)
     given = arguments.sort(argv[1:], {name: default for name, (default, _) in options.items()})

@@ -19,6 +19,7 @@ from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import SPLITS, TokenStore, open_store
 from trialgpt_jax.evaluation import report, suite
 from trialgpt_jax.language_model import LanguageModel
+from trialgpt_jax.model import weights as weights_lib
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.training.metrics import bits_per_byte, finite
 from trialgpt_jax.training.program import Program, run_mesh
@@ -26,7 +27,14 @@ from trialgpt_jax.training.start import load_params
 from trialgpt_jax.training.workdir import check_tokenizer, find_data, require_data
 
 
-def evaluate(config: ConfigDict, workdir: str, step: int | str = -1, batches: int = 0, split: str = "val") -> dict:
+def evaluate(
+    config: ConfigDict,
+    workdir: str,
+    step: int | str = -1,
+    batches: int = 0,
+    split: str = "val",
+    weights: str = "auto",
+) -> dict:
     """Evaluates one checkpoint.
 
     Args:
@@ -35,6 +43,7 @@ def evaluate(config: ConfigDict, workdir: str, step: int | str = -1, batches: in
       step: of the checkpoint; -1 = the newest whole one, "best" = that with the lowest validation loss.
       batches: of train.batch_size sequences; 0 = the whole split.
       split: "val" or "train".
+      weights: "bfloat16" or "int8" round the matrices as `infer` stores them; "auto" = as they are.
 
     Returns:
       step, split, loss (nats per token), perplexity, bits_per_byte (None if the store has no byte counts), tokens. None
@@ -44,7 +53,7 @@ def evaluate(config: ConfigDict, workdir: str, step: int | str = -1, batches: in
       UserError: no or a damaged checkpoint, or a token store that was made with another tokenizer.
     """
     store = _open_store(config, workdir)
-    program, params, step = _load(config, workdir, step)
+    program, params, step = _load(config, workdir, step, weights)
     return {"step": step, **_loss(program, params, store, batches, split)}
 
 
@@ -54,10 +63,12 @@ def _open_store(config: ConfigDict, workdir: str) -> TokenStore:
     return store
 
 
-def _load(config: ConfigDict, workdir: str, step: int | str) -> tuple[Program, dict, int]:
+def _load(config: ConfigDict, workdir: str, step: int | str, weights: str) -> tuple[Program, dict, int]:
+    weights_lib.check(weights)
     config_lib.set_precision(config)
     program = Program(config, mesh=run_mesh(config))
-    return program, *load_params(workdir, program.params_layout, step)
+    params, step = load_params(workdir, program.params_layout, step)
+    return program, weights_lib.rounded(params, weights), step
 
 
 def _loss(program: Program, params, store: TokenStore, batches: int, split: str) -> dict:
@@ -89,6 +100,7 @@ FLAGS = {
     "checkpoint_step": cli.CHECKPOINT_STEP,
     "batches": (0, "batches of train.batch_size sequences; 0 = the whole split"),
     "split": ("val", "val or train"),
+    "weights": ("auto", "round the matrices to bfloat16 or int8, as infer stores them; auto = as they are"),
     "json": (False, "print one JSON object on stdout"),
 } | (suite.FLAGS | processes.FLAGS)
 
@@ -117,6 +129,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--split={flags.split} is not val or train")
     if flags.batches < 0:
         raise UserError(f"--batches={flags.batches} must be at least 1, or 0 for the whole split")
+    weights_lib.check(flags.weights)
     specs, options = suite.from_flags(flags)
     given = "data.dir" in cli.given_fields(argv, FLAGS)
     asked = not specs or given or flags["split"].present or flags["batches"].present
@@ -132,7 +145,7 @@ def main(argv: list[str]) -> None:
             store = _open_store(config, workdir)
         if specs:
             tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
-        program, params, step = _load(config, workdir, step)
+        program, params, step = _load(config, workdir, step, flags.weights)
         result = {"step": step, **dict.fromkeys(("split", "loss", "perplexity", "bits_per_byte", "tokens"))}
         if why is None:
             result |= _loss(program, params, store, flags.batches, flags.split)

@@ -1,99 +1,94 @@
 """Generates text: `python -m trialgpt_jax.infer --workdir=runs/quickstart --prompt="The people"`.
 
-Text streams to stdout while it is generated. With --json, stdout is one JSON object at the end.
+Text streams to stdout while it is generated; with --json, stdout is one JSON object at the end. --prompts=FILE.jsonl
+continues many prompts, one JSON line each, and --interactive asks for them. docs/generation.md has examples.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, cli
 from trialgpt_jax.console import say
-from trialgpt_jax.data import tokenizer as tokenizer_lib
-from trialgpt_jax.data.vocabulary import Vocabulary
+from trialgpt_jax.generation import prompts as prompt_files
+from trialgpt_jax.generation.samples import BATCH_SIZE, Options
 from trialgpt_jax.language_model import LanguageModel
-from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Sampling
+from trialgpt_jax.model import weights as weights_lib
+from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.sharding import make_mesh
+from trialgpt_jax.storage import files
 
-_LONGEST_PROMPT = 16 << 20  # bytes; no model has so long a context
 
-
-def infer(
-    config: ConfigDict,
-    workdir: str,
-    prompt: str | None = None,
-    *,
-    num_samples: int = 1,
-    max_new_tokens: int = 200,
-    sampling: Sampling = DEFAULT_SAMPLING,
-    seed: int = 0,
-    step: int | str = -1,
-    on_text: Callable[[str], None] = lambda text: None,
-) -> dict:
-    """Continues a prompt with the model of a workdir, with its heads split over the devices if they divide them.
-
-    Args:
-      config: the workdir's.
-      workdir: of a run.
-      prompt: text; None starts a document: the end-of-text id, or a newline if the tokenizer has none.
-      num_samples: continuations, generated as one batch.
-      max_new_tokens: tokens of each; end-of-text, if the tokenizer has it, ends a continuation earlier.
-      sampling: temperature, top-k, top-p.
-      seed: sample i of a seed does not depend on num_samples.
-      step: of the checkpoint; -1 = the newest whole one, "best" = the one with the lowest validation loss.
-      on_text: called with the prompt and then with pieces of the first sample's text.
-
-    Returns:
-      step, prompt, and samples: a list of {text, tokens} without the prompt.
+def load(config: ConfigDict, workdir: str, step: int | str = -1, weights: str = "auto") -> LanguageModel:
+    """The model of a workdir for decoding: its heads are split over the devices if they divide them.
 
     Raises:
-      UserError: a prompt, number or checkpoint that cannot be used.
+      UserError: as `LanguageModel.load`.
     """
-    sampling.validate()
     # One copy of the model, split along tensor, because decoding is bound by reading the weights.
     heads = config.model.n_kv_head or config.model.n_head
     tensor = math.gcd(heads, jax.device_count())
     mesh = _decoding_mesh(tensor)
-    ids = _start_ids(tokenizer_lib.from_workdir(workdir, config.data.tokenizer), prompt)
-    model = LanguageModel.load(workdir, step, config, mesh)
-    tokenizer = model.tokenizer
-    say(f"checkpoint {model.step}, {model.config.dtype} on {tensor} x {mesh.devices.flat[0].device_kind}")
-    on_text(prompt or "")
-    decoder = tokenizer_lib.StreamingDecoder(tokenizer)
-    pieces = []
-    for new in model.stream(ids, num_samples=num_samples, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed):
-        pieces.append(new)
-        on_text("".join(decoder.push(i) for i in new[0] if i != tokenizer.eot_id))
-    on_text(decoder.finish())
-    samples = []
-    for row in np.concatenate(pieces, axis=1).tolist():
-        ended = row.index(tokenizer.eot_id) if tokenizer.eot_id in row else len(row)
-        samples.append({"text": tokenizer.decode(row[:ended]), "tokens": row[:ended]})
-    return {"step": model.step, "prompt": prompt, "samples": samples}
+    model = LanguageModel.load(workdir, step, config, mesh, weights)
+    stored = model.config.dtype if weights == "auto" else f"{model.config.dtype}, weights in {weights},"
+    say(f"checkpoint {model.step}, {stored} on {tensor} x {mesh.devices.flat[0].device_kind}")
+    return model
 
 
-def _start_ids(tokenizer: Vocabulary, prompt: str | None) -> list[int]:
-    """The ids that generation starts from. Raises UserError for a prompt without ids, or with unknown characters."""
-    if prompt is None and tokenizer.eot_id is not None:
-        return [tokenizer.eot_id]
-    if prompt is None:  # as nanoGPT's sample.py; the first character if there is no newline
-        return [tokenizer.id_of("\n") or 0]
-    if prompt == "":
-        raise UserError("--prompt is empty; leave it out to start a new document, or give some text")
-    try:
-        ids = tokenizer.encode(prompt)
-    except UserError as error:
-        raise UserError(f"--prompt: {error}") from None
-    if not ids:
-        raise UserError("--prompt: this tokenizer makes no tokens of it")
-    return ids
+def infer(model: LanguageModel, prompt: str | None, options: Options, *, number: int = 0, show: bool = False) -> dict:
+    """Continues one prompt.
+
+    Args:
+      model: from `load`.
+      prompt: text; None starts a document: the end-of-text id, or a newline if the tokenizer has none.
+      options: see there.
+      number: of the prompt, for the random numbers.
+      show: print the samples, the first one while it is generated.
+
+    Returns:
+      step, prompt, and samples: a list of {text, tokens} without the prompt, with logprobs if they are asked for.
+
+    Raises:
+      UserError: a prompt that cannot be used.
+    """
+    begin, several = prompt or "", options.num_samples > 1
+    waiting = ["--- sample 0\n" if several else "", begin]  # printed with the first token: nothing is refused after it
+
+    def on_text(text: str) -> None:
+        sys.stdout.write("".join([*waiting, text]))
+        sys.stdout.flush()
+        waiting.clear()
+
+    (samples,) = model.samples([begin], options, first=number, on_text=on_text if show else lambda text: None)
+    if show:
+        print()
+        for i, sample in enumerate(samples[1:], 1):
+            print(f"--- sample {i}\n{begin}{sample.text}", flush=True)
+    return {"step": model.step} | prompt_files.as_line(prompt, samples)
+
+
+def interact(model: LanguageModel, options: Options) -> None:
+    """Asks for prompts, one a line, and continues each, until the end of stdin. Ctrl-C stops the text."""
+    with contextlib.suppress(ImportError):  # not on every system; `input` has editing and history with it
+        import readline  # noqa: F401
+    say("one prompt per line; an empty one starts a document; Ctrl-C stops the text, Ctrl-D ends")
+    for number in itertools.count():
+        try:
+            infer(model, input("> "), options, number=number, show=True)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print(flush=True)
+        except UserError as error:
+            say(f"error: {error}")
 
 
 def _decoding_mesh(tensor: int) -> Mesh:
@@ -103,75 +98,87 @@ def _decoding_mesh(tensor: int) -> Mesh:
     return make_mesh({"data": jax.device_count() // tensor, "fsdp": 1, "tensor": tensor})
 
 
-def read_prompt(prompt: str | None) -> str | None:
-    """The prompt of the command line: text, or the contents of a file for `FILE:path`.
-
-    Raises:
-      UserError: the file cannot be read, or is not UTF-8 (names the offset).
-    """
-    if prompt is None or not prompt.startswith("FILE:"):
-        return prompt
-    path = prompt.removeprefix("FILE:")
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_LONGEST_PROMPT + 1)
-        if len(data) > _LONGEST_PROMPT:
-            raise UserError(
-                f"--prompt={prompt}: {path} has more than {_LONGEST_PROMPT >> 20} MiB, which no model reads"
-            )
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt={prompt}: {path} is not UTF-8 at byte {error.start}; convert it first") from None
-    except (OSError, ValueError) as error:  # ValueError: not a possible file name
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompt={prompt!a}: {path!a} cannot be read: {why}") from None
-
-
 FLAGS = {
     "workdir": (None, "folder of the run"),
     "prompt": (None, "text to continue, or FILE:path; left out: a new document"),
+    "prompts": (None, 'file of prompts, or - for stdin: lines {"prompt": "..."}'),
+    "out": (None, "file for the lines of --prompts, which the same command continues; left out: stdout"),
+    "interactive": (False, "ask for prompts; Ctrl-C stops a text, Ctrl-D ends"),
     "num_samples": (1, "continuations, generated as one batch"),
     "max_new_tokens": (200, "tokens of each; end-of-text ends one earlier"),
+    "stop": ((), "string that ends a continuation; may be given more than once; a newline is $'\\n' in bash"),
     "temperature": (0.8, "below 1 = more predictable, above 1 = more varied, 0 = greedy"),
     "top_k": (0, "sample from the k likeliest tokens; 0 = all"),
     "top_p": (1.0, "sample from the smallest set of likeliest tokens that reaches probability p; 1 = all"),
+    "min_p": (0.0, "sample from tokens at least this times as likely as the likeliest one; 0 = all"),
+    "repetition_penalty": (1.0, "above 1 = ids that the text already has are less likely; 1 = none"),
     "seed": (0, "of the random numbers; the same seed gives the same samples"),
+    "logprobs": (False, "with --json or --prompts: the log-probability of each token by the model, nats"),
+    "special_tokens": (False, "<|endoftext|> in a prompt is the id, not text"),
+    "strict": (False, "refuse a prompt longer than model.block_size, of which the end is used otherwise"),
+    "weights": ("auto", "of the matrices: bfloat16 or int8 are faster and less exact; auto = those of the matmuls"),
+    "batch_size": (BATCH_SIZE, "rows that are decoded together"),
     "checkpoint_step": cli.CHECKPOINT_STEP,
     "json": (False, "print one JSON object on stdout"),
 } | processes.FLAGS
+_NO_SETTINGS = {"prompt", "prompts", "out", "interactive", "json", "strict", "workdir", "checkpoint_step"}
+
+
+def _options(flags) -> Options:
+    """The options of the flags. Raises UserError for flags that are out of range or exclude each other."""
+    cli.at_most(flags, num_samples=10_000, max_new_tokens=10_000_000, batch_size=100_000)
+    ways = [f"--{name}" for name in ("prompt", "prompts", "interactive") if flags[name].value not in (None, False)]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} exclude each other")
+    if flags.out and not flags.prompts:
+        raise UserError("--out is of the lines of --prompts; without it redirect stdout")
+    if flags.json and (flags.prompts or flags.interactive):
+        raise UserError(f"--json and {ways[0]} exclude each other; --prompts prints JSON lines")
+    if flags.logprobs and not (flags.json or flags.prompts):
+        raise UserError("--logprobs is only for --json and --prompts, whose output has room for them")
+    limits = (flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty)
+    options = Options(flags.max_new_tokens, flags.num_samples, Sampling(flags.temperature, *limits), tuple(flags.stop))
+    own = ("seed", "logprobs", "special_tokens", "strict", "batch_size")
+    options = options._replace(**{name: flags[name].value for name in own})
+    options.check()
+    weights_lib.check(flags.weights)
+    return options
 
 
 def main(argv: list[str]) -> None:
     flags, config = cli.parse(argv, __doc__, FLAGS)
-    workdir = cli.require_workdir(flags)
-    step = cli.checkpoint_step(flags)
-    cli.at_most(flags, num_samples=10_000, max_new_tokens=10_000_000)
-    prompt = read_prompt(flags.prompt)
-
-    def stream(text: str) -> None:
-        if not flags.json and jax.process_index() == 0:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
+    workdir, step = cli.require_workdir(flags), cli.checkpoint_step(flags)
+    options, prompt = _options(flags), prompt_files.read_prompt(flags.prompt)
+    if prompt == "":
+        raise UserError("--prompt is empty; leave it out to start a new document, or give some text")
     with cli.start(flags, config):
-        if flags.num_samples > 1:
-            stream("--- sample 0\n")
-        result = infer(
-            config,
-            workdir,
-            prompt,
-            num_samples=flags.num_samples,
-            max_new_tokens=flags.max_new_tokens,
-            sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
-            seed=flags.seed,
-            step=step,
-            on_text=stream,
-        )
-        stream("\n")
-        for i, sample in enumerate(result["samples"][1:], 1):
-            stream(f"--- sample {i}\n{prompt or ''}{sample['text']}\n")
-        if flags.json and jax.process_index() == 0:
-            print(json.dumps(result), flush=True)
+        first = jax.process_index() == 0
+        if flags.interactive and jax.process_count() > 1:
+            raise UserError("--interactive needs a single process")
+        prompts = prompt_files.read(flags.prompts) if flags.prompts and first else None
+        model = load(config, workdir, step, flags.weights)
+        model.shows_progress = bool(flags.out)
+        if flags.prompts:
+            settings = {name: flags[name].value for name in FLAGS if name not in _NO_SETTINGS | processes.FLAGS.keys()}
+            settings |= {"workdir": files.resolve(workdir), "checkpoint_step": model.step}
+
+            def run() -> None:
+                output = prompt_files.Output(flags.out, settings)
+                n = prompt_files.continue_all(
+                    prompts, output, options, lambda block, first: model.samples(block, options, first=first)
+                )
+                say(f"{n:,} prompts" + (f", in {flags.out}" if flags.out else ""))
+
+            model.drive(run)
+        elif flags.interactive:
+            interact(model, options)
+        else:
+            try:
+                result = infer(model, prompt, options, show=first and not flags.json)
+            except UserError as error:
+                raise UserError(f"--prompt: {error}") from None
+            if flags.json and first:
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     model = LanguageModel.load("runs/quickstart")
     model.score([("The people of the United", " States"), ("The people of the United", " Kingdom")])
-    model.generate(["My fellow citizens"], max_new_tokens=50)
+    model.generate("My fellow citizens", max_new_tokens=50)
 
 Requests go to the devices in rows of a few fixed lengths, see `model/packing.py`: any number of requests takes at most
 six compiled programs, and those of one context compute it once.
@@ -10,20 +10,30 @@ six compiled programs, and those of one context compute it once.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, console
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.vocabulary import Vocabulary
-from trialgpt_jax.model import generate as decoding
+from trialgpt_jax.generation.samples import (
+    DEFAULT_OPTIONS,
+    GREEDY,
+    GrowingText,
+    Options,
+    Sample,
+    batches,
+    grow,
+    prompt_ids,
+)
+from trialgpt_jax.model import weights as weights_lib
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.decode import keep_ids, split_layers
 from trialgpt_jax.model.gpt import GPT
@@ -33,12 +43,9 @@ from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.model.scoring import Scorer
 from trialgpt_jax.parallel.axes import AXES
 from trialgpt_jax.parallel.driven import Driven
-from trialgpt_jax.parallel.sharding import mesh_axis, put, replicated
+from trialgpt_jax.parallel.sharding import put, replicated, split_along_tensor
 from trialgpt_jax.training.program import Program, run_mesh
 from trialgpt_jax.training.start import load_params
-
-GREEDY = Sampling(temperature=0.0)
-_BATCH_PROMPTS = 16  # generated together
 
 
 class Score(NamedTuple):
@@ -65,17 +72,28 @@ class LanguageModel(Driven):
       tokenizer: its tokenizer.
       mesh: batches are split over data x fsdp, heads and vocabulary over tensor.
       step: of the checkpoint, if the parameters are of one.
+      weights: how matrices are stored, see `model.weights`: "auto", "bfloat16" or "int8". The parameters have the
+        rounded values already.
 
     Attributes:
-      params, config, tokenizer, mesh, step: the arguments. `params` and `step` may be replaced by those of another
-        checkpoint of the same run.
+      params, config, tokenizer, mesh, step, weights: the arguments. `params` and `step` may be replaced by those
+        of another checkpoint of the same run.
       block_size: longest input, tokens.
       shows_progress: whether calls show a progress bar on stderr.
       on_batch: called after each batch. It may raise to end the call if there is one process: others would wait.
     """
 
-    def __init__(self, params, config: GPTConfig, tokenizer: Vocabulary, mesh: Mesh, step: int | None = None):
+    def __init__(
+        self,
+        params,
+        config: GPTConfig,
+        tokenizer: Vocabulary,
+        mesh: Mesh,
+        step: int | None = None,
+        weights: str = "auto",
+    ):
         self.params, self.config, self.tokenizer, self.mesh, self.step = params, config, tokenizer, mesh, step
+        self.weights = weights
         self.block_size = config.block_size
         self.shows_progress, self.on_batch = True, lambda: None
         self._scorer = Scorer(config, mesh)
@@ -85,7 +103,12 @@ class LanguageModel(Driven):
 
     @classmethod
     def load(
-        cls, workdir: str, step: int | str = -1, config: ConfigDict | None = None, mesh: Mesh | None = None
+        cls,
+        workdir: str,
+        step: int | str = -1,
+        config: ConfigDict | None = None,
+        mesh: Mesh | None = None,
+        weights: str = "auto",
     ) -> "LanguageModel":
         """Loads a checkpoint of a run.
 
@@ -94,16 +117,27 @@ class LanguageModel(Driven):
           step: of the checkpoint; -1 = the newest whole one, "best" = the one with the lowest validation loss.
           config: default: the run's.
           mesh: default: the run's if the devices suffice for it, otherwise all devices along data.
+          weights: "bfloat16" or "int8" round the matrices, and decoding reads them so; "auto" = as they are.
 
         Raises:
           UserError: no such checkpoint, or a damaged one.
         """
+        weights_lib.check(weights)
         config = config_lib.load_snapshot(workdir) if config is None else config
         config_lib.set_precision(config)
         program = Program(config, mesh=run_mesh(config) if mesh is None else mesh)
         params, step = load_params(workdir, program.params_layout, step)
         tokenizer = tokenizer_lib.from_workdir(workdir, config.data.tokenizer)
-        return cls(params, program.gpt, tokenizer, program.mesh, step)
+        return cls(weights_lib.rounded(params, weights), program.gpt, tokenizer, program.mesh, step, weights)
+
+    @property
+    def params(self) -> dict:
+        """See the class."""
+        return self._params
+
+    @params.setter
+    def params(self, params: dict | None) -> None:
+        self._params, self._decoding = params, None  # `_decoding`: what `_for_decoding` made of the old ones
 
     @property
     def start_id(self) -> int:
@@ -190,151 +224,123 @@ class LanguageModel(Driven):
         tokens[0, : len(ids)] = ids
         everywhere = replicated(self._copies)
         config = dataclasses.replace(self.config, attention="xla")  # which takes any length
-        params = self._copied_params()
+        params = split_along_tensor(self.params, self._copies)
         with jax.set_mesh(self._copies):
             return np.asarray(_logits(params, config, everywhere, put(tokens, everywhere)))[0, : len(ids)]
 
     # ---- generation
 
-    def stream(
-        self,
-        ids: Sequence[int],
-        *,
-        num_samples: int = 1,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-    ) -> Iterator[np.ndarray]:
-        """Continues one prompt, piece by piece; beyond block_size the window slides. See `model.generate.generate`.
-
-        Args:
-          ids: of the prompt, 1 ... block_size of them.
-          num_samples: B continuations.
-          max_new_tokens, sampling, seed: as in `generate`.
-
-        Yields:
-          int32 [B, n]; after end-of-text a row repeats it.
-        """
-        params, config = self._for_decoding()
-        with jax.set_mesh(self._copies):
-            yield from decoding.generate(
-                params,
-                config,
-                np.asarray(ids),
-                max_new_tokens=max_new_tokens,
-                num_samples=num_samples,
-                sampling=sampling,
-                seed=seed,
-                stop_id=self.tokenizer.eot_id,
-            )
-
+    @overload
+    def generate(self, prompts: str, *, stream: Literal[True], **options) -> Iterator[str]: ...
+    @overload
+    def generate(self, prompts: str, **options) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str | Sequence[int]], **options) -> list[str]: ...
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: str | Sequence[str | Sequence[int]],
         *,
-        until: Sequence[str] = (),
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
+        stream: bool = False,
         what: str = "prompts",
-    ) -> list[str]:
-        """Continues prompts, in batches.
+    ) -> str | list[str] | Iterator[str]:
+        """The text of one continuation of each prompt; `samples` has more options and more in its result.
 
         Args:
-          prompts: texts or ids; "" is a new document. Of more than block_size - max_new_tokens ids the first are cut.
-          until: strings (or one) at the first of which a continuation ends; so does end-of-text. Neither is returned.
-          max_new_tokens: of each continuation, less than block_size.
-          sampling: how tokens are drawn; greedy by default.
-          seed: of the random numbers; those of a prompt depend on its number in `prompts`, not on its batch.
+          prompts: a text; or several texts or lists of ids.
+          max_new_tokens, sampling, stop, seed: see `Options`; `stop` may be one string.
+          stream: return an iterator over the pieces of the text while it is generated; of one text alone.
           what: they are, for the progress bar.
 
         Returns:
-          The continuations, in the order of `prompts`.
+          The continuation of one text, or a list of those of several in their order.
 
         Raises:
-          UserError: no room for a prompt, characters that the tokenizer does not have, or numbers out of range.
+          UserError: as `samples`.
         """
-        until = [until] if isinstance(until, str) else list(until)
-        self._repeat(
-            "generate", prompts, until=until, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, what=what
-        )
-        sampling = Sampling(*sampling)  # a list where `_repeat` has sent it
-        room = self.block_size - max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in model.block_size={self.block_size}"
-            )
-        ids = [np.asarray(self._ids(prompt)[-room:] or [self.start_id], np.int32) for prompt in prompts]
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # prompts of a batch have similar lengths
-        texts = [""] * len(ids)
-        params, config = self._for_decoding()
-        with (
-            jax.set_mesh(self._copies),
-            console.requests_bar(len(ids), what, self.shows_progress, self.on_batch) as advance,
-        ):
-            for start in range(0, len(order), _BATCH_PROMPTS):
-                numbers = order[start : start + _BATCH_PROMPTS]
-                # a part of a batch is filled up, so that it needs no programs of its own
-                filled = numbers + numbers[:1] * (_BATCH_PROMPTS - len(numbers)) if len(order) > 1 else numbers
-                need = len(ids[numbers[0]]) + max_new_tokens
-                length = next((n for n in (self.block_size // 4, self.block_size // 2) if n >= need), self.block_size)
-                pieces = decoding.generate_batch(
-                    params,
-                    config,
-                    [ids[i] for i in filled],
-                    max_new_tokens=max_new_tokens,
-                    sample_numbers=filled,
-                    prompt_length=length,
-                    cache_length=length,
-                    sampling=sampling,
-                    seed=seed,
-                    stop_id=self.tokenizer.eot_id,
-                )
-                found, n_new = self._read(pieces, len(numbers), until)
-                for i, text in zip(numbers, found, strict=True):
-                    texts[i] = text
-                advance(len(numbers), n_new)
-        return texts
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        options = Options(max_new_tokens, sampling=sampling, stop=stop, seed=seed)
+        if stream:
+            return self._stream(prompts, options)
+        single = isinstance(prompts, str)
+        found = self.samples([prompts] if single else prompts, options, what=what)
+        return found[0][0].text if single else [samples[0].text for samples in found]
 
-    def _read(self, pieces: Iterator[np.ndarray], n: int, until: Sequence[str]) -> tuple[list[str], int]:
-        """The texts of the first n rows up to their stop strings, and the number of their ids."""
-        rows, texts, done = [[] for _ in range(n)], [""] * n, [False] * n
-        for piece in pieces:
-            for i in range(n):
-                if done[i]:
-                    continue
-                rows[i] += piece[i].tolist()
-                eot = self.tokenizer.eot_id
-                done[i] = eot in rows[i]
-                text = self.tokenizer.decode(rows[i][: rows[i].index(eot)] if done[i] else rows[i])
-                ends = [text.index(stop) + len(stop) for stop in until if stop and stop in text]
-                texts[i], done[i] = text[: min(ends, default=len(text))], done[i] or bool(ends)
-                for stop in filter(None, until):  # in their order, as lm-eval: of ("B:", "\nB:") only "B:" is cut
-                    texts[i] = texts[i].partition(stop)[0]
-            if all(done):
-                break
-        return texts, sum(map(len, rows))
+    def samples(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        options: Options = DEFAULT_OPTIONS,
+        *,
+        first: int = 0,
+        what: str = "prompts",
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[list[Sample]]:
+        """Continues prompts, in batches of similar lengths. Past block_size as `model.generate` says.
+
+        Args:
+          prompts: texts or ids; an empty one starts a document, after `start_id`. Of one that is longer than block_size
+            the end is used, which is said on stderr.
+          options: see there.
+          first: number of the first prompt, for the random numbers.
+          what: they are, for the progress bar.
+          on_text: called with pieces of the first sample of the first prompt while it is generated, instead of the
+            progress bar.
+
+        Returns:
+          `options.num_samples` samples of each prompt, in the order of `prompts`.
+
+        Raises:
+          UserError: options out of range, characters that the tokenizer does not have, or a long prompt with `strict`.
+        """
+        options = Options(*options)
+        # lists where `_repeat` has sent them
+        options = options._replace(sampling=Sampling(*options.sampling), stop=tuple(options.stop))
+        options.check()
+        self._repeat("samples", prompts, options, first=first, what=what)
+        ids = prompt_ids(self.tokenizer, prompts, self.start_id, self.block_size, options, first)
+        found: list[list[Sample]] = [[] for _ in ids]
+        shown = self.shows_progress and on_text is None
+        with console.requests_bar(len(ids), what, shown, self.on_batch) as advance:
+            for places in batches([len(each) for each in ids], options):
+                texts = []
+                for texts in self._grow([ids[i] for i in places], [first + i for i in places], options):
+                    if on_text is not None and 0 in places:
+                        on_text(texts[places.index(0)][0].take())
+                for place, group in zip(places, texts, strict=True):
+                    found[place] = [text.sample() for text in group]
+                advance(len(places), sum(len(sample.tokens) for place in places for sample in found[place]))
+        return found
+
+    def _stream(self, prompt: str, options: Options) -> Iterator[str]:
+        options.check()
+        for texts in self._grow(
+            prompt_ids(self.tokenizer, [prompt], self.start_id, self.block_size, options), [0], options
+        ):
+            if new := texts[0][0].take():
+                yield new
+
+    def _grow(self, ids: list[np.ndarray], numbers: list[int], options: Options) -> Iterator[list[list[GrowingText]]]:
+        params, config = self._for_decoding()
+        pieces = grow(params, config, self.tokenizer, ids, numbers, options)
+        while True:
+            with jax.set_mesh(self._copies):  # entered for each piece, so that the caller's mesh is untouched
+                texts = next(pieces, None)
+            if texts is None:
+                return
+            yield texts
 
     def _for_decoding(self) -> tuple[dict, GPTConfig]:
         """The parameters as `model.decode` takes them, split along tensor alone, without ids that have no text."""
-        params, config = keep_ids(self._copied_params(), self.config, self.tokenizer.vocab_size)
-        with jax.set_mesh(self._copies):
-            return split_layers(params, config), config
-
-    def _copied_params(self) -> dict:
-        """The parameters on `_copies`, split along tensor alone."""
-
-        def sharding(leaf):
-            axes = getattr(leaf.sharding, "spec", ())  # no NamedSharding: the array is not split
-            return NamedSharding(self._copies, PartitionSpec(*map(_tensor_axis, axes)))
-
-        return jax.device_put(self.params, jax.tree.map(sharding, self.params))
-
-
-def _tensor_axis(axes: str | tuple[str, ...] | None) -> str | None:
-    """The tensor axis if it is among the mesh axes that split a dimension."""
-    tensor = mesh_axis("vocab")
-    return tensor if tensor == axes or (isinstance(axes, tuple) and tensor in axes) else None
+        if self._decoding is None:
+            params, config = keep_ids(
+                split_along_tensor(self.params, self._copies), self.config, self.tokenizer.vocab_size
+            )
+            with jax.set_mesh(self._copies):
+                self._decoding = split_layers(params, config, self.weights), config
+        return self._decoding
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

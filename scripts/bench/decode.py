@@ -35,7 +35,8 @@ def ours(params, config: GPTConfig, prompt: np.ndarray, temperature: float) -> C
     sampling = Sampling(temperature=temperature)
 
     def run(batch_size: int, new: int) -> np.ndarray:
-        pieces = generate(layers, config, prompt, max_new_tokens=NEW, num_samples=batch_size, sampling=sampling)
+        made = generate(layers, config, [prompt], max_new_tokens=NEW, num_samples=batch_size, sampling=sampling)
+        pieces = (piece.tokens for piece in made)
         tokens = next(pieces)  # the first piece is the first token
         return np.concatenate([tokens, *pieces], axis=1) if new > 1 else tokens
 

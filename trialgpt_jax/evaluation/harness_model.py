@@ -93,9 +93,10 @@ def _adapter() -> type:
                     f"task {task} generates up to {n_new} tokens (max_gen_toks), which leaves no room for the prompt "
                     f"in a context of {model.block_size} (model.block_size)"
                 )
-            sampling = _sampling(task, settings)
+            sampling, room = _sampling(task, settings), model.block_size - n_new
             with self._visible():
-                return model.generate(prompts, until=until, max_new_tokens=n_new, sampling=sampling, what=task)
+                cropped = [prompt[-room:] for prompt in prompts]
+                return model.generate(cropped, stop=until, max_new_tokens=n_new, sampling=sampling, what=task)
 
     return Adapter
 

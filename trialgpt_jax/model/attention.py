@@ -98,24 +98,26 @@ def cached_attention(
 
     Args:
       q_BxTxHxD, k_BxTxKxD, v_BxTxKxD: of the tokens at `positions`.
-      cache: keys and values [K * B, S, D]. Slots past a query's position are masked; they may hold anything finite.
+      cache: keys and values [K * B, S, D]; the token at position p has slot p % S, so from S tokens on it replaces the
+        oldest one. Slots past a query's position are masked; they may hold anything finite.
         The keys of one head of one sample are contiguous, so that XLA on CPU does not copy the cache at every token
         (docs/performance.md#decode-layout).
-      positions: int32 [T], consecutive slots of the new tokens; [B, T] where rows differ.
+      positions: int32 [T], consecutive positions of the new tokens; [B, T] where rows differ. From S on T is 1.
 
     Returns:
       [B, T, H, D] in the dtype of q, and the cache.
     """
     B, T, H, D = q_BxTxHxD.shape
-    K = k_BxTxKxD.shape[2]
+    K, S = k_BxTxKxD.shape[2], cache[0].shape[1]
     G = H // K
+    first = positions[..., 0] % S
 
     def write(old_NxSxD, new_BxTxKxD):
         new_NxTxD = new_BxTxKxD.transpose(2, 0, 1, 3).reshape(K * B, T, D)
         if positions.ndim == 1:
-            return jax.lax.dynamic_update_slice_in_dim(old_NxSxD, new_NxTxD, positions[0], axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(old_NxSxD, new_NxTxD, first, axis=1)
         return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
-            old_NxSxD, new_NxTxD, jnp.tile(positions[:, 0], K), 0
+            old_NxSxD, new_NxTxD, jnp.tile(first, K), 0
         )
 
     k_NxSxD, v_NxSxD = (write(old, new) for old, new in zip(cache, (k_BxTxKxD, v_BxTxKxD), strict=True))
@@ -123,8 +125,8 @@ def cached_attention(
     dtype = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
     scores_NxMxS = jnp.einsum("nmd,nsd->nms", q_NxMxD, k_NxSxD, preferred_element_type=dtype)
     # [M, S], or [N, M, S] where rows differ
-    query_slots = jnp.tile(positions, G if positions.ndim == 1 else (K, G))
-    visible = jnp.arange(k_NxSxD.shape[1]) <= query_slots[..., None]
+    query_positions = jnp.tile(positions, G if positions.ndim == 1 else (K, G))
+    visible = jnp.arange(S) <= query_positions[..., None]  # from position S on, all
     weights = jax.nn.softmax(jnp.where(visible, scores_NxMxS / math.sqrt(D), -jnp.inf), axis=-1)
     out_NxMxD = jnp.einsum("nms,nsd->nmd", weights.astype(q_BxTxHxD.dtype), v_NxSxD)
     out = out_NxMxD.reshape(K, B, G, T, D).transpose(1, 3, 0, 2, 4).reshape(B, T, H, D)

@@ -1,33 +1,36 @@
-"""The compiled programs of generation: the prompt in one forward pass, then loops over a key/value cache or a window.
+"""The compiled programs of generation: prompts a piece at a time, then loops over a key/value cache.
 
-Shapes: R prompts, B samples, P prompt length, S cache length, T window length, V vocab_size, K key/value heads, D head
-width.
+Shapes: R prompts, B samples (B = R * samples of each), P prompt length, S cache length, H length read again, V
+vocab_size, K key/value heads, D head width.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.gpt import GPT, cast_matrices, logits
-from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Draw, Sampling, sample
+from trialgpt_jax.model.gpt import GPT, logits
+from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Draw, Sampling, penalise, sample
+from trialgpt_jax.model.weights import stored
 from trialgpt_jax.parallel.sharding import replicated
 
 CHUNK = 16  # tokens decoded per dispatch
 
 
 class State(NamedTuple):
-    """The carry of the decode loops."""
+    """The carry of the decode loop."""
 
     last_B: jax.Array  # newest token of each sample
+    log_prob_B: jax.Array  # float32, its log-probability by the model, nats; 0 if `Drawing.log_probs` is off
     n_new: jax.Array  # tokens generated so far, by every sample
     done_B: jax.Array  # samples that have produced the stop id
-    memory: tuple  # per layer the cached keys and values [K * B, S, D]; or the window's tokens [B, T]
+    seen_BxV: jax.Array  # bool, the ids of each text, for the repetition penalty; [B, 0] without one
+    caches: tuple  # per layer the keys and values [K * B, S, D]
 
 
 class Drawing(NamedTuple):
@@ -36,6 +39,7 @@ class Drawing(NamedTuple):
     draw: Draw
     keys_B: jax.Array  # PRNG key of each sample
     stop_id: jax.Array
+    log_probs: jax.Array  # bool, whether log-probabilities are wanted
 
 
 def keep_ids(params: dict, config: GPTConfig, n_ids: int) -> tuple[dict, GPTConfig]:
@@ -48,17 +52,17 @@ def keep_ids(params: dict, config: GPTConfig, n_ids: int) -> tuple[dict, GPTConf
     return params, config
 
 
-def split_layers(params, config: GPTConfig):
-    """Parameters in the layout of `config.decode`: cast to `config.dtype`, layers apart, kernels [out, in].
+def split_layers(params, config: GPTConfig, weights: str = "auto"):
+    """Parameters in the layout of `config.decode`: matrices as `weights.stored`, layers apart, kernels [out, in].
 
     A slice of a stacked array would be copied at every token; for the kernels see docs/performance.md#decode-layout.
     """
-    return _split(params, config)
+    return _split(params, config, weights)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _split(params, config: GPTConfig):
-    params = cast_matrices(params, config.dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _split(params, config: GPTConfig, weights: str):
+    params = stored(params, weights, config.dtype)
 
     def layer(i):
         return jax.tree_util.tree_map_with_path(
@@ -80,12 +84,12 @@ def compile_decode(
       config: the model; its dtype and kernels are those of the mesh's platform.
       mesh: from `make_mesh`.
       params_layout: ShapeDtypeStructs of the parameters, from `Program.params_layout`.
-      num_samples: B.
+      num_samples: B, of one prompt.
       prompt_length: P.
       max_new_tokens: with P, gives the length of the cache, as in `generate`.
 
     Returns:
-      (params, state, slot before the first, n, drawing) -> (state, tokens [B, chunk]); the state is donated.
+      `decode` without its static arguments.
     """
     S = cache_length_of(config, prompt_length, max_new_tokens)
 
@@ -95,33 +99,62 @@ def compile_decode(
     def like(tree, shardings):
         return jax.tree.map(lambda leaf, sharding: array(leaf.shape, leaf.dtype, sharding), tree, shardings)
 
+    def everywhere(made):
+        return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), made)
+
     with jax.set_mesh(mesh):
         # The decode step reads parameters and cache in the layouts that the programs before it give them.
-        split = _split.lower(params_layout, config).compile()
-        params = like(jax.eval_shape(_split, params_layout, config), split.output_shardings)
-        prompt, length = array((1, min(S, power_of_two(prompt_length))), jnp.int32), array((), jnp.int32)
-        arguments = (params, config, prompt, length, num_samples, S)
+        split = _split.lower(params_layout, config, "auto").compile()
+        params = like(jax.eval_shape(lambda p: _split(p, config, "auto"), params_layout), split.output_shardings)
+        prompt, scalar, lengths = (
+            array(shape, jnp.int32) for shape in ((1, piece_length(1, prompt_length, S)), (), (1,))
+        )
+        arguments = (params, config, prompt, scalar, lengths, None, num_samples, S)
         compiled = prefill.lower(*arguments).compile()
-        _, memory = like(jax.eval_shape(prefill, *arguments), compiled.output_shardings)
-        drawing = jax.eval_shape(lambda: make_drawing(DEFAULT_SAMPLING, num_samples, 0, None))
-        drawing = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), drawing)
-        state = State(array((num_samples,), jnp.int32), array((), jnp.int32), array((num_samples,), bool), memory)
-        return decode_cached.lower(params, config, state, length, length, CHUNK, drawing).compile()
+        first_BxV, caches = jax.eval_shape(prefill, *arguments)
+        caches = like(caches, compiled.output_shardings[1])
+        keys_B = jax.eval_shape(lambda: sample_keys(0, [0], num_samples))
+        drawing = everywhere(jax.eval_shape(lambda keys: make_drawing(DEFAULT_SAMPLING, keys, None, False), keys_B))
+        seen = array((num_samples, 0), bool)
+        state = everywhere(jax.eval_shape(first_state, first_BxV, (), seen, drawing))._replace(caches=caches)
+        return decode.lower(params, config, state, scalar, scalar, CHUNK, drawing).compile()
 
 
-def make_drawing(sampling: Sampling, samples: int | np.ndarray, seed: int, stop_id: int | None) -> Drawing:
-    """`samples`: the numbers of the samples, or how many there are."""
-    numbers_B = np.arange(samples) if isinstance(samples, int) else samples
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers_B))
-    return Drawing(Draw.of(sampling), keys_B, jnp.int32(-1 if stop_id is None else stop_id))
+def sample_keys(seed: int, numbers: Sequence[int], samples: int) -> jax.Array:
+    """PRNG keys [R * samples], which follow from the seed, the number of the sample and that of its prompt.
+
+    A draw folds in a position, which is below 2**31; the number n of a prompt is folded in as 2**32 - n.
+    """
+
+    def key(number, sample):
+        alone = jax.random.fold_in(jax.random.key(seed), sample)
+        return jnp.where(number == 0, alone, jax.random.fold_in(alone, -number))
+
+    numbers_B = jnp.repeat(jnp.asarray(numbers, jnp.int32), samples)
+    return jax.vmap(key)(numbers_B, jnp.tile(jnp.arange(samples), len(numbers)))
+
+
+def make_drawing(sampling: Sampling, keys_B: jax.Array, stop_id: int | None, log_probs: bool) -> Drawing:
+    """`keys_B`: from `sample_keys`."""
+    return Drawing(Draw.of(sampling), keys_B, jnp.int32(-1 if stop_id is None else stop_id), jnp.asarray(log_probs))
 
 
 def cache_length_of(config: GPTConfig, prompt_length: int, max_new_tokens: int) -> int:
-    """S, rounded up to a power of two, so that few programs are compiled."""
-    return min(config.block_size, power_of_two(prompt_length + max_new_tokens))
+    """S, rounded up to a power of two and at least 64, so that few programs are compiled."""
+    return min(config.block_size, max(64, power_of_two(prompt_length + max_new_tokens)))
+
+
+def piece_length(n_prompts: int, longest: int, cache_length: int) -> int:
+    """The tokens of each prompt in one call of `prefill`: a power of two, and together about 1,024 or 64 each.
+
+    As many as keep a matmul busy: longer pieces would take memory for [pieces, S] attention weights, and compute more
+    padding of prompts that differ in length.
+    """
+    return min(cache_length, power_of_two(longest), max(64, power_of_two(1024 // n_prompts)))
 
 
 def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n and 16."""
     return 1 << max(4, (n - 1).bit_length())
 
 
@@ -131,76 +164,105 @@ def _forward(params, config: GPTConfig, tokens_BxT, positions=None, caches=None)
     return GPT(config).apply({"params": params}, tokens_BxT, positions=positions, caches=caches)
 
 
-def first_state(logits_BxV: jax.Array, memory: tuple, drawing: Drawing) -> State:
-    """The state after drawing the first token."""
-    zeros_B = jnp.zeros(logits_BxV.shape[0], jnp.int32)
-    return _next(State(zeros_B, jnp.int32(0), zeros_B > 0, memory), logits_BxV, drawing)
+def _empty_caches(config: GPTConfig, rows: int, length: int) -> tuple:
+    empty = jnp.zeros((config.n_kv_head * rows, length, config.head_dim), config.dtype)
+    return ((empty, empty),) * config.n_layer
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4, 5))
-def prefill(params, config, tokens_RxP, length, num_samples, cache_length):
-    """Logits [B, V] after the `length` tokens of the prompts, and the caches. R is B, or 1 for B equal samples.
+@functools.partial(jax.jit, static_argnums=(1, 6, 7), donate_argnums=5)
+def prefill(params, config, tokens_RxP, first, lengths_R, before, samples, cache_length):
+    """Reads P tokens of each prompt.
 
-    `length` is a scalar or [R]. Slots from `length` on hold keys of the padding; each is overwritten before a query can
-    see it.
+    Args:
+      tokens_RxP: the tokens at positions `first` ... first + P - 1; first + P is at most S.
+      lengths_R: lengths of the whole prompts. Slots from there on hold keys of the padding; each is overwritten before
+        a query can see it.
+      before: of the call with the positions before; None for the first one.
+      samples: of each prompt; more than 1 in the last call alone.
+      cache_length: S.
+
+    Returns:
+      logits [B, V] after each prompt, if a call has come to its end; the caches.
     """
     R, P = tokens_RxP.shape
-    empty = jnp.zeros((config.n_kv_head * R, cache_length, config.head_dim), config.dtype)
-    caches = ((empty, empty),) * config.n_layer
-    hidden, caches = _forward(params, config, tokens_RxP, jnp.arange(P), caches)
-    last = jnp.take_along_axis(hidden, jnp.reshape(length - 1, (-1, 1, 1)), axis=1)
-    result = (logits(params, config, last)[:, 0], caches)
-    return jax.tree.map(lambda x: jnp.repeat(x, num_samples // R, axis=0), result)
+    logits_RxV, caches = before or (None, _empty_caches(config, R, cache_length))
+    hidden, caches = _forward(params, config, tokens_RxP, first + jnp.arange(P), caches)
+    last_R = lengths_R - 1 - first
+    here_R = (last_R >= 0) & (last_R < P)
+    ends = jnp.take_along_axis(hidden, jnp.clip(last_R, 0, P - 1)[:, None, None], axis=1)
+    ends_RxV = logits(params, config, ends)[:, 0]
+    logits_RxV = ends_RxV if before is None else jnp.where(here_R[:, None], ends_RxV, logits_RxV)
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits_RxV, caches))
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
+def read_again(params, config, caches, tokens_RxH, rows_R):
+    """The caches after the rows `rows_R` have read other tokens, from position 0 on; a row may occur more than once."""
+    R, H = tokens_RxH.shape
+    _, new = _forward(params, config, tokens_RxH, jnp.arange(H), _empty_caches(config, R, H))
+    K = config.n_kv_head
+
+    def put(old_NxSxD, new_NxHxD):
+        by_head = old_NxSxD.reshape(K, -1, *old_NxSxD.shape[1:])
+        return by_head.at[:, rows_R, :H].set(new_NxHxD.reshape(K, R, H, -1)).reshape(old_NxSxD.shape)
+
+    return jax.tree.map(put, caches, new)
 
 
 @jax.jit
+def first_state(logits_BxV: jax.Array, caches: tuple, seen_BxV: jax.Array, drawing: Drawing) -> State:
+    """The state after drawing the first token."""
+    zeros_B = jnp.zeros(logits_BxV.shape[0], jnp.int32)
+    return _next(State(zeros_B, zeros_B * 0.0, jnp.int32(0), zeros_B > 0, seen_BxV, caches), logits_BxV, drawing)
+
+
 def _next(state: State, logits_BxV, drawing: Drawing) -> State:
     """The state after drawing one more token from `logits_BxV`."""
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(drawing.keys_B, state.n_new)
-    drawn_B = jnp.where(state.done_B, drawing.stop_id, sample(logits_BxV, drawing.draw, keys_B))
-    return state._replace(last_B=drawn_B, n_new=state.n_new + 1, done_B=state.done_B | (drawn_B == drawing.stop_id))
+    keys_B, seen_BxV = jax.vmap(jax.random.fold_in, (0, None))(drawing.keys_B, state.n_new), state.seen_BxV
+    penalty = drawing.draw.repetition_penalty
+    changed_BxV = penalise(logits_BxV, seen_BxV, penalty) if seen_BxV.size else logits_BxV
+    drawn_B = jnp.where(state.done_B, drawing.stop_id, sample(changed_BxV, drawing.draw, keys_B))
 
+    def log_probs():
+        drawn = jnp.take_along_axis(logits_BxV, jnp.maximum(drawn_B, 0)[:, None], axis=1)[:, 0]
+        return (drawn - jax.nn.logsumexp(logits_BxV, axis=-1)).astype(jnp.float32)
 
-def _loop(step, state: State, n, chunk: int):
-    """Runs `step` n <= chunk times, or until every sample is done; returns the state and the tokens [B, chunk]."""
-    B = state.last_B.shape[0]
-
-    def body(carry):
-        i, state, tokens_BxN = carry
-        state = step(state)
-        return i + 1, state, jax.lax.dynamic_update_slice(tokens_BxN, state.last_B[:, None], (0, i))
-
-    def running(carry):
-        i, state, _ = carry
-        return (i < n) & ~jnp.all(state.done_B)
-
-    # Columns that an early end does not reach repeat the stop id, because all samples are done.
-    tokens_BxN = jnp.broadcast_to(state.last_B[:, None], (B, chunk))
-    i, state, tokens_BxN = jax.lax.while_loop(running, body, (jnp.int32(0), state, tokens_BxN))
-    return state, jnp.where(jnp.arange(chunk) < i, tokens_BxN, state.last_B[:, None])
+    return state._replace(
+        last_B=drawn_B,
+        log_prob_B=jax.lax.cond(drawing.log_probs, log_probs, lambda: jnp.zeros(len(drawn_B), jnp.float32)),
+        n_new=state.n_new + 1,
+        done_B=state.done_B | (drawn_B == drawing.stop_id),
+        seen_BxV=seen_BxV.at[jnp.arange(len(drawn_B)), drawn_B].set(True) if seen_BxV.size else seen_BxV,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 5), donate_argnums=2)
-def decode_cached(params, config, state, before_first, n, chunk, drawing):
-    """n more tokens with the cache. The newest token's slot is `before_first` + the number of tokens generated;
-    `before_first` is a scalar, or [B] where prompts differ in length."""
+def decode(params, config, state, before_first, n, chunk, drawing):
+    """n <= chunk more tokens of each sample, or fewer if all are done.
 
-    def step(state):
+    Args:
+      before_first: the position of the newest token is `before_first` + the number of tokens generated; a scalar, or
+        [B] where samples differ.
+
+    Returns:
+      The state, the tokens [B, chunk] and their log-probabilities [B, chunk]; the first n columns count.
+    """
+    B = state.last_B.shape[0]
+
+    def body(carry):
+        i, state, tokens_BxN, log_probs_BxN = carry
         positions = (before_first + state.n_new)[..., None]
-        hidden, caches = _forward(params, config, state.last_B[:, None], positions, state.memory)
-        return _next(state._replace(memory=caches), logits(params, config, hidden)[:, 0], drawing)
+        hidden, caches = _forward(params, config, state.last_B[:, None], positions, state.caches)
+        state = _next(state._replace(caches=caches), logits(params, config, hidden)[:, 0], drawing)
+        tokens_BxN = jax.lax.dynamic_update_index_in_dim(tokens_BxN, state.last_B, i, axis=1)
+        log_probs_BxN = jax.lax.dynamic_update_index_in_dim(log_probs_BxN, state.log_prob_B, i, axis=1)
+        return i + 1, state, tokens_BxN, log_probs_BxN
 
-    return _loop(step, state, n, chunk)
+    def running(carry):
+        i, state, *_ = carry
+        return (i < n) & ~jnp.all(state.done_B)
 
-
-@functools.partial(jax.jit, static_argnums=(1, 4), donate_argnums=2)
-def decode_window(params, config, state, n, chunk, drawing):
-    """n more tokens, each from a forward pass over the last block_size tokens."""
-
-    def step(state):
-        window_BxT = state.memory
-        hidden = _forward(params, config, window_BxT)
-        state = _next(state, logits(params, config, hidden[:, -1:])[:, 0], drawing)
-        return state._replace(memory=jnp.concatenate([window_BxT[:, 1:], state.last_B[:, None]], axis=1))
-
-    return _loop(step, state, n, chunk)
+    made = jnp.broadcast_to(state.last_B[:, None], (B, chunk)), jnp.zeros((B, chunk), jnp.float32)
+    i, state, tokens_BxN, log_probs_BxN = jax.lax.while_loop(running, body, (jnp.int32(0), state, *made))
+    # Columns that an early end does not reach repeat the stop id, because all samples are done.
+    return state, jnp.where(jnp.arange(chunk) < i, tokens_BxN, state.last_B[:, None]), log_probs_BxN

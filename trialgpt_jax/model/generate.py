@@ -1,9 +1,11 @@
-"""Generation: continues prompts with the programs of `decode.py`, a chunk of tokens at a time.
+"""Generation: continues prompts of any lengths with the programs of `decode.py`, a chunk of tokens at a time.
 
-Up to `block_size` tokens the cache grows. Beyond it the window slides by one token at a time, as in nanoGPT: every
-position changes, so each new token takes a forward pass over the whole window.
+Beyond `block_size` tokens:
+- rope: the cache slides. In every layer a token attends to itself and to the block_size - 1 tokens before it.
+- learned positions: when the cache is full, the last half of it is read again from position 0 on. Each token is drawn
+  from the model's logits after block_size // 2 + 1 to block_size tokens, and nothing else.
 
-Shapes: B samples, P prompt length, S cache length, T window length, V vocab_size.
+Shapes: R prompts, B samples (B = R * samples of each), P prompt length, H length read again.
 """
 
 import collections
@@ -19,151 +21,158 @@ from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.decode import (
     CHUNK,
+    State,
     cache_length_of,
-    decode_cached,
-    decode_window,
+    decode,
     first_state,
     make_drawing,
-    power_of_two,
+    piece_length,
     prefill,
+    read_again,
+    sample_keys,
 )
 from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Sampling
 from trialgpt_jax.parallel import accelerators
 
 
+class Piece(NamedTuple):
+    """New tokens of every sample.
+
+    Attributes:
+      tokens: int32 [B, n].
+      log_probs: float32 [B, n], their log-probabilities by the model, nats: before penalty, temperature and limits.
+        Zeros unless they are asked for, and after the stop id.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+
+
 def generate(
     params,
     config: GPTConfig,
-    prompt: np.ndarray,
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     num_samples: int = 1,
+    numbers: Sequence[int] | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
     seed: int = 0,
     stop_id: int | None = None,
+    log_probs: bool = False,
     chunk: int = CHUNK,
-) -> Iterator[np.ndarray]:
-    """Continues a prompt.
+) -> Iterator[Piece]:
+    """Continues R prompts.
 
-    Sample i of a seed does not depend on num_samples: its random numbers follow from (seed, i, position) alone.
+    The random numbers of a sample follow from the seed, the number of its prompt, its own number and the position: a
+    sample does not depend on num_samples, nor on the prompts beside it.
 
     Args:
       params: from `split_layers`.
       config: the model.
-      prompt: ids [P], at least one and at most block_size.
+      prompts: ids, 1 ... block_size of each.
       max_new_tokens: tokens to generate, at least 1.
-      num_samples: B, continuations of the prompt.
+      num_samples: continuations of each prompt; those of prompt r are the rows r * num_samples and following.
+      numbers: of the prompts, for the random numbers; default: 0 ... R-1.
       sampling: how tokens are drawn.
       seed: of the random numbers.
       stop_id: ends a sample; the rest of its row repeats `stop_id`.
+      log_probs: whether log-probabilities are wanted.
       chunk: tokens between yields.
 
     Yields:
-      int32 [B, n] new ids, n at most `chunk`, until max_new_tokens or until every sample has ended.
+      At most `chunk` tokens of every sample, until max_new_tokens or until every sample has ended.
 
     Raises:
       UserError: an empty or over-long prompt, ids beyond the vocabulary, numbers out of range.
     """
-    prompt = np.asarray(prompt, np.int32)
-    _check(prompt, config, max_new_tokens, num_samples, sampling)
-    drawing = make_drawing(sampling, num_samples, seed, stop_id)
-    cache_length = cache_length_of(config, len(prompt), max_new_tokens)
-    padded = np.zeros((1, min(cache_length, power_of_two(len(prompt)))), np.int32)
-    padded[0, : len(prompt)] = prompt
-
-    def chunks() -> Iterator[_Chunk]:
-        first_BxV, memory = prefill(params, config, padded, len(prompt), num_samples, cache_length)
-        state = first_state(first_BxV, memory, drawing)
-        made, n_new = [_Chunk(state.last_B[:, None], 1)], 1
-        yield made[0]
-        while n_new < max_new_tokens:
-            n = min(chunk, max_new_tokens - n_new)
-            # The newest token is not in the cache yet: its slot is the length of the text - 1.
-            free_slots = config.block_size - (len(prompt) + n_new - 1)
-            if free_slots > 0:
-                n, before_first = min(n, free_slots), jnp.int32(len(prompt) - 1)
-                state, tokens_BxN = decode_cached(params, config, state, before_first, jnp.int32(n), chunk, drawing)
-            else:
-                if isinstance(state.memory, tuple):  # from here on the window's tokens take the place of the cache
-                    text_BxT = np.concatenate([np.tile(prompt, (num_samples, 1)), *(each.fetch() for each in made)], 1)
-                    state = state._replace(memory=jnp.asarray(text_BxT[:, -config.block_size :]))
-                state, tokens_BxN = decode_window(params, config, state, jnp.int32(n), chunk, drawing)
-                made.clear()
-            made.append(_Chunk(tokens_BxN, n))
-            n_new += n
-            yield made[-1]
-
-    yield from _fetched(chunks(), stop_id)
-
-
-def generate_batch(
-    params,
-    config: GPTConfig,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int,
-    sample_numbers: Sequence[int] | None = None,
-    prompt_length: int = 0,
-    cache_length: int = 0,
-    sampling: Sampling = DEFAULT_SAMPLING,
-    seed: int = 0,
-    stop_id: int | None = None,
-    chunk: int = CHUNK,
-) -> Iterator[np.ndarray]:
-    """Continues B prompts of any lengths, one sample each. Prompt and new tokens together fit into block_size.
-
-    Args:
-      params, config, max_new_tokens, sampling, seed, stop_id, chunk: as in `generate`.
-      prompts: ids [P], P at least 1.
-      sample_numbers: of each prompt: its random numbers follow from (seed, this number, position); default: 0 ... B-1.
-      prompt_length, cache_length: at least the longest P and the longest P + max_new_tokens; calls with equal ones, and
-        equally many prompts, share their compiled programs. 0 = what the prompts need.
-
-    Yields:
-      int32 [B, n] as `generate` does.
-
-    Raises:
-      UserError: as `generate` does, or a prompt that leaves no room for max_new_tokens.
-    """
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    check(max_new_tokens, num_samples, sampling)
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     for prompt in prompts:
-        _check(prompt, config, max_new_tokens, len(prompts), sampling)
-    if (longest := int(lengths_B.max())) + max_new_tokens > config.block_size:
-        raise UserError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than "
-            f"model.block_size={config.block_size}"
-        )
-    tokens_BxP = np.zeros((len(prompts), prompt_length or longest), np.int32)
-    for row, prompt in zip(tokens_BxP, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    S = max(cache_length or cache_length_of(config, longest, max_new_tokens), tokens_BxP.shape[1])
-    numbers = len(prompts) if sample_numbers is None else np.asarray(sample_numbers)
-    drawing, before_first_B = make_drawing(sampling, numbers, seed, stop_id), jnp.asarray(lengths_B - 1)
+        _check_prompt(prompt, config)
+    lengths_R = np.array([len(prompt) for prompt in prompts], np.int32)
+    lengths_B = np.repeat(lengths_R, num_samples)
+    keys_B = sample_keys(seed, range(len(prompts)) if numbers is None else numbers, num_samples)
+    drawing = make_drawing(sampling, keys_B, stop_id, log_probs)
+    seen_BxV = np.zeros((len(lengths_B), config.vocab_size if sampling.repetition_penalty != 1 else 0), bool)
+    if seen_BxV.size:
+        for row, prompt in zip(np.split(seen_BxV, len(prompts)), prompts, strict=True):
+            row[:, prompt] = True
+    slides, n_again = config.position == "rope", config.block_size // 2
 
     def chunks() -> Iterator[_Chunk]:
-        first_BxV, memory = prefill(params, config, tokens_BxP, lengths_B, len(prompts), S)
-        state, n_new = first_state(first_BxV, memory, drawing), 1
-        yield _Chunk(state.last_B[:, None], 1)
+        logits_BxV, caches = _read(params, config, prompts, num_samples, max_new_tokens)
+        state, n_new = first_state(logits_BxV, caches, seen_BxV, drawing), 1
+        del caches  # donated to the loop
+        new = _Chunk(state.last_B[:, None], state.log_prob_B[:, None], 1)
+        recent = [new]  # the last block_size tokens or more, for `_again`
+        yield new
+        begins_B = np.zeros_like(lengths_B)  # where the text in the cache begins
         while n_new < max_new_tokens:
             n = min(chunk, max_new_tokens - n_new)
-            state, tokens_BxN = decode_cached(params, config, state, before_first_B, jnp.int32(n), chunk, drawing)
+            if not slides:
+                # The newest token is not in the cache yet: its position is the length of the text - 1.
+                free_B = config.block_size - (lengths_B + n_new - 1 - begins_B)
+                if (due := np.flatnonzero(free_B == 0)).size:
+                    tail_BxM = np.concatenate([each.fetch().tokens for each in recent], axis=1)[:, -config.block_size :]
+                    recent = [_Chunk(tail_BxM, tail_BxM, tail_BxM.shape[1])]
+                    texts = [np.concatenate([prompts[row // num_samples], tail_BxM[row]]) for row in due]
+                    state = _again(params, config, state, due, [text[-n_again - 1 : -1] for text in texts])
+                    begins_B[due] = lengths_B[due] + n_new - 1 - n_again
+                    continue
+                n = min(n, int(free_B.min()))
+            before_first_B = jnp.asarray(lengths_B - 1 - begins_B)
+            before_first = before_first_B[0] if len(prompts) == 1 else before_first_B
+            state, *made = decode(params, config, state, before_first, jnp.int32(n), chunk, drawing)
             n_new += n
-            yield _Chunk(tokens_BxN, n)
+            new = _Chunk(*made, n)
+            recent = [] if slides else [*recent, new]
+            yield new
 
     yield from _fetched(chunks(), stop_id)
+
+
+def _read(params, config: GPTConfig, prompts: list[np.ndarray], num_samples: int, max_new_tokens: int):
+    """The logits after the prompts and the caches, piece by piece; see `prefill`."""
+    lengths_R = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths_R.max())
+    S = cache_length_of(config, longest, max_new_tokens)
+    P = piece_length(len(prompts), longest, S)
+    n_pieces = -(-longest // P)
+    tokens_RxT = np.zeros((len(prompts), n_pieces * P), np.int32)
+    for row, prompt in zip(tokens_RxT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    result = None
+    for i in range(n_pieces):
+        first = min(i * P, S - P)  # S may not be a multiple of P: some tokens are then read twice
+        samples = num_samples if i == n_pieces - 1 else 1
+        tokens_RxP = tokens_RxT[:, first : first + P]
+        result = prefill(params, config, tokens_RxP, jnp.int32(first), lengths_R, result, samples, S)
+    return result
+
+
+def _again(params, config, state: State, rows: np.ndarray, texts: list[np.ndarray]) -> State:
+    """The state after the samples `rows` have read `texts` instead of what they have in the cache."""
+    if not len(texts[0]):  # block_size 1: there is no half of it
+        return state
+    B = len(state.last_B)
+    places = np.resize(np.arange(len(rows)), min(B, 1 << (len(rows) - 1).bit_length()))  # few sizes, few programs
+    tokens_RxH = np.stack(texts)[places]
+    return state._replace(caches=read_again(params, config, state.caches, tokens_RxH, rows[places]))
 
 
 class _Chunk(NamedTuple):
     """New tokens on the device, the first `n` columns of [B, chunk]."""
 
     tokens_BxN: jax.Array
+    log_probs_BxN: jax.Array
     n: int
 
-    def fetch(self) -> np.ndarray:
-        return np.asarray(self.tokens_BxN)[:, : self.n]
+    def fetch(self) -> Piece:
+        return Piece(np.asarray(self.tokens_BxN)[:, : self.n], np.asarray(self.log_probs_BxN)[:, : self.n])
 
 
-def _fetched(chunks: Iterator[_Chunk], stop_id: int | None) -> Iterator[np.ndarray]:
+def _fetched(chunks: Iterator[_Chunk], stop_id: int | None) -> Iterator[Piece]:
     """The tokens of `chunks` on the host, until every sample has ended.
 
     A chunk is fetched after the next one is dispatched, so that the device does not wait for the host. On CPU, where a
@@ -176,13 +185,20 @@ def _fetched(chunks: Iterator[_Chunk], stop_id: int | None) -> Iterator[np.ndarr
         if len(waiting) > ahead:
             piece = waiting.popleft().fetch()
             yield piece
-            done_B = done_B | (piece == (-1 if stop_id is None else stop_id)).any(axis=1)
+            done_B = done_B | (piece.tokens == (-1 if stop_id is None else stop_id)).any(axis=1)
             if done_B.all():
                 return
 
 
-def _check(prompt: np.ndarray, config: GPTConfig, max_new_tokens: int, num_samples: int, sampling: Sampling) -> None:
+def check(max_new_tokens: int, num_samples: int, sampling: Sampling) -> None:
+    """Raises UserError for a number out of range."""
     sampling.validate()
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
+        if value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1")
+
+
+def _check_prompt(prompt: np.ndarray, config: GPTConfig) -> None:
     if len(prompt) == 0:
         raise UserError("the prompt is empty; give at least one token")
     if len(prompt) > config.block_size:
@@ -192,6 +208,3 @@ def _check(prompt: np.ndarray, config: GPTConfig, max_new_tokens: int, num_sampl
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:
         wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)][0]
         raise UserError(f"the prompt has id {wrong}, but the model has ids 0 ... {config.vocab_size - 1}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
-        if value < 1:
-            raise UserError(f"{name} is {value}, but must be at least 1")

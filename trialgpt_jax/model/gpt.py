@@ -22,6 +22,7 @@ from trialgpt_jax.model import layers
 from trialgpt_jax.model.attention import Packing, cached_attention, causal_attention, packed_attention
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.layers import Dense, HeadNorm, Norm, normal, projection_std, rows, vocabulary
+from trialgpt_jax.model.weights import multiply
 from trialgpt_jax.schema import choose
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [K * B, S, D]
@@ -182,9 +183,8 @@ def head(params, config: GPTConfig) -> jax.Array:
 
 def logits(params, config: GPTConfig, hidden_BxTxC: jax.Array) -> jax.Array:
     """[B, T, vocab_size] of float32 (float64 for float64), without the padding. `loss.py` never stores this array."""
-    dtype = jnp.promote_types(config.dtype, jnp.float32)
-    head_VxC = head(params, config).astype(config.dtype)
-    out_VxBxT = jnp.einsum("vc,btc->vbt", head_VxC, hidden_BxTxC, preferred_element_type=dtype)
+    table, dtype = params["wte" if config.tie_embeddings else "lm_head"], jnp.promote_types(config.dtype, jnp.float32)
+    out_VxBxT = multiply(table, "embedding", hidden_BxTxC, config.dtype, dtype)
     # Slicing the logits, not the head: a slice of the head would be a copy of it.
     out = out_VxBxT[: config.vocab_size].transpose(1, 2, 0)
     return config.logit_softcap * jnp.tanh(out / config.logit_softcap) if config.logit_softcap else out

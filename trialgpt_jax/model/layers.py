@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from trialgpt_jax.model import weights
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.sharding import mesh_axis, spec
 from trialgpt_jax.schema import choose
@@ -99,7 +100,8 @@ class Dense(nn.Module):
         x_NxI, shape = rows(x), (x.shape[-1], self.features)
         if c.decode:  # kernel [O, I] is read at memory speed for a few rows (docs/performance.md#decode-layout)
             kernel_OxI = self.param("kernel", normal(self.std, *self.axes[::-1]), shape[::-1], c.param_dtype)
-            y_NxO = jnp.einsum("oi,nti->ont", kernel_OxI.astype(c.dtype), x_NxI[:, None]).transpose(1, 2, 0)[:, 0]
+            table = {"kernel": kernel_OxI, weights.SCALE: self.get_variable("params", weights.SCALE)}
+            y_NxO = weights.multiply(table, "kernel", x_NxI[:, None], c.dtype, c.dtype).transpose(1, 2, 0)[:, 0]
         else:  # 2-D operands: faster kernel gradients on CPU (docs/performance.md#dense-rows)
             kernel_IxO = self.param("kernel", normal(self.std, *self.axes), shape, c.param_dtype)
             y_NxO = x_NxI @ gather_kernel(kernel_IxO.astype(c.dtype), self.axes)
@@ -114,6 +116,8 @@ def lookup(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
     Under fsdp each device gathers the columns and looks up its own sequences inside `shard_map`: the gradient of the
     table is then a reduce-scatter, and not the all-reduce that XLA chooses (docs/performance.md#fsdp-gather).
     """
+    if jnp.issubdtype(table.embedding.dtype, jnp.integer):
+        return weights.rows(table.variables["params"], ids_BxT, table.dtype)
     matrix_VxC = table.embedding.astype(table.dtype)
     mesh, fsdp, tensor = jax.sharding.get_abstract_mesh(), mesh_axis("embed"), mesh_axis("vocab")
     # `init` runs on one token, which no mesh divides

@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits: greedy, temperature, top-k, top-p.
+"""How the next token is drawn from logits: repetition penalty, greedy or temperature, top-k, top-p, min-p.
 
 Shapes: B samples, V vocab_size.
 """
@@ -12,17 +12,22 @@ from trialgpt_jax import UserError
 
 
 class Sampling(NamedTuple):
-    """The order is temperature, top-k, top-p, as in Hugging Face's `generate`.
+    """The order is repetition penalty, temperature, top-k, top-p, min-p, as in Hugging Face's `generate`.
 
     Attributes:
       temperature: divides the logits; 0 = greedy.
       top_k: sample from the k likeliest tokens; 0 = all.
       top_p: sample from the smallest set of likeliest tokens whose probabilities add up to p; 1 = all.
+      min_p: sample from the tokens that are at least min_p times as likely as the likeliest one; 0 = all.
+      repetition_penalty: logits of ids that the prompt or the new text has are divided by it where they are positive
+        and multiplied where they are negative (Keskar et al. 2019); 1 = none.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def validate(self) -> None:
         """Raises UserError for a value out of range; NaN is outside every range."""
@@ -32,6 +37,12 @@ class Sampling(NamedTuple):
             raise UserError(f"top_k is {self.top_k}, but must be at least 1, or 0 for no limit")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, outside (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}, outside [0, 1]")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}, but must be above 0 (1 = none) and finite"
+            )
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -43,30 +54,44 @@ class Draw(NamedTuple):
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Draw":
-        """float32, int32 and float32 scalars."""
-        return cls(jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+        """int32 for top_k, float32 for the others; scalars."""
+        return cls(**(jax.tree.map(jnp.float32, sampling)._asdict() | {"top_k": jnp.int32(sampling.top_k)}))
+
+
+def penalise(logits_BxV: jax.Array, seen_BxV: jax.Array, penalty: jax.Array) -> jax.Array:
+    """The logits after the repetition penalty; `seen_BxV`: bool, the ids that each text has."""
+    penalised_BxV = jnp.where(logits_BxV < 0, logits_BxV * penalty, logits_BxV / penalty)
+    return jnp.where(seen_BxV, penalised_BxV, logits_BxV)
 
 
 def sample(logits_BxV: jax.Array, draw: Draw, keys_B: jax.Array) -> jax.Array:
-    """One id per row, int32 [B]; `keys_B` are PRNG keys."""
+    """One id per row, int32 [B]; `keys_B` are PRNG keys. The repetition penalty is the caller's."""
 
     def greedy():
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
 
     def sampled():
-        scaled_BxV = logits_BxV / draw.temperature
-        limited = (draw.top_k > 0) | (draw.top_p < 1)
-        # The sort costs more than the head's matmul, so it runs only where a limit needs it.
-        kept_BxV = jax.lax.cond(limited, lambda: _limit(scaled_BxV, draw.top_k, draw.top_p), lambda: scaled_BxV)
-        return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys_B, limit(logits_BxV / draw.temperature, draw)).astype(jnp.int32)
 
     return jax.lax.cond(draw.temperature == 0, greedy, sampled)
 
 
-def _limit(logits_BxV, top_k, top_p):
+def limit(scaled_BxV: jax.Array, draw: Draw) -> jax.Array:
+    """-inf for what top-k, then top-p, then min-p exclude from logits that are divided by the temperature."""
+    sorts = (draw.top_k > 0) | (draw.top_p < 1)
+    # The sort costs more than the head's matmul, so it runs only where a limit needs it.
+    kept_BxV = jax.lax.cond(sorts, lambda: _limit_sorted(scaled_BxV, draw.top_k, draw.top_p), lambda: scaled_BxV)
+    # p >= min_p * max(p) as logits: no softmax is needed. log(0) is -inf, and keeps all.
+    least_Bx1 = jnp.max(kept_BxV, axis=-1, keepdims=True) + jnp.log(draw.min_p)
+    return jnp.where(kept_BxV < least_Bx1, -jnp.inf, kept_BxV)
+
+
+def _limit_sorted(logits_BxV, top_k, top_p):
     """-inf for what top-k and then top-p exclude; ties with the last token kept are kept."""
     V = logits_BxV.shape[-1]
     sorted_BxV = -jnp.sort(-logits_BxV, axis=-1)

@@ -171,3 +171,17 @@ def put_batch(local_rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """The global array of which every process has the whole content."""
     return jax.make_array_from_callback(np.shape(array), sharding, lambda index: array[index])
+
+
+def split_along_tensor(tree, mesh: Mesh):
+    """The arrays of a tree on `mesh`, split where they were split along tensor, and whole along its other axes."""
+    tensor = mesh_axis("vocab")
+
+    def axis(axes: str | tuple[str, ...] | None) -> str | None:
+        return tensor if tensor == axes or (isinstance(axes, tuple) and tensor in axes) else None
+
+    def sharding(leaf):
+        axes = getattr(leaf.sharding, "spec", ())  # no NamedSharding: the array is not split
+        return NamedSharding(mesh, P(*map(axis, axes)))
+
+    return jax.device_put(tree, jax.tree.map(sharding, tree))
