@@ -14,11 +14,12 @@ import pytest
 from trialgpt_jax import UserError, cli
 from trialgpt_jax.config import default_config
 from trialgpt_jax.console import say
+from trialgpt_jax.live_line import time_left
 from trialgpt_jax.parallel.accelerators import chip
 from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.storage import json_lines
 from trialgpt_jax.training import metrics
-from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, time_left
+from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count
 from trialgpt_jax.training.program import gpt_config, params_layout
 from trialgpt_jax.training.tensorboard import EventFile
 

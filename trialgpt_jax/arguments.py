@@ -14,7 +14,7 @@ from trialgpt_jax.schema import parse_value
 
 _FLAG = re.compile(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
 _PATH_FIELDS = ("data.source_options.path", "train.init_from", "eval.core_bundle", "eval.include_path")
-_PATH_FLAGS = ("workdir", "to_hf", "from_hf", "include_path", "core_bundle")
+_PATH_FLAGS = ("workdir", "to_hf", "from_hf", "include_path", "core_bundle", "out")
 
 
 class Arguments(NamedTuple):
@@ -24,29 +24,35 @@ class Arguments(NamedTuple):
       own: flags of the command, each as `--name=value`.
       file: of `--config`; None if it is not given.
       values: config field -> its new value.
+      paths: arguments that are not flags, of a command that takes paths.
     """
 
     own: list[str]
     file: str | None
     values: dict[str, object]
+    paths: list[str]
 
 
-def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
+def sort(arguments: Sequence[str], flags: Mapping[str, object], takes_paths: bool = False) -> Arguments:
     """Sorts the arguments of a command.
 
     Args:
       arguments: without the program's name.
       flags: name -> default of the command's own flags, without `help` and `config`.
+      takes_paths: arguments that are not flags are paths, instead of mistakes.
 
     Raises:
       UserError: an argument that is no flag or field of ours (the message says how to write it), a flag without its
         value, `--config` twice, or a value that is not of its field's type.
     """
-    own, file, values = [], None, {}
+    own, file, values, paths = [], None, {}, []
     known, rest, previous = fields(default_config()), list(arguments), ""
     while rest:
         argument = rest.pop(0)
         match = _FLAG.fullmatch(argument)
+        if not match and takes_paths and not argument.startswith("-"):
+            paths.append(str(_home(argument, argument)))
+            continue
         if not match:
             meant = _meant(argument, previous, flags, known)
             raise UserError(f"`{argument}` is not a flag; flags start with --{meant}")
@@ -82,7 +88,7 @@ def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
         else:
             raise UserError(f"--{name} is not a flag{aliases.flag(name, value, flags, known)}")
         previous = name
-    return Arguments(own, file, values)
+    return Arguments(own, file, values, paths)
 
 
 def _next(rest: list[str], on_or_off: bool = False) -> str | None:

@@ -19,7 +19,8 @@ from trialgpt_jax.evaluation.task import random_state_kept
 from trialgpt_jax.language_model import LanguageModel
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel import processes
-from trialgpt_jax.training.metrics import has_tasks, read_metrics, read_samples
+from trialgpt_jax.training.metric_lines import has_tasks
+from trialgpt_jax.training.metrics import read_metrics, read_samples
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.reporter import Reporter
 from trialgpt_jax.training.stop import StopRequest

@@ -79,14 +79,6 @@ def record_path(folder: str) -> str:
     return os.path.join(folder, RECORD)
 
 
-def human_size(n_bytes: int) -> str:
-    """`12.3 MB` or `512 bytes`; 1 kB = 1000 bytes."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= unit:
-            return f"{n_bytes / unit:.1f} {name}"
-    return f"{n_bytes} bytes"
-
-
 def _digest(record: dict) -> str:
     """sha256 (hex) of a record that does not contain its own digest."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
+from trialgpt_jax.live_line import human_size
 from trialgpt_jax.storage import files
-from trialgpt_jax.storage.integrity import human_size
 from trialgpt_jax.training.checkpoint_folder import CheckpointFolder
 from trialgpt_jax.training.train_step import describe_nonfinite, nonfinite
 

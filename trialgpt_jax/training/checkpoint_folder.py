@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 import jax
 
 from trialgpt_jax import UserError
+from trialgpt_jax.live_line import human_size
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.storage import files, integrity, lock
-from trialgpt_jax.storage.integrity import human_size
 from trialgpt_jax.training.workdir import checkpoints_path, saving_path
 
 _REMOVED = ".removed"

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import re
@@ -15,15 +14,16 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
+from trialgpt_jax.live_line import time_left
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import head
 from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files, json_files, json_lines
 from trialgpt_jax.storage.json_lines import JsonLines
+from trialgpt_jax.training import metric_lines
 from trialgpt_jax.training import workdir as workdir_lib
+from trialgpt_jax.training.metric_lines import TASK
 from trialgpt_jax.training.tensorboard import EventFile
-
-_MAX_SECONDS = 1e10  # of training; more is no time
 
 
 def parameter_count(params) -> int:
@@ -53,16 +53,6 @@ def bits_per_byte(nats_per_token: float, tokens: int, n_bytes: int | None) -> fl
       n_bytes: UTF-8 bytes of the whole split's documents; None (unknown) or 0 gives None.
     """
     return nats_per_token * tokens / n_bytes / math.log(2) if n_bytes else None
-
-
-def time_left(seconds: float) -> str:
-    """A duration in two units: 12s, 3m05s, 2h10m, 4d03h."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    units = (("m", 60, "s", 1), ("h", 3600, "m", 60), ("d", 86400, "h", 3600))
-    unit, size, minor_unit, minor = next(u for u in reversed(units) if seconds >= u[1])
-    return f"{seconds // size}{unit}{seconds % size // minor:02d}{minor_unit}"
 
 
 def progress_line(line: dict, steps: int) -> str:
@@ -204,7 +194,6 @@ def wandb_id(name: str) -> str:
 
 # ---- lines of an earlier process
 
-_TASK = "task/"  # how the names of a task's metrics begin
 _Step = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 
 
@@ -218,15 +207,9 @@ class _Sample(TypedDict):
 
 
 def read_metrics(workdir: str, step: int) -> list[dict]:
-    """The lines of `metrics.jsonl` that a run which continues from checkpoint `step` keeps, see `json_lines.read`.
-
-    A step has up to three, in this order: of training, of the validation loss, of tasks.
-    """
-
-    def place(line: dict) -> tuple[int, int]:
-        return line["step"], 2 if has_tasks(line) else int("val_loss" in line)
-
-    return json_lines.read(workdir_lib.metrics_path(workdir), step, "metrics", _parse, place)
+    """The lines of `metrics.jsonl` that a run which continues from checkpoint `step` keeps, see `json_lines.read`."""
+    path = workdir_lib.metrics_path(workdir)
+    return json_lines.read(path, step, "metrics", metric_lines.parse, metric_lines.place)
 
 
 def read_samples(workdir: str, step: int, prompts: Sequence[str]) -> list[dict]:
@@ -248,29 +231,6 @@ def read_samples(workdir: str, step: int, prompts: Sequence[str]) -> list[dict]:
     return kept
 
 
-def has_tasks(line: dict) -> bool:
-    """Whether a line of metrics is that of tasks."""
-    return any(name.startswith(_TASK) for name in line)
-
-
 def task_line(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
     """`task/NAME/METRIC` -> value, None if it is not finite, of results by name and metric."""
-    return {f"{_TASK}{name}/{key}": finite(value) for name, values in results.items() for key, value in values.items()}
-
-
-def _parse(text: bytes) -> dict[str, int | float | None]:
-    """A line of metrics. Raises ValueError, TypeError or RecursionError if it is not one."""
-    line = json.loads(text)
-    if not isinstance(line, dict):
-        raise TypeError("not an object")
-    for name, value in {"step": None, **line}.items():
-        number = type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 2**63
-        if name == "step":
-            number = type(value) is int and 0 <= value <= INT32_MAX
-        elif name == "seconds":
-            number = number and 0 <= value < _MAX_SECONDS
-        elif value is None:
-            number = True
-        if not number:
-            raise ValueError(f"`{name}` is {value!r:.50}")
-    return line
+    return {f"{TASK}{name}/{key}": finite(value) for name, values in results.items() for key, value in values.items()}

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from trialgpt_jax import UserError
 from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.faults import LEVERS
+from trialgpt_jax.live_line import human_size, time_left
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
-from trialgpt_jax.storage.integrity import human_size
 from trialgpt_jax.training.checkpoint import state_bytes
-from trialgpt_jax.training.metrics import flops_per_token, parameter_count, time_left
+from trialgpt_jax.training.metrics import flops_per_token, parameter_count
 from trialgpt_jax.training.program import Program
 
 _MANY_EPOCHS = 1000  # tiny-shakespeare runs make about 100
