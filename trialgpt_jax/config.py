@@ -59,6 +59,12 @@ def fields(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def differences(config: ConfigDict) -> dict[str, tuple[object, object]]:
+    """Field -> (its value, the default), of the fields that differ."""
+    default = fields(default_config())
+    return {name: (value, default[name]) for name, value in fields(config).items() if value != default[name]}
+
+
 def set_field(config: ConfigDict, name: str, value: object) -> None:
     """Sets the field `name`, such as "model.n_layer"."""
     *groups, leaf = name.split(".")
