@@ -18,8 +18,9 @@ if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m tri
     # Importing JAX takes seconds, in which Ctrl-C would print a traceback.
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-    from trialgpt_jax import console, faults
+    from trialgpt_jax import console, faults, live_line
 
     console.guard()
+    live_line.starting()
     console.leave_on_interrupt()
     sys.excepthook = faults.excepthook

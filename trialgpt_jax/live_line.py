@@ -65,11 +65,26 @@ def _write(text: str) -> None:
         sys.stderr.flush()
 
 
+def starting() -> None:
+    """Shows that the command starts, in a terminal, until its first line, result or task."""
+    if terminal_width() is not None:
+        _tasks.append(Task("starting", plain=False))
+        _start_ticker()
+
+
+def _started() -> None:
+    if _tasks and _tasks[0].what == "starting":
+        del _tasks[0]
+        if not _tasks:
+            _stop_ticker()
+
+
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
     """The live line is erased while the block writes to the terminal, and drawn again afterwards."""
     with _lock:
         _hide()
+        _started()
         yield
         _draw()
 
@@ -80,6 +95,7 @@ def results(data: bytes) -> Iterator[None]:
     global _midline
     with _lock:
         _hide()
+        _started()
         yield
         _midline = bytes(data[-1:]) != b"\n"
 
@@ -164,6 +180,7 @@ class Task:
 def task(what: str, total: int = 0, *, done: int = 0, size: bool = False, plain: bool = True) -> Iterator[Task]:
     """Shows a `Task` while the block runs; a task inside the block is shown instead of it."""
     with _lock:
+        _started()
         new = Task(what, total, done, size, plain)
         _tasks.append(new)
         _draw()

@@ -7,6 +7,7 @@ written last, so a folder without a record is unfinished or damaged.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import TypedDict
 
 from trialgpt_jax.storage import files, json_files
@@ -24,8 +25,8 @@ def list_files(folder: str) -> dict[str, list]:
     return {name: [size, files.sha256(os.path.join(folder, name))] for name, size in files.sizes(folder).items()}
 
 
-def first_difference(folder: str, listed: dict[str, list]) -> str | None:
-    """Compares a folder with what `list_files` returned earlier, byte by byte.
+def first_difference(folder: str, listed: dict[str, list], read: Callable[[int], None] = lambda n: None) -> str | None:
+    """Compares a folder with what `list_files` returned earlier, byte by byte; `read` gets each number of bytes read.
 
     Returns:
       The first file that is missing or has changed, and how; None if there is none. Files that are not listed are
@@ -41,7 +42,7 @@ def first_difference(folder: str, listed: dict[str, list]) -> str | None:
             return f"{path} is missing"
         if found[name] != size:
             return f"{path} has {found[name]} bytes instead of {size}"
-        if files.sha256(path) != digest:
+        if files.sha256(path, read) != digest:
             return f"{path} has changed since it was written (checksum)"
     return None
 

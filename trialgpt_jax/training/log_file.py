@@ -20,8 +20,9 @@ class LogFile:
     run. In an object store, which cannot append, it is written when the block ends.
     """
 
-    def __init__(self, workdir: str):
-        self._path, self._early, self._text = log_path(workdir), [], None
+    def __init__(self, workdir: str, kept: bool = True):
+        """`kept`: whether this process keeps the file; one process of a job does."""
+        self._path, self._early, self._text, self._kept = log_path(workdir), [], None, kept
         self._handle = None
 
     def __enter__(self):
@@ -30,6 +31,8 @@ class LogFile:
 
     def open(self) -> None:
         """Begins to write: a line with the time, the process and its command, then what has been said so far."""
+        if not self._kept:
+            return
         early, self._early = self._early, None
         with contextlib.suppress(OSError):
             if files.is_remote(self._path):

@@ -8,6 +8,7 @@ import jax
 
 from trialgpt_jax.console import one_line, say
 from trialgpt_jax.data.token_store import Mixture, Split
+from trialgpt_jax.live_line import terminal_width
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.training.meter import Completions, Meter
 from trialgpt_jax.training.metrics import (
@@ -90,7 +91,7 @@ class Reporter:
         self._check_skipped(step, values)
         if step % config.log.every_steps and step != config.train.steps:
             return
-        rates = self._meter.rates()
+        rates, steps = self._meter.rates(), config.train.steps
         line = {
             "step": step,
             "tokens": step * self._tokens_per_step,
@@ -104,7 +105,8 @@ class Reporter:
         if "mfu" in rates:
             line["mfu"] = rates["mfu"]
         self._write(line)
-        say(progress_line(line | rates, config.train.steps))
+        width = terminal_width()
+        say(progress_line(line | rates, steps), width and progress_line(line | rates, steps, width))
 
     def _check_skipped(self, step: int, values: dict) -> None:
         skipped, train = int(values["skipped_in_a_row"]), self._config.train
@@ -130,7 +132,8 @@ class Reporter:
         """Writes the validation loss at `step`, and returns it if it is finite."""
         split = self._val_split
         batches = self._program.eval_batches(split, self._config.eval.batches)
-        loss, n_tokens = self._program.evaluate(params, batches)
+        total = self._program.count_eval_batches(split, self._config.eval.batches)
+        loss, n_tokens = self._program.evaluate(params, batches, total)
         line = {"step": step, "tokens": step * self._tokens_per_step, "val_loss": finite(loss), "seconds": self.seconds}
         per_byte = bits_per_byte(loss, split.n_tokens, split.n_bytes)
         if per_byte is not None:

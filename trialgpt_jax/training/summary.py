@@ -1,5 +1,6 @@
 """What `train` leaves at its end beside the checkpoints: `<workdir>/summary.md` and `<workdir>/curves.png`."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -8,14 +9,16 @@ import re
 from collections.abc import Mapping
 
 import jax
+from ml_collections import ConfigDict
 
-from trialgpt_jax import __version__
+from trialgpt_jax import UserError, __version__
 from trialgpt_jax.console import say
 from trialgpt_jax.live_line import human_size, task, time_left
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.storage import files
 from trialgpt_jax.training import curves
 from trialgpt_jax.training import workdir as workdir_lib
+from trialgpt_jax.training.checkpoint_folder import CheckpointFolder
 from trialgpt_jax.training.metric_lines import Run, read_run
 from trialgpt_jax.training.times import Account, Times, cpu_name
 
@@ -26,31 +29,31 @@ _LONGEST_SAMPLE = 2000  # characters
 def write(
     workdir: str,
     times: Times,
+    checkpoints: CheckpointFolder,
     differences: Mapping[str, tuple[object, object]],
-    steps: int,
+    config: ConfigDict,
     plan: str,
-    best: int | None,
-    picture: bool,
 ) -> None:
     """Writes both files; one that cannot be written is a line of the log.
 
     Args:
-      workdir: of the run, whose metrics have at least one line.
+      workdir: of the run.
       times: of this process.
+      checkpoints: of the workdir.
       differences: config field -> (its value, the default).
-      steps: of the whole run.
-      plan: what was said of it at its start.
-      best: the checkpoint with the lowest validation loss; None = none has one.
-      picture: whether to draw the curves, if matplotlib is installed.
+      config: the resolved config.
+      plan: what was said of the run at its start.
     """
     try:
         run = read_run(workdir)
-        account = times.account(run.last("seconds") or 0.0)
-        drawn = picture and curves.available()
+        account, best = times.account(run.last("seconds") or 0.0), None
+        with contextlib.suppress(UserError):  # none has a validation loss
+            best = checkpoints.best()
+        drawn = config.log.curves and curves.available()
         if drawn:
             with task("drawing curves.png"):
                 files.write(workdir_lib.curves_path(workdir), curves.draw([run]))
-        text = describe(workdir, run, account, differences, steps, plan, best, drawn)
+        text = describe(workdir, run, account, differences, config.train.steps, plan, best, drawn)
         files.write(workdir_lib.summary_path(workdir), text)
     except Exception as error:  # noqa: BLE001 - of a disk, an object store or matplotlib; the run itself is complete
         say(f"warning: no summary in {workdir}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -68,7 +71,16 @@ def describe(
     best: int | None,
     drawn: bool,
 ) -> str:
-    """The text of `summary.md`; the arguments are those of `write`."""
+    """The text of `summary.md`.
+
+    Args:
+      workdir, differences, plan: as of `write`.
+      run: its lines.
+      account: where its time went.
+      steps: of the whole run.
+      best: the checkpoint with the lowest validation loss; None = none has one.
+      drawn: whether there is a picture.
+    """
     parts = [f"# {run.name}", _result(run, steps, workdir, best)]
     if drawn:
         parts.append("![curves](curves.png)")

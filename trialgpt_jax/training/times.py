@@ -1,6 +1,7 @@
 """Where the time of a run goes, over all processes that have worked on it: `<workdir>/processes.json`. No JAX."""
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -58,18 +59,16 @@ class Times:
 
     Args:
       workdir: of the run.
-      first_step: the step it continues from; 0 = the run begins, and what the file says of an earlier one is dropped.
-      written: whether this process keeps the file.
+      first_step: the step it continues from.
+      kept: whether this process keeps the file.
     """
 
-    def __init__(self, workdir: str, first_step: int, written: bool = True):
-        self._path, self._written, self._earlier = times_path(workdir), written, []
+    def __init__(self, workdir: str, first_step: int, kept: bool = True):
+        self._path, self._kept, self._earlier = times_path(workdir), kept, []
         now = time.time()
         with contextlib.suppress(OSError, ValueError):  # none, or not ours: the account begins here
             self._earlier = json_files.read(self._path, list[_Process])
-        self._now = _Process(
-            begin=now, end=now, first_step=first_step, last_step=first_step, training=0.0, seconds={}
-        )
+        self._now = _Process(begin=now, end=now, first_step=first_step, last_step=first_step, training=0.0, seconds={})
         self._before = None
 
     @contextlib.contextmanager
@@ -87,7 +86,7 @@ class Times:
         if self._before is None:
             self._before = training
         self._now.update(end=time.time(), last_step=step, training=training - self._before)
-        if self._written:
+        if self._kept:
             with contextlib.suppress(OSError):
                 json_files.write(self._path, [*self._earlier, self._now])
 
@@ -99,7 +98,7 @@ class Times:
             for kind, value in process["seconds"].items():
                 seconds[kind] = seconds.get(kind, 0.0) + value
         wall = sum(process["end"] - process["begin"] for process in all_of_them)
-        pairs = zip(all_of_them, all_of_them[1:], strict=False)
+        pairs = itertools.pairwise(all_of_them)
         between = sum(max(0.0, after["begin"] - before["end"]) for before, after in pairs)
         again = max(0.0, sum(process["training"] for process in all_of_them) - training)
         return Account(len(all_of_them), wall, between, training, again, seconds)
@@ -108,8 +107,7 @@ class Times:
 def cpu_name() -> str:
     """The processor's model and the number of its cores that this process may use."""
     name = "CPU"
-    with contextlib.suppress(OSError, StopIteration):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
