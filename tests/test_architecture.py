@@ -7,10 +7,10 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "trialgpt_jax"
-COMMANDS = ("preprocess", "train", "evaluate", "infer", "convert")
+COMMANDS = ("preprocess", "train", "evaluate", "infer", "convert", "plot")
 # From the bottom. `data` and `model` are on one level and import neither each other nor anything above.
 LAYERS = (
-    ("__init__", "aliases", "console", "faults", "schema"),
+    ("__init__", "aliases", "console", "faults", "live_line", "schema"),
     ("storage",),
     ("parallel",),
     ("data", "model"),

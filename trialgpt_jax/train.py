@@ -101,9 +101,8 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
 
         with times.of(RESTORING):
             state = start_lib.create_state(start, program, checkpoints)
-        if jax.process_index() == 0:  # after the reporter is closed, also of a run that has diverged
-            about = {"differences": config_lib.differences(config), "config": config, "plan": description}
-            stack.callback(summary.write, workdir, times, checkpoints, **about)
+        differences = config_lib.differences(config)
+        stack.enter_context(summary.at_end(workdir, times, checkpoints, differences, config, description))
         profiler = stack.enter_context(Profiler(workdir, config.log.profile))
         with contextlib.closing(Reporter(program, store.split("val"), workdir, first_step)) as reporter:
             if jax.process_index() == 0:
@@ -116,7 +115,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
 def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_loop, times, profiler) -> int:
     """Runs the steps after `first_step`; returns the exit status."""
     config, n_steps, sharding = program.config, program.config.train.steps, batch_sharding(program.mesh)
-    saver = Saver(checkpoints, reporter, config, first_step)
+    saver = Saver(checkpoints, reporter, config, first_step, times)
     stop.start_clock()
     times.note(first_step, reporter.seconds)
     with times.of(EVALUATING):
@@ -155,8 +154,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
                 with times.of(EVALUATING):
                     val_loss = reporter.evaluate(step, state.params) if evaluate else None
                 if save:
-                    with times.of(SAVING):
-                        saver.save(step, state, val_loss, last=last or stopped)
+                    saver.save(step, state, val_loss, last=last or stopped)
                 with times.of(EVALUATING):
                     finished = stopped or in_loop.run(step, state.params, reporter, stop)
                 if not finished:  # a long one, cut short

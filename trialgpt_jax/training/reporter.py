@@ -1,6 +1,7 @@
 """The reports of a training run: lines of steps, evaluations and samples, and the refusal of a run that only skips."""
 
 import collections
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +9,7 @@ import jax
 
 from trialgpt_jax.console import one_line, say
 from trialgpt_jax.data.token_store import Mixture, Split
-from trialgpt_jax.live_line import terminal_width
+from trialgpt_jax.live_line import task, terminal_width
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.training.meter import Completions, Meter
 from trialgpt_jax.training.metrics import (
@@ -53,6 +54,7 @@ class Reporter:
         seconds = self._log.last.get("seconds", 0.0) if self._log else 0.0
         flops = flops_per_token(program.params_layout, program.gpt)
         self._meter, self._completions = Meter(self._tokens_per_step, flops, peak, seconds), Completions()
+        self._shown, self._bar = contextlib.ExitStack(), None  # progress between two lines, in a terminal
         self._dispatched = collections.deque()  # (step, metrics) of steps that have no line yet
         # Lines are written one step late, so that the device never waits. On CPU a step runs synchronously.
         self._late = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
@@ -71,6 +73,10 @@ class Reporter:
         Raises:
           FloatingPointError: train.max_skipped steps in a row were skipped.
         """
+        if self._bar is None:
+            steps = self._config.train.steps
+            self._bar = self._shown.enter_context(task("training", steps, done=step - 1, plain=False))
+        self._bar.advance()
         self._completions.add(metrics)
         self._dispatched.append((step, metrics))
         self._write_steps(self._late)
@@ -78,6 +84,11 @@ class Reporter:
     def finish_steps(self) -> None:
         """Waits until all dispatched steps are complete, and writes their lines; otherwise as `step`."""
         self._write_steps(0)
+        self._hide()
+
+    def _hide(self) -> None:
+        self._shown.close()
+        self._bar = None
 
     def _write_steps(self, remaining: int) -> None:
         while len(self._dispatched) > remaining:
@@ -174,6 +185,7 @@ class Reporter:
 
     def close(self) -> None:
         """As `MetricsLog.close`."""
+        self._hide()
         self._completions.close()
         if self._log:
             self._log.close()

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 from ml_collections import ConfigDict
@@ -24,6 +24,19 @@ from trialgpt_jax.training.times import Account, Times, cpu_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _LONGEST_SAMPLE = 2000  # characters
+
+
+@contextlib.contextmanager
+def at_end(workdir: str, times: Times, *about) -> Iterator[None]:
+    """Calls `write` after the block, in process 0; also of a run that has diverged, but not of one that failed."""
+    try:
+        yield
+    except FloatingPointError:
+        if jax.process_index() == 0:
+            write(workdir, times, *about)
+        raise
+    if jax.process_index() == 0:
+        write(workdir, times, *about)
 
 
 def write(
@@ -57,8 +70,6 @@ def write(
         files.write(workdir_lib.summary_path(workdir), text)
     except Exception as error:  # noqa: BLE001 - of a disk, an object store or matplotlib; the run itself is complete
         say(f"warning: no summary in {workdir}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        return
-    say(f"{workdir_lib.summary_path(workdir)}{' and curves.png' if drawn else ''}")
 
 
 def describe(
