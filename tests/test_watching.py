@@ -255,8 +255,9 @@ def test_in_a_terminal_no_line_wraps_and_the_live_line_goes_away(width, monkeypa
         sys.stderr.write("\x04\n")
         sys.stderr.flush()
         data = read()
+    assert (b"[####" in data) == (width == 120)  # at 80 the tokens take the place of the bar
     lines = screen(data, width)
-    assert b"3/10" in data and b"[####" in data and b"left" in data and data.count(b"compiling") >= 3
+    assert b"3/10" in data and b"left" in data and data.count(b"compiling") >= 3
     assert " ".join(" ".join(lines[:-2]).split()).strip() == long.strip()
     assert lines[-2].startswith("step 599990/600000 | loss 2.8500") and lines[-2].endswith("left") and lines[-1] == ""
 
