@@ -80,7 +80,7 @@ def small_config(store):
     c.train.update({"steps": 20, "batch_size": 8})
     c.checkpoint.update({"every_steps": 5, "keep_last": 2, "keep_best": 1})
     c.eval.update({"every_steps": 10, "batches": 2})
-    c.log.update({"every_steps": 1, "tensorboard": False})
+    c.log.update({"every_steps": 1, "tensorboard": False, "curves": False})
     return c
 
 

@@ -11,7 +11,7 @@ from trialgpt_jax.__main__ import COMMANDS
 PACKAGE = ROOT / "trialgpt_jax"
 # From the bottom. `data` and `model` are on one level and import neither each other nor anything above.
 LAYERS = (
-    ("__init__", "aliases", "console", "faults", "schema"),
+    ("__init__", "aliases", "console", "faults", "live_line", "schema"),
     ("storage",),
     ("parallel",),
     ("data", "model"),

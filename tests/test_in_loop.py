@@ -25,6 +25,7 @@ from trialgpt_jax.language_model import LanguageModel
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.preprocess import preprocess
 from trialgpt_jax.train import train
+from trialgpt_jax.training import metric_lines
 from trialgpt_jax.training import metrics as metrics_lib
 from trialgpt_jax.training.metrics import MetricsLog
 from trialgpt_jax.training.program import Program
@@ -88,7 +89,7 @@ def assert_same_run(workdir, reference):
 
 
 def task_lines(workdir):
-    return [line for line in lines(workdir) if metrics_lib.has_tasks(line)]
+    return [line for line in lines(workdir) if metric_lines.has_tasks(line)]
 
 
 def samples(workdir):
@@ -150,7 +151,7 @@ def test_training_is_the_same_without_tasks_whatever_they_do_to_the_random_numbe
     assert train(c, str(tmp_path / "none")) == 0
     assert "warning: eval.tasks_every_steps has no effect, because eval.tasks is empty" in capsys.readouterr().err
     assert not (tmp_path / "none" / "samples.jsonl").exists()
-    assert lines(tmp_path / "none") == [line for line in lines(reference) if not metrics_lib.has_tasks(line)]
+    assert lines(tmp_path / "none") == [line for line in lines(reference) if not metric_lines.has_tasks(line)]
     assert lines(tmp_path / "tasks") == lines(reference)
     assert_same_bits(final_state(tmp_path / "none"), final_state(reference))
 
@@ -289,7 +290,7 @@ def test_a_finished_run_is_evaluated_when_tasks_are_added_and_only_once(referenc
     workdir = tmp_path / "run"
     shutil.copytree(reference, workdir)
     (workdir / "samples.jsonl").unlink()
-    kept = [line for line in lines(reference) if not metrics_lib.has_tasks(line)]
+    kept = [line for line in lines(reference) if not metric_lines.has_tasks(line)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line | {"seconds": 1.0}) + "\n" for line in kept))
     assert train(config, str(workdir)) == 0
     assert lines(workdir) == kept + task_lines(reference)[-1:]

@@ -14,11 +14,12 @@ import pytest
 from trialgpt_jax import UserError, cli
 from trialgpt_jax.config import default_config
 from trialgpt_jax.console import say
+from trialgpt_jax.live_line import time_left
 from trialgpt_jax.parallel.accelerators import chip
 from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.storage import json_lines
-from trialgpt_jax.training import metrics
-from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count, time_left
+from trialgpt_jax.training import wandb_run
+from trialgpt_jax.training.metrics import MetricsLog, bits_per_byte, flops_per_token, parameter_count
 from trialgpt_jax.training.program import gpt_config, params_layout
 from trialgpt_jax.training.tensorboard import EventFile
 
@@ -229,14 +230,54 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch):
     MetricsLog(str(tmp_path), none.log, 0, none).close()
 
 
-@pytest.mark.parametrize("name", ["gpt2_124m", "a-b", "x" * 64])
-def test_a_plain_name_is_the_id_of_the_wandb_run(name):
-    assert metrics.wandb_id(name) == name
+def test_a_workdir_keeps_the_id_of_its_wandb_run_and_another_of_the_same_name_has_its_own(tmp_path):
+    folders = [str(tmp_path / parent / "run") for parent in ("a", "b")]
+    for folder in folders:
+        os.makedirs(folder)
+    ids = [wandb_run.run_id(folder) for folder in folders]
+    assert ids[0] != ids[1] and ids == [wandb_run.run_id(folder) for folder in folders]
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,64}", each) for each in ids)
+    (tmp_path / "a" / "run" / "wandb_id").write_text("a b")
+    with pytest.raises(UserError, match="wandb_id should hold the id"):
+        wandb_run.run_id(folders[0])
 
 
-def test_other_names_get_ids_that_wandb_takes_and_that_differ():
-    ids = {metrics.wandb_id(name) for name in ("a b", "a/b", "\xfc", "\xf6", "\udcff", "v1.2", "", "x" * 65, "x" * 66)}
-    assert len(ids) == 9 and all(re.fullmatch("[A-Za-z0-9_-]{1,64}", each) for each in ids)
+@pytest.mark.slow
+def test_offline_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
+    """With the real package, which starts a service: seconds."""
+    wandb = pytest.importorskip("wandb", reason="optional")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    c = default_config()
+    c.log.update({"wandb": "project", "tensorboard": False})
+    ids = []
+    for step in (0, 1):
+        log = MetricsLog(str(tmp_path), c.log, step, c)
+        ids.append(wandb.run.id)
+        log.write({"step": step + 1, "loss": 2.0})
+        log.close()
+    assert ids == [(tmp_path / "wandb_id").read_text()] * 2
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_tensorboard_shows_the_settings_of_a_run_and_curves_in_groups(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra `test`")
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    c = default_config()
+    log = MetricsLog(str(tmp_path), c.log, 0, c)
+    log.write({"step": 1, "loss": 2.0, "lr": 1e-3, "lr/matrices": 2e-3, "task/piqa/acc": 0.5})
+    log.close()
+    read = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(read.Tags()["scalars"]) == [
+        "learning_rate/all",
+        "learning_rate/matrices",
+        "task/piqa/acc",
+        "train/loss",
+    ]
+    content = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert found["model.n_layer"].number_value == 12 and found["log.tensorboard"].bool_value is True
+    assert found["optim.name"].string_value == "adamw"
 
 
 def test_copies_of_the_log_that_fail_are_turned_off_with_a_line(tmp_path, monkeypatch, capsys):

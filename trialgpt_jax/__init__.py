@@ -28,9 +28,10 @@ def begin_command() -> None:
 
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-    from trialgpt_jax import console, faults
+    from trialgpt_jax import console, faults, live_line
 
     console.guard()
+    live_line.starting()
     console.leave_on_interrupt()
     sys.excepthook = faults.excepthook
 

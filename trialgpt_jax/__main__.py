@@ -16,6 +16,7 @@ COMMANDS = {  # module -> what it does
     "evaluate": "computes loss, bits per byte and the scores of tasks",
     "infer": "continues a prompt",
     "convert": "exchanges models with Hugging Face; verifies checkpoints",
+    "plot": "draws the curves of runs",
 }
 
 

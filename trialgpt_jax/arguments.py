@@ -25,30 +25,36 @@ class Arguments(NamedTuple):
       file: of `--config`; None if it is not given.
       values: config field -> its new value.
       help: what --help asks for, `flags` or `config`; None if it is not given.
+      paths: arguments that are not flags, of a command that takes paths.
     """
 
     own: list[str]
     file: str | None
     values: dict[str, object]
     help: str | None
+    paths: list[str]
 
 
-def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
+def sort(arguments: Sequence[str], flags: Mapping[str, object], takes_paths: bool = False) -> Arguments:
     """Sorts the arguments of a command.
 
     Args:
       arguments: without the program's name.
       flags: name -> default of the command's own flags.
+      takes_paths: arguments that are not flags are paths, instead of mistakes.
 
     Raises:
       UserError: an argument that is no flag or field of ours (the message says how to write it), a flag without its
         value, `--config` twice, or a value that is not of its field's type.
     """
-    own, file, values, wanted = [], None, {}, None
+    own, file, values, wanted, paths = [], None, {}, None, []
     known, rest, previous = fields(default_config()), list(arguments), ""
     while rest:
         argument = rest.pop(0)
         match = _FLAG.fullmatch(argument)
+        if not match and takes_paths and not argument.startswith("-"):
+            paths.append(str(_home(argument, argument)))
+            continue
         if not match:
             meant = _meant(argument, previous, flags, known)
             raise UserError(f"`{argument}` is not a flag; flags start with --{meant}")
@@ -86,7 +92,7 @@ def sort(arguments: Sequence[str], flags: Mapping[str, object]) -> Arguments:
         else:
             raise UserError(f"--{name} is not a flag{aliases.flag(name, value, flags, known)}")
         previous = name
-    return Arguments(own, file, values, wanted)
+    return Arguments(own, file, values, wanted, paths)
 
 
 def _next(rest: list[str], on_or_off: bool = False) -> str | None:

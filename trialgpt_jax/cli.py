@@ -136,7 +136,11 @@ def at_most(flags: absl_flags.FlagValues, **limits: int) -> None:
 
 
 def parse(
-    argv: list[str], doc: str, options: Mapping[str, tuple], new_workdir: bool = False
+    argv: list[str],
+    doc: str,
+    options: Mapping[str, tuple],
+    new_workdir: bool = False,
+    paths: list[str] | None = None,
 ) -> tuple[absl_flags.FlagValues, ConfigDict]:
     """Parses `argv` into the command's own flags and the config; `~` in paths is the home folder.
 
@@ -150,6 +154,7 @@ def parse(
       options: flag name -> (default, help); the flag has the type of its default, None = a string; one
         whose default is a tuple may be given more than once.
       new_workdir: the command creates the workdir, so the config starts from the defaults instead of a snapshot.
+      paths: gets the arguments that are not flags, of a command that takes paths and no config.
 
     Raises:
       UserError: an unknown flag or field, a value of the wrong type, neither --config nor a workdir.
@@ -160,7 +165,11 @@ def parse(
     define[tuple] = absl_flags.DEFINE_multi_string
     for name, (default, text) in options.items():
         define.get(type(default), absl_flags.DEFINE_string)(name, default, text, flag_values=flags)
-    given = arguments.sort(argv[1:], {name: default for name, (default, _) in options.items()})
+    given = arguments.sort(argv[1:], {name: default for name, (default, _) in options.items()}, paths is not None)
+    if paths is not None:
+        paths += given.paths
+        if given.file or given.values:
+            raise UserError("this command has no config; leave out --config")
     try:
         flags([argv[0], *given.own])
     except absl_flags.Error as error:

@@ -16,7 +16,7 @@ from trialgpt_jax.config_fields import Config
 from trialgpt_jax.data.vocabulary import TOKENIZERS, has_valid_utf8, is_tokenizer
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.axes import mesh_sizes
-from trialgpt_jax.schema import check, like, specs
+from trialgpt_jax.schema import INT32_MAX, check, like, specs
 from trialgpt_jax.training import groups, horizon
 from trialgpt_jax.training.workdir import config_path
 from trialgpt_jax.training.workdir import load_snapshot as read_snapshot
@@ -57,6 +57,12 @@ def fields(config: ConfigDict, prefix: str = "") -> dict[str, object]:
     for name, value in config.items():
         flat |= fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}": value}
     return flat
+
+
+def differences(config: ConfigDict) -> dict[str, tuple[object, object]]:
+    """Field -> (its value, the default), of the fields that differ."""
+    default = fields(default_config())
+    return {name: (value, default[name]) for name, value in fields(config).items() if value != default[name]}
 
 
 def set_field(config: ConfigDict, name: str, value: object) -> None:
@@ -103,6 +109,12 @@ def validate(config: ConfigDict, n_devices: int | None = None) -> None:
             "tokens in a step; lower train.batch_size"
         )
     _check_eval(config.eval, gpt.block_size)
+    _check_log(config.log.profile)
+    if not re.fullmatch(r"-1|best|[0-9]{1,10}", train.init_from_step):
+        raise UserError(
+            f"config field `train.init_from_step` is {train.init_from_step!r:.50}, but should be a step, -1 (the "
+            "newest) or best"
+        )
     if n_devices is not None:
         _check_divisible(gpt, train.batch_size // train.accumulate_steps, mesh_sizes(config.mesh, n_devices))
 
@@ -125,6 +137,15 @@ def _check_eval(group: ConfigDict, block_size: int) -> None:
         raise UserError(
             f"config field `eval.sample_tokens` is {group.sample_tokens}, but must be below "
             f"model.block_size={block_size}, because prompt and continuation share the context"
+        )
+
+
+def _check_log(profile: str) -> None:
+    """Refuses a range of steps that is none; `training.profile` traces them."""
+    match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", profile)
+    if profile and not (match and 1 <= int(match[1]) <= int(match[2] or match[1]) <= INT32_MAX):
+        raise UserError(
+            f"config field `log.profile` is {profile!r:.50}, but should be a range of steps such as 10-12, or a step"
         )
 
 

@@ -135,6 +135,9 @@ class Train:
     init_from: str = field(
         "", "workdir, Hugging Face folder or hf:owner/name whose weights and model start this run (fine-tuning)"
     )
+    init_from_step: str = field(
+        "-1", "which checkpoint of the workdir train.init_from; -1 = the newest whole one, best, or a step"
+    )
     max_seconds: float = field(0.0, "save and exit with status 75 after this time; 0 = no limit", at_least=0)
     skip_spikes: float = field(  # see training/spikes.py
         0.0,
@@ -188,6 +191,10 @@ class Log:
     every_steps: int = field(10, "steps between lines of metrics.jsonl and of the log", at_least=1)
     tensorboard: bool = field(True, "event files in <workdir>/tensorboard")
     wandb: str = field("", "Weights & Biases project; empty = off")
+    curves: bool = field(True, "<workdir>/curves.png at the end, where matplotlib is installed")
+    profile: str = field(
+        "", "steps to trace, `10-12`, into <workdir>/profile; SIGUSR1 traces the next three; empty = none"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from trialgpt_jax import live_line
+
 # What a shell reports for a process that a signal has ended.
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
 _EXIT_NOT_WRITTEN = 2
 
-_enabled = True
+copies: list[Callable[[str], None]] = []  # get each line of `say`; they do not raise
 
 
 class OutputError(Exception):
@@ -39,25 +41,24 @@ class OutputError(Exception):
 
 def enable(enabled: bool) -> None:
     """Turns `say` on or off; in a job of several processes only process 0 writes the log."""
-    global _enabled
-    _enabled = enabled
+    live_line.enabled = enabled
 
 
-def say(text: str) -> None:
-    """Writes a line to the log, unless `enable` has turned it off. Never raises."""
-    if _enabled:
-        say_always(text)
+def say(text: str, terminal: str | None = None) -> None:
+    """Writes a line to the log, unless `enable` has turned it off; `terminal` is a shorter one for a terminal.
+
+    Never raises.
+    """
+    if not live_line.enabled:
+        return
+    for copy in copies:
+        copy(text)
+    live_line.write_line(text if terminal is None or live_line.terminal_width() is None else terminal)
 
 
 def say_always(text: str) -> None:
-    """Writes a line to stderr, in a single write so that lines of other threads cannot split it. Never raises."""
-    line = f"{text}\n"
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # broken, closed, or None
-        try:
-            sys.stderr.write(line)
-        except UnicodeEncodeError:
-            sys.stderr.write(line.encode("ascii", "backslashreplace").decode())
-        sys.stderr.flush()
+    """Writes a line to stderr alone. Never raises."""
+    live_line.write_line(text)
 
 
 def one_line(text: str) -> str:
@@ -111,7 +112,8 @@ class _Results(_Output):
         if self._broken:  # Python flushes what is left at exit, and a failure would change the status to 120
             return len(data)
         try:
-            return self._write(data)
+            with live_line.results(data):
+                return self._write(data)
         except OSError as error:
             self._broken = True
             raise OutputError(error) from None
@@ -219,7 +221,8 @@ def terminations_interrupt() -> Iterator[None]:
 
 def _leave(*_) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, b"interrupted\n")  # not `say`: the signal may interrupt a print, and its buffer is not reentrant
+        # not `say`: the signal may interrupt a print, and its buffer is not reentrant
+        os.write(2, live_line.erase_now() + b"interrupted\n")
     os._exit(EXIT_INTERRUPTED)
 
 
@@ -227,7 +230,7 @@ def _leave(*_) -> None:
 def requests_bar(
     total: int, what: str, shown: bool, then: Callable[[], None] = lambda: None
 ) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr: requests, time left, tokens and tokens/s.
+    """A `live_line.task`: requests, time left, tokens and tokens/s.
 
     Args:
       total: requests.
@@ -238,20 +241,15 @@ def requests_bar(
     Yields:
       A function to call with the numbers of requests and tokens that are done since the last call.
     """
-    from tqdm import tqdm  # late: most commands show no bar
-
     started, n_tokens = time.perf_counter(), 0
 
     def advance(n: int, tokens: int) -> None:
         nonlocal n_tokens
         n_tokens += tokens
         rate = n_tokens / (time.perf_counter() - started)
-        bar.set_postfix_str(f"{n_tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
-        bar.update(n)
+        if shown:
+            bar.advance(n, f"{n_tokens:,} tokens, {rate:,.0f} tokens/s")
         then()
 
-    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
-    with tqdm(
-        total=total, desc=what, unit="", mininterval=interval, disable=not (shown and _enabled), file=sys.stderr
-    ) as bar:
+    with live_line.task(what, total) if shown else contextlib.nullcontext() as bar:
         yield advance

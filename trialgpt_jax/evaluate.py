@@ -73,7 +73,8 @@ def _load(config: ConfigDict, workdir: str, step: int | str, weights: str) -> tu
 
 def _loss(program: Program, params, store: TokenStore, batches: int, split: str) -> dict:
     text = store.split(split)
-    loss, n_tokens = program.evaluate(params, program.eval_batches(text, batches))
+    total = program.count_eval_batches(text, batches)
+    loss, n_tokens = program.evaluate(params, program.eval_batches(text, batches), total)
     per_byte = bits_per_byte(loss, text.n_tokens, text.n_bytes)
     return {
         "split": split,

@@ -16,14 +16,17 @@ from trialgpt_jax.evaluation.in_loop import InLoop
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
 from trialgpt_jax.storage import files, lock
-from trialgpt_jax.training import plan
+from trialgpt_jax.training import plan, summary
 from trialgpt_jax.training import start as start_lib
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint import Checkpoints, state_bytes
+from trialgpt_jax.training.log_file import LogFile
+from trialgpt_jax.training.profile import Profiler
 from trialgpt_jax.training.program import Program, resolve
 from trialgpt_jax.training.reporter import Reporter
 from trialgpt_jax.training.saver import Saver
 from trialgpt_jax.training.stop import StopRequest
+from trialgpt_jax.training.times import COMPILING, EVALUATING, RESTORING, SAVING, Times
 
 
 def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...] = (), *, dry_run: bool = False) -> int:
@@ -31,8 +34,8 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
 
     Args:
       config: see `config.default_config`.
-      workdir: folder for config.json, metrics.jsonl, samples.jsonl, checkpoints/ and tensorboard/; created if it does
-        not exist.
+      workdir: folder for config.json, metrics.jsonl, samples.jsonl, checkpoints/, tensorboard/, log.txt, summary.md
+        and curves.png; created if it does not exist.
       allow_config_change: fields in which the config may differ from that of the workdir's run.
       dry_run: check everything, compile and read one batch, and leave the workdir unchanged.
 
@@ -46,8 +49,9 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
     config_lib.set_precision(config)
     store = open_store(workdir_lib.find_data(config.data.dir, workdir))
     workdir_lib.check_tokenizer(store, workdir)
-    given, config = config, resolve(config, store)
     with contextlib.ExitStack() as stack:
+        log = stack.enter_context(LogFile(workdir, kept=jax.process_index() == 0))
+        given, config = config, resolve(config, store)
         stack.enter_context(files.storage_faults(workdir))
         if dry_run:
             lock.probe(workdir)
@@ -83,31 +87,41 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         if config.eval.every_steps:
             next(program.eval_batches(store.split("val"), config.eval.batches))
         checkpoints.check_before_saving(state_bytes(program.layout), plan.most_saves(config))
-        say("\n".join(filter(None, (plan.describe(program, store), evaluations))))
-        say(plan.compile_steps(program, strict=dry_run))
+        if not dry_run:
+            log.open()
+        times = Times(workdir, first_step, kept=jax.process_index() == 0 and not dry_run)
+        say(description := "\n".join(filter(None, (plan.describe(program, store), evaluations))))
+        with times.of(COMPILING):
+            say(plan.compile_steps(program, strict=dry_run))
         if dry_run:
             begin = f"go on from checkpoint {first_step}" if first_step else "start at step 0"
             say(f"dry run: {plan.measure(program, next(batches))}; nothing is written; a run would {begin}")
             batches.close()
             return 0
 
-        state = start_lib.create_state(start, program, checkpoints)
+        with times.of(RESTORING):
+            state = start_lib.create_state(start, program, checkpoints)
+        differences = config_lib.differences(config)
+        stack.enter_context(summary.at_end(workdir, times, checkpoints, differences, config, description))
+        profiler = stack.enter_context(Profiler(workdir, config.log.profile))
         with contextlib.closing(Reporter(program, store.split("val"), workdir, first_step)) as reporter:
             if jax.process_index() == 0:
                 workdir_lib.keep_tokenizer(store, workdir)
                 workdir_lib.keep_data(store, workdir)
                 workdir_lib.save_snapshot(config, workdir)
-            return _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_loop)
+            return _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_loop, times, profiler)
 
 
-def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_loop) -> int:
+def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_loop, times, profiler) -> int:
     """Runs the steps after `first_step`; returns the exit status."""
     config, n_steps, sharding = program.config, program.config.train.steps, batch_sharding(program.mesh)
-    saver = Saver(checkpoints, reporter, config, first_step)
+    saver = Saver(checkpoints, reporter, config, first_step, times)
     stop.start_clock()
-    if first_step == 0 and config.eval.every_steps:
-        reporter.evaluate(0, state.params)
-    step, stopped = first_step, not in_loop.run(first_step, state.params, reporter, stop)
+    times.note(first_step, reporter.seconds)
+    with times.of(EVALUATING):
+        if first_step == 0 and config.eval.every_steps:
+            reporter.evaluate(0, state.params)
+        step, stopped = first_step, not in_loop.run(first_step, state.params, reporter, stop)
     reporter.restart_clock(first_step)
     stop.begin()
     save_by_clock = processes.AgreedStep()
@@ -118,6 +132,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
             saver.poll()
 
             # one optimizer step; the next batch is transferred while the device computes
+            profiler.before(step)
             state, metrics = program.step(state, batch)
             if step < n_steps:
                 batch = put_batch(next(batches), sharding)
@@ -129,23 +144,32 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
             minutes, every = config.checkpoint.every_minutes, config.checkpoint.every_steps
             clock = bool(minutes) and save_by_clock.due(step, saver.seconds >= 60 * minutes)
             stopped = not last and stop.requested(step)
+            traced = profiler.ends(step, last=last or stopped)
             evaluate = config.eval.every_steps and (last or step % config.eval.every_steps == 0)
             save = last or stopped or clock or (every and step % every == 0)
-            if evaluate or save or in_loop.due(step):
+            if evaluate or save or traced or in_loop.due(step):
                 reporter.finish_steps()
-                val_loss = reporter.evaluate(step, state.params) if evaluate else None
+                if traced:
+                    profiler.finish()
+                with times.of(EVALUATING):
+                    val_loss = reporter.evaluate(step, state.params) if evaluate else None
                 if save:
                     saver.save(step, state, val_loss, last=last or stopped)
-                if not stopped and not in_loop.run(step, state.params, reporter, stop):  # a long one, cut short
+                with times.of(EVALUATING):
+                    finished = stopped or in_loop.run(step, state.params, reporter, stop)
+                if not finished:  # a long one, cut short
                     stopped = True
                     saver.save(step, state, val_loss, last=True)
+                times.note(step, reporter.seconds)
                 reporter.restart_clock(step)
-        checkpoints.wait()
+        with times.of(SAVING):
+            checkpoints.wait()
     except FloatingPointError as error:  # too many skipped steps, or a state that is not saved
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}") from None
     finally:
         batches.close()
         checkpoints.settle()  # a save that has begun is completed
+        times.note(step, reporter.seconds)
     if stopped:
         where = f"after step {step}, which is saved" if step else "before step 1"
         say(f"stopped {where}; run the same command to continue")

@@ -9,12 +9,13 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, live_line
 from trialgpt_jax.console import say
 from trialgpt_jax.data import foreign_store
 from trialgpt_jax.data.splits import Mixture, Shard, Split
@@ -132,28 +133,34 @@ def verify(folder: str) -> list[dict]:
         raise UserError(f"data.dir={folder} is a mixture; verify its members one at a time")
     if store.manifest is None:
         raise UserError(f"{folder} has no {MANIFEST} to compare its files with")
-    for record in store.manifest["shards"]:
-        path = os.path.join(folder, record["file"])
-        if not record["tokens"]:  # of empty documents, by a tokenizer without end-of-text
-            continue
-        ids = np.memmap(path, np.dtype(store.manifest["dtype"]).newbyteorder("<"), "r")
-        digest, largest, documents = hashlib.sha256(), 0, 0
-        for start in range(0, len(ids), 1 << 23):
-            piece = np.asarray(ids[start : start + (1 << 23)])
-            digest.update(piece.data)
-            largest = max(largest, int(piece.max()))
-            documents += 0 if store.eot_id is None else int(np.count_nonzero(piece == store.eot_id))
-        expectations = [("sha256", digest.hexdigest(), record["sha256"]), ("largest id", largest, record["max_id"])]
-        if store.eot_id is not None:
-            expectations.append(("number of documents", documents, record["documents"]))
-            expectations.append(("last id", int(ids[-1]), store.eot_id))
-        for what, found, expected in expectations:
-            if found != expected:
-                raise UserError(
-                    f"{path} is damaged: its {what} is {found}, but should be {expected}; remove {folder} "
-                    f"and {_RUN} again"
-                )
+    with live_line.task("verifying", sum(record["tokens"] for record in store.manifest["shards"])) as shown:
+        for record in store.manifest["shards"]:
+            _verify_shard(store, record, shown.advance)
     return store.manifest["shards"]
+
+
+def _verify_shard(store: "TokenStore", record: dict, read: Callable[[int], None]) -> None:
+    """Raises UserError if a shard differs from its record; `read` gets the number of ids of each piece."""
+    path, folder = os.path.join(store.folder, record["file"]), store.folder
+    if not record["tokens"]:  # of empty documents, by a tokenizer without end-of-text
+        return
+    ids = np.memmap(path, np.dtype(store.manifest["dtype"]).newbyteorder("<"), "r")
+    digest, largest, documents = hashlib.sha256(), 0, 0
+    for start in range(0, len(ids), 1 << 23):
+        piece = np.asarray(ids[start : start + (1 << 23)])
+        digest.update(piece.data)
+        largest = max(largest, int(piece.max()))
+        documents += 0 if store.eot_id is None else int(np.count_nonzero(piece == store.eot_id))
+        read(len(piece))
+    expectations = [("sha256", digest.hexdigest(), record["sha256"]), ("largest id", largest, record["max_id"])]
+    if store.eot_id is not None:
+        expectations.append(("number of documents", documents, record["documents"]))
+        expectations.append(("last id", int(ids[-1]), store.eot_id))
+    for what, found, expected in expectations:
+        if found != expected:
+            raise UserError(
+                f"{path} is damaged: its {what} is {found}, but should be {expected}; remove {folder} and {_RUN} again"
+            )
 
 
 def _read_manifest(path: str) -> dict:

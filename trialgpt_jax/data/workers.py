@@ -10,7 +10,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +17,12 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from tqdm import tqdm
-
-from trialgpt_jax import UserError, console
+from trialgpt_jax import UserError, console, live_line
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.encoders import batch_encoder
 from trialgpt_jax.data.units import Job, Report, Task, encode_group
+from trialgpt_jax.live_line import human_size
 
 Finish = Callable[[dict], None]  # gets the record of a unit that is durable
 
@@ -141,12 +139,11 @@ def progress_bar(total: int) -> Iterator[Report]:
 
     def report(documents: int, tokens: int, n_bytes: int, read: int) -> None:
         totals.update(documents=documents, tokens=tokens, bytes=n_bytes)
-        bar.set_postfix_str(summary(), refresh=False)
-        bar.update(read)
+        bar.advance(read, summary())
 
-    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
     try:
-        with tqdm(total=total or None, unit="B", unit_scale=True, mininterval=interval, file=sys.stderr) as bar:
+        say(f"reading {human_size(total)}" if total else "reading")
+        with live_line.task("tokenizing", total, size=True) as bar:
             yield report
     finally:
         say(f"{summary()}, {time.perf_counter() - started:.1f} s")

@@ -6,8 +6,6 @@ nothing else: a run that continues from a step whose lines are missing writes th
 plan that `train` prints. Samples need the parameters split along tensor alone.
 """
 
-import sys
-
 import jax
 from ml_collections import ConfigDict
 
@@ -17,9 +15,11 @@ from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.evaluation.task import random_state_kept
 from trialgpt_jax.language_model import LanguageModel
+from trialgpt_jax.live_line import task
 from trialgpt_jax.model.sampling import Sampling
 from trialgpt_jax.parallel import processes
-from trialgpt_jax.training.metrics import has_tasks, read_metrics, read_samples
+from trialgpt_jax.training.metric_lines import has_tasks
+from trialgpt_jax.training.metrics import read_metrics, read_samples
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.reporter import Reporter
 from trialgpt_jax.training.stop import StopRequest
@@ -81,7 +81,6 @@ class InLoop:
             tokenizer = tokenizer_lib.from_store(store.folder)
             self._check_prompts(tokenizer)
             self._model = LanguageModel(None, program.gpt, tokenizer, program.mesh)
-            self._model.shows_progress = sys.stderr.isatty()
         return "\n".join(lines)
 
     def _load(self) -> list[str]:
@@ -89,7 +88,7 @@ class InLoop:
         from trialgpt_jax.evaluation import suite  # late: most runs need none of it
 
         group = self._config.eval
-        with random_state_kept():
+        with random_state_kept(), task("loading the tasks"):
             self._tasks = suite.load(
                 suite.parse(group.tasks, "eval.tasks"),
                 task_data=suite.parse_task_data(group.task_data, "eval.task_data"),
@@ -97,7 +96,7 @@ class InLoop:
                 core_bundle=group.core_bundle,
                 prefix="eval.",
             )
-        self._names = processes.from_first(lambda: [task.name for task in self._tasks])
+        self._names = processes.from_first(lambda: [each.name for each in self._tasks])
         return self._names
 
     def _check_prompts(self, tokenizer) -> None:

@@ -257,10 +257,14 @@ def rename_folder(folder: str, to: str) -> None:
             sync_folder(parent)
 
 
-def sha256(path: str) -> str:
-    """sha256 of a file, hex."""
+def sha256(path: str, read: Callable[[int], None] = lambda n: None) -> str:
+    """sha256 of a file, hex; `read` gets the number of bytes of each piece."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
+            read(n)
+    return digest.hexdigest()
 
 
 def free_bytes(path: str) -> int | None:

@@ -7,6 +7,7 @@ written last, so a folder without a record is unfinished or damaged.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import TypedDict
 
 from trialgpt_jax.storage import files, json_files
@@ -24,8 +25,8 @@ def list_files(folder: str) -> dict[str, list]:
     return {name: [size, files.sha256(os.path.join(folder, name))] for name, size in files.sizes(folder).items()}
 
 
-def first_difference(folder: str, listed: dict[str, list]) -> str | None:
-    """Compares a folder with what `list_files` returned earlier, byte by byte.
+def first_difference(folder: str, listed: dict[str, list], read: Callable[[int], None] = lambda n: None) -> str | None:
+    """Compares a folder with what `list_files` returned earlier, byte by byte; `read` gets each number of bytes read.
 
     Returns:
       The first file that is missing or has changed, and how; None if there is none. Files that are not listed are
@@ -41,7 +42,7 @@ def first_difference(folder: str, listed: dict[str, list]) -> str | None:
             return f"{path} is missing"
         if found[name] != size:
             return f"{path} has {found[name]} bytes instead of {size}"
-        if files.sha256(path) != digest:
+        if files.sha256(path, read) != digest:
             return f"{path} has changed since it was written (checksum)"
     return None
 
@@ -77,14 +78,6 @@ def read_record(folder: str) -> dict:
 def record_path(folder: str) -> str:
     """Where the record of a folder is."""
     return os.path.join(folder, RECORD)
-
-
-def human_size(n_bytes: int) -> str:
-    """`12.3 MB` or `512 bytes`; 1 kB = 1000 bytes."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= unit:
-            return f"{n_bytes / unit:.1f} {name}"
-    return f"{n_bytes} bytes"
 
 
 def _digest(record: dict) -> str:

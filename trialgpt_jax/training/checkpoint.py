@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
+from trialgpt_jax.live_line import human_size, task
 from trialgpt_jax.storage import files
-from trialgpt_jax.storage.integrity import human_size
 from trialgpt_jax.training.checkpoint_folder import CheckpointFolder
 from trialgpt_jax.training.train_step import describe_nonfinite, nonfinite
 
@@ -185,7 +185,8 @@ class Checkpoints(CheckpointFolder):
     def settle(self) -> None:
         """Returns when no save is in progress; `wait` raises its exception."""
         if self._thread not in (None, threading.current_thread()):
-            self._thread.join()
+            with task("writing the checkpoint"):
+                self._thread.join()
 
     def last_good(self) -> str:
         """As of `CheckpointFolder`, after the save in progress."""
@@ -226,7 +227,8 @@ class Checkpoints(CheckpointFolder):
         item = ocp.args.PyTreeRestore(item=layout, restore_args=restore_args, partial_restore=True)
         try:
             # not by a CheckpointManager, which looks at all steps and fails if a run removes one of them meanwhile
-            return ocp.PyTreeCheckpointHandler().restore(self._item_path(step), args=item)
+            with task(f"restoring checkpoint {step} ({human_size(state_bytes(layout))})"):
+                return ocp.PyTreeCheckpointHandler().restore(self._item_path(step), args=item)
         except jax.errors.JaxRuntimeError:
             raise  # out of memory, or another process has died
         except Exception as error:  # TensorStore raises several types

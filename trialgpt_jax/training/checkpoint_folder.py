@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 import jax
 
 from trialgpt_jax import UserError
+from trialgpt_jax.live_line import human_size, task
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.storage import files, integrity, lock
-from trialgpt_jax.storage.integrity import human_size
 from trialgpt_jax.training.workdir import checkpoints_path, saving_path
 
 _REMOVED = ".removed"
@@ -61,7 +61,9 @@ class CheckpointFolder:
     def problem(self, step: int) -> str | None:
         """What is wrong with the checkpoint of `step`, after reading every byte; None when it is whole."""
         try:
-            return integrity.first_difference(self._path(step), self._record(step)["files"])
+            listed = self._record(step)["files"]
+            with task(f"checking checkpoint {step}", sum(n for n, _ in listed.values()), size=True) as shown:
+                return integrity.first_difference(self._path(step), listed, shown.advance)
         except (OSError, ValueError) as error:
             return " ".join(str(error).split())
 

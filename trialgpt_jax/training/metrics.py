@@ -1,10 +1,7 @@
 """The numbers of a run: FLOPs, bits per byte, its lines; `metrics.jsonl`, `samples.jsonl` and their copies."""
 
 import contextlib
-import hashlib
-import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, TypedDict
@@ -13,17 +10,17 @@ import jax
 import msgspec
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
 from trialgpt_jax.console import say
+from trialgpt_jax.live_line import time_left
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import head
 from trialgpt_jax.schema import INT32_MAX
 from trialgpt_jax.storage import files, json_files, json_lines
 from trialgpt_jax.storage.json_lines import JsonLines
+from trialgpt_jax.training import metric_lines, wandb_run
 from trialgpt_jax.training import workdir as workdir_lib
+from trialgpt_jax.training.metric_lines import TASK
 from trialgpt_jax.training.tensorboard import EventFile
-
-_MAX_SECONDS = 1e10  # of training; more is no time
 
 
 def parameter_count(params) -> int:
@@ -55,18 +52,12 @@ def bits_per_byte(nats_per_token: float, tokens: int, n_bytes: int | None) -> fl
     return nats_per_token * tokens / n_bytes / math.log(2) if n_bytes else None
 
 
-def time_left(seconds: float) -> str:
-    """A duration in two units: 12s, 3m05s, 2h10m, 4d03h."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    units = (("m", 60, "s", 1), ("h", 3600, "m", 60), ("d", 86400, "h", 3600))
-    unit, size, minor_unit, minor = next(u for u in reversed(units) if seconds >= u[1])
-    return f"{seconds // size}{unit}{seconds % size // minor:02d}{minor_unit}"
+def progress_line(line: dict, steps: int, width: int | None = None) -> str:
+    """The log line of a training step: step, loss, learning rate, gradient norm, speed, MFU if known, time left.
 
-
-def progress_line(line: dict, steps: int) -> str:
-    """The log line of a training step: step, loss, learning rate, gradient norm, speed, MFU if known, time left."""
+    Of `width` columns where given: learning rate, time of a step and gradient norm are left out in this order, which
+    metrics.jsonl has.
+    """
     step_seconds = line["step_seconds"]
     loss, norm = (math.nan if line[name] is None else line[name] for name in ("loss", "grad_norm"))
     parts = [
@@ -80,6 +71,9 @@ def progress_line(line: dict, steps: int) -> str:
     if "mfu" in line:
         parts.append(f"mfu {100 * line['mfu']:.1f}%")
     parts.append(f"{time_left((steps - line['step']) * step_seconds)} left")
+    dispensable = [parts[2], parts[4], parts[3]]
+    while width and len(" | ".join(parts)) > width and dispensable:
+        parts.remove(dispensable.pop(0))
     return " | ".join(parts)
 
 
@@ -113,8 +107,10 @@ class MetricsLog:
             say("log.tensorboard is off: its files are appended to, which an object store cannot do")
         elif log.tensorboard:
             self._tensorboard = EventFile(workdir_lib.tensorboard_path(workdir), resume_step)
+            with self._copy(resume_step):
+                self._tensorboard.write_hparams(_flat(config.to_dict()))
         if log.wandb:
-            self._wandb = _start_wandb(log.wandb, workdir, config)
+            self._wandb = wandb_run.start(log.wandb, workdir, config)
 
     def write(self, line: dict) -> None:
         """Adds a line: a `step` and numbers, None for one that is not finite.
@@ -123,7 +119,7 @@ class MetricsLog:
         """
         line = {name: finite(value) if isinstance(value, float) else value for name, value in line.items()}
         self._lines.write(line)
-        numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
+        numbers = {_tag(name): value for name, value in line.items() if name != "step" and value is not None}
         with self._copy(line["step"]):
             if self._tensorboard:
                 self._tensorboard.write(line["step"], numbers)
@@ -176,35 +172,36 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _start_wandb(project: str, workdir: str, config: ConfigDict):
-    """The W&B run of a workdir. Raises UserError if it cannot be started; `plan.check_wandb` has looked for a key."""
-    import wandb  # an optional package
+# Groups of the curves in TensorBoard and W&B; names that are not here, such as task/NAME/METRIC, are tags as they are.
+_TAGS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "skipped": "train/skipped",
+    "val_loss": "validation/loss",
+    "val_bits_per_byte": "validation/bits_per_byte",
+    "lr": "learning_rate/all",
+    "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
+    "tokens": "progress/tokens",
+    "seconds": "progress/seconds",
+}
 
-    name = os.path.basename(os.path.normpath(os.path.abspath(workdir)))
-    try:
-        return wandb.init(project=project, name=name, id=wandb_id(name), resume="allow", config=config.to_dict())
-    except Exception as error:  # noqa: BLE001 - it raises many types: no network, a refused key, no such project
-        why = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"log.wandb={project} cannot be started: {type(error).__name__}: {why}; set WANDB_MODE=offline, or give "
-            "--config.log.wandb= for none"
-        ) from None
+
+def _tag(name: str) -> str:
+    """The tag of a value of `metrics.jsonl`, GROUP/NAME."""
+    return _TAGS.get(name) or re.sub(r"^lr/", "learning_rate/", name)
 
 
-def wandb_id(name: str) -> str:
-    """The id of the W&B run of a workdir: its name, which must be at most 64 letters, digits, `-` and `_` of ASCII.
-
-    Another name has its other characters replaced, and ends with a digest so that two names stay two runs.
-    """
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        return name
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}-{digest}"
+def _flat(group: Mapping, prefix: str = "") -> dict[str, object]:
+    """{"model": {"n_layer": 12}} -> {"model.n_layer": 12}."""
+    flat = {}
+    for name, value in group.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 # ---- lines of an earlier process
 
-_TASK = "task/"  # how the names of a task's metrics begin
 _Step = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 
 
@@ -218,15 +215,9 @@ class _Sample(TypedDict):
 
 
 def read_metrics(workdir: str, step: int) -> list[dict]:
-    """The lines of `metrics.jsonl` that a run which continues from checkpoint `step` keeps, see `json_lines.read`.
-
-    A step has up to three, in this order: of training, of the validation loss, of tasks.
-    """
-
-    def place(line: dict) -> tuple[int, int]:
-        return line["step"], 2 if has_tasks(line) else int("val_loss" in line)
-
-    return json_lines.read(workdir_lib.metrics_path(workdir), step, "metrics", _parse, place)
+    """The lines of `metrics.jsonl` that a run which continues from checkpoint `step` keeps, see `json_lines.read`."""
+    path = workdir_lib.metrics_path(workdir)
+    return json_lines.read(path, step, "metrics", metric_lines.parse, metric_lines.place)
 
 
 def read_samples(workdir: str, step: int, prompts: Sequence[str]) -> list[dict]:
@@ -248,29 +239,6 @@ def read_samples(workdir: str, step: int, prompts: Sequence[str]) -> list[dict]:
     return kept
 
 
-def has_tasks(line: dict) -> bool:
-    """Whether a line of metrics is that of tasks."""
-    return any(name.startswith(_TASK) for name in line)
-
-
 def task_line(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
     """`task/NAME/METRIC` -> value, None if it is not finite, of results by name and metric."""
-    return {f"{_TASK}{name}/{key}": finite(value) for name, values in results.items() for key, value in values.items()}
-
-
-def _parse(text: bytes) -> dict[str, int | float | None]:
-    """A line of metrics. Raises ValueError, TypeError or RecursionError if it is not one."""
-    line = json.loads(text)
-    if not isinstance(line, dict):
-        raise TypeError("not an object")
-    for name, value in {"step": None, **line}.items():
-        number = type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < 2**63
-        if name == "step":
-            number = type(value) is int and 0 <= value <= INT32_MAX
-        elif name == "seconds":
-            number = number and 0 <= value < _MAX_SECONDS
-        elif value is None:
-            number = True
-        if not number:
-            raise ValueError(f"`{name}` is {value!r:.50}")
-    return line
+    return {f"{TASK}{name}/{key}": finite(value) for name, values in results.items() for key, value in values.items()}

@@ -12,13 +12,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError
+from trialgpt_jax.console import say
 from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.faults import LEVERS
+from trialgpt_jax.live_line import human_size, task, time_left
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import batch_sharding, put_batch
-from trialgpt_jax.storage.integrity import human_size
+from trialgpt_jax.training import compile_times, wandb_run
 from trialgpt_jax.training.checkpoint import state_bytes
-from trialgpt_jax.training.metrics import flops_per_token, parameter_count, time_left
+from trialgpt_jax.training.metrics import flops_per_token, parameter_count
 from trialgpt_jax.training.program import Program
 
 _MANY_EPOCHS = 1000  # tiny-shakespeare runs make about 100
@@ -68,11 +70,18 @@ def most_saves(config: ConfigDict) -> float:
 
 def compile_steps(program: Program, strict: bool) -> str:
     """Compiles what the run needs, and says how long it took; see `check_memory`."""
+    key, record = compile_times.key(program), compile_times.read()
+    platform = program.mesh.devices.flat[0].platform
+    usual = record.get(key, compile_times.USUAL.get(platform, 60))
+    say(f"compiling (usually {usual:.0f} s)")
     began = time.monotonic()
-    memory = check_memory(program, strict)
-    if program.config.eval.every_steps:
-        program.eval_step  # noqa: B018 - compiles
-    return f"compiled in {time.monotonic() - began:.1f} s; {memory}"
+    with task("compiling"):
+        memory = check_memory(program, strict)
+        if program.config.eval.every_steps:
+            program.eval_step  # noqa: B018 - compiles
+    seconds = time.monotonic() - began
+    compile_times.write(record | {key: seconds})
+    return f"compiled in {seconds:.1f} s; {memory}"
 
 
 def check_memory(program: Program, strict: bool) -> str:
@@ -178,12 +187,12 @@ def check_wandb(log: ConfigDict) -> None:
     """Refuses `log.wandb` where Weights & Biases cannot be used: it would fail after the compilation.
 
     Raises:
-      UserError: it is not installed, or has no key for its server.
+      UserError: it is not installed, has no key for its server, or the server does not take the key.
     """
     if not log.wandb or jax.process_index() != 0:
         return
     try:
-        import wandb  # noqa: F401
+        import wandb
     except ImportError:
         raise UserError("log.wandb is set, but wandb is not installed; `pip install wandb`") from None
     offline = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
@@ -192,6 +201,8 @@ def check_wandb(log: ConfigDict) -> None:
             "log.wandb is set, but there is no key for Weights & Biases; run `wandb login`, set WANDB_API_KEY, or set "
             "WANDB_MODE=offline"
         )
+    if not offline and hasattr(wandb, "login"):
+        wandb_run.check_key()
 
 
 def _key_in_netrc() -> bool:

@@ -17,6 +17,7 @@ from trialgpt_jax.console import say
 from trialgpt_jax.data import batches
 from trialgpt_jax.data.token_store import Mixture, Split, TokenStore
 from trialgpt_jax.data.vocabulary import FILE, FROM
+from trialgpt_jax.live_line import task
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators, processes
 from trialgpt_jax.parallel.axes import mesh_sizes
@@ -132,24 +133,30 @@ class Program:
             jitted = jax.jit(functools.partial(steps.eval_step, config=self.gpt), out_shardings=replicated(self.mesh))
             return self._compile(jitted.lower(params, self._tokens(size), valid))
 
-    def evaluate(self, params, eval_batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, int]:
+    def evaluate(
+        self, params, eval_batches: Iterable[tuple[np.ndarray, np.ndarray]], total: int = 0
+    ) -> tuple[float, int]:
         """Mean loss over the valid rows of `eval_batches`.
 
         Args:
           params: the parameters.
           eval_batches: this process's int32 tokens [local_batch, T + 1] and bool valid rows [local_batch].
+          total: their number, for the progress; 0 = not known.
 
         Returns:
           Nats per token and the number of tokens, over all processes.
         """
         sharding = batch_sharding(self.mesh)
         totals, pending = np.zeros(2), None
-        for tokens, valid in eval_batches:
-            sums = self.eval_step(params, put_batch(tokens, sharding), put_batch(valid, sharding))
-            if pending:  # fetched one batch late: the device does not wait, and at most two batches are on it
-                totals += jax.device_get(pending)
-            pending = sums
-        totals += jax.device_get(pending)
+        step = self.eval_step
+        with task("evaluating", total) as shown:
+            for tokens, valid in eval_batches:
+                sums = step(params, put_batch(tokens, sharding), put_batch(valid, sharding))
+                if pending:  # fetched one batch late: the device does not wait, and at most two batches are on it
+                    totals += jax.device_get(pending)
+                    shown.advance()
+                pending = sums
+            totals += jax.device_get(pending)
         return float(totals[0] / totals[1]), int(totals[1])
 
     def train_batches(self, split: Split | Mixture, start_step: int) -> Iterator[np.ndarray]:
@@ -174,6 +181,12 @@ class Program:
             n_batches=-(-n_batches * self.config.train.batch_size // self.eval_batch_size),
             blocks=local_blocks(batch_sharding(self.mesh)),
         )
+
+    def count_eval_batches(self, split: Split | Mixture, n_batches: int) -> int:
+        """The number of batches of `eval_batches`."""
+        whole = -(-sum(member.n_windows(self.gpt.block_size) for member, _ in split.members) // self.eval_batch_size)
+        asked = -(-n_batches * self.config.train.batch_size // self.eval_batch_size)
+        return min(whole, asked or whole)
 
     def _tokens(self, batch_size: int) -> jax.ShapeDtypeStruct:
         shape = (batch_size, self.gpt.block_size + 1)

@@ -1,6 +1,7 @@
 """The reports of a training run: lines of steps, evaluations and samples, and the refusal of a run that only skips."""
 
 import collections
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +9,7 @@ import jax
 
 from trialgpt_jax.console import one_line, say
 from trialgpt_jax.data.token_store import Mixture, Split
+from trialgpt_jax.live_line import task, terminal_width
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.training.meter import Completions, Meter
 from trialgpt_jax.training.metrics import (
@@ -52,6 +54,7 @@ class Reporter:
         seconds = self._log.last.get("seconds", 0.0) if self._log else 0.0
         flops = flops_per_token(program.params_layout, program.gpt)
         self._meter, self._completions = Meter(self._tokens_per_step, flops, peak, seconds), Completions()
+        self._shown, self._bar = contextlib.ExitStack(), None  # progress between two lines, in a terminal
         self._dispatched = collections.deque()  # (step, metrics) of steps that have no line yet
         # Lines are written one step late, so that the device never waits. On CPU a step runs synchronously.
         self._late = int(accelerators.dispatches_ahead(jax.devices()[0].platform))
@@ -70,6 +73,10 @@ class Reporter:
         Raises:
           FloatingPointError: train.max_skipped steps in a row were skipped.
         """
+        if self._bar is None:
+            steps = self._config.train.steps
+            self._bar = self._shown.enter_context(task("training", steps, done=step - 1, plain=False))
+        self._bar.advance()
         self._completions.add(metrics)
         self._dispatched.append((step, metrics))
         self._write_steps(self._late)
@@ -77,6 +84,11 @@ class Reporter:
     def finish_steps(self) -> None:
         """Waits until all dispatched steps are complete, and writes their lines; otherwise as `step`."""
         self._write_steps(0)
+        self._hide()
+
+    def _hide(self) -> None:
+        self._shown.close()
+        self._bar = None
 
     def _write_steps(self, remaining: int) -> None:
         while len(self._dispatched) > remaining:
@@ -90,7 +102,7 @@ class Reporter:
         self._check_skipped(step, values)
         if step % config.log.every_steps and step != config.train.steps:
             return
-        rates = self._meter.rates()
+        rates, steps = self._meter.rates(), config.train.steps
         line = {
             "step": step,
             "tokens": step * self._tokens_per_step,
@@ -104,7 +116,8 @@ class Reporter:
         if "mfu" in rates:
             line["mfu"] = rates["mfu"]
         self._write(line)
-        say(progress_line(line | rates, config.train.steps))
+        width = terminal_width()
+        say(progress_line(line | rates, steps), width and progress_line(line | rates, steps, width))
 
     def _check_skipped(self, step: int, values: dict) -> None:
         skipped, train = int(values["skipped_in_a_row"]), self._config.train
@@ -130,7 +143,8 @@ class Reporter:
         """Writes the validation loss at `step`, and returns it if it is finite."""
         split = self._val_split
         batches = self._program.eval_batches(split, self._config.eval.batches)
-        loss, n_tokens = self._program.evaluate(params, batches)
+        total = self._program.count_eval_batches(split, self._config.eval.batches)
+        loss, n_tokens = self._program.evaluate(params, batches, total)
         line = {"step": step, "tokens": step * self._tokens_per_step, "val_loss": finite(loss), "seconds": self.seconds}
         per_byte = bits_per_byte(loss, split.n_tokens, split.n_bytes)
         if per_byte is not None:
@@ -171,6 +185,7 @@ class Reporter:
 
     def close(self) -> None:
         """As `MetricsLog.close`."""
+        self._hide()
         self._completions.close()
         if self._log:
             self._log.close()

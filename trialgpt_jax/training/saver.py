@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from trialgpt_jax.console import say
 from trialgpt_jax.training.checkpoint import Checkpoints, SaveError
 from trialgpt_jax.training.reporter import Reporter
+from trialgpt_jax.training.times import SAVING, Times
 
 
 class Saver:
@@ -19,14 +20,16 @@ class Saver:
       reporter: whose lines up to a checkpoint are durable before it.
       config: the run's; `checkpoint.on_error` says whether training goes on after a save that has failed.
       step: of the newest checkpoint; 0 = none.
+      times: of this process.
 
     Attributes:
       step: of the last save that has begun.
       seconds: since the last attempt to save, or since the start.
     """
 
-    def __init__(self, checkpoints: Checkpoints, reporter: Reporter, config: ConfigDict, step: int):
+    def __init__(self, checkpoints: Checkpoints, reporter: Reporter, config: ConfigDict, step: int, times: Times):
         self._checkpoints, self._reporter, self._keep = checkpoints, reporter, config.checkpoint
+        self._times = times
         self.step, self._time = step, time.monotonic()
 
     @property
@@ -53,9 +56,9 @@ class Saver:
         """
         if step == self.step:
             return
-        with self._errors():
+        with self._times.of(SAVING), self._errors():
             self._checkpoints.wait()
-        with self._errors(last):
+        with self._times.of(SAVING), self._errors(last):
             self._reporter.sync()
             blocked = self._checkpoints.save(step, state, val_loss)
             self.step = step

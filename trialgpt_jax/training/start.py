@@ -13,6 +13,7 @@ from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.data import tokenizer_source
 from trialgpt_jax.data.token_store import TokenStore
+from trialgpt_jax.live_line import task
 from trialgpt_jax.model import hf, hf_folder
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel import accelerators, processes
@@ -83,9 +84,11 @@ def create_state(start: Start, program: Program, checkpoints: Checkpoints) -> Tr
       UserError: a checkpoint or weights that do not belong to the model.
     """
     if start.step is None:
-        state = program.init_state()
+        with task("initial weights"):
+            state = jax.block_until_ready(program.init_state())
         if start.init_from:
-            state = state.replace(params=load_weights(start.init_from, program.gpt, program.mesh))
+            step = "-1" if start.whole is not None else program.config.train.init_from_step
+            state = state.replace(params=load_weights(start.init_from, program.gpt, program.mesh, step))
     else:
         layout, window = program.layout, program.layout.window
         if window is not None and not checkpoints.has(start.step, "window/"):
@@ -115,10 +118,9 @@ def load_params(workdir: str, layout, step: int | str = -1, allow_nonfinite: boo
       UserError: no checkpoint, a damaged one, one of another model, or one whose parameters are not finite.
     """
     checkpoints = Checkpoints(workdir, say=say)
-    if step == "best":
-        step = processes.from_first(checkpoints.best)
     while True:
-        with checkpoints.reading(step) as found:
+        wanted = processes.from_first(checkpoints.best) if step == "best" else step
+        with checkpoints.reading(wanted) as found:
             if found is None:
                 raise UserError(f"{workdir} has no checkpoints yet")
             try:
@@ -128,7 +130,7 @@ def load_params(workdir: str, layout, step: int | str = -1, allow_nonfinite: boo
                 return params, found
             except UserError:
                 # In an object store, where nothing holds it, a run beside this process may have removed the step.
-                if step != -1 or jax.process_count() > 1 or found in checkpoints.steps():
+                if wanted != -1 or jax.process_count() > 1 or found in checkpoints.steps():
                     raise
 
 
@@ -242,13 +244,14 @@ def check_memory(folder: str, needed: int) -> None:
             )
 
 
-def load_weights(source: str, gpt: GPTConfig, mesh: Mesh) -> dict:
+def load_weights(source: str, gpt: GPTConfig, mesh: Mesh, step: str = "-1") -> dict:
     """The parameters of `source` for the model `gpt`, on `mesh`; of more learned positions the first block_size.
 
     Args:
-      source: a workdir, whose newest whole checkpoint is taken, or a Hugging Face folder; passed by `check_weights`.
+      source: a workdir or a Hugging Face folder; passed by `check_weights`.
       gpt: the new run's model.
       mesh: the new run's.
+      step: of a workdir's checkpoint, see `train.init_from_step`.
 
     Raises:
       UserError: no whole checkpoint, tensors that are not the model's, or values that are not finite.
@@ -262,8 +265,9 @@ def load_weights(source: str, gpt: GPTConfig, mesh: Mesh) -> dict:
     else:
         if not processes.from_first(Checkpoints(folder, say=say).steps):
             raise UserError(f"train.init_from={source} has no checkpoints yet")
-        params, step = load_params(folder, params_layout(there, mesh))
-        source = f"checkpoint {step} of {source}"
+        chosen = step if step == "best" else int(step)
+        params, found = load_params(folder, params_layout(there, mesh), chosen)
+        source = f"checkpoint {found} of {source}"
     if gpt.position == "learned" and gpt.block_size < there.block_size:
         params["wpe"]["embedding"] = params["wpe"]["embedding"][: gpt.block_size]
         source += f", the first {gpt.block_size} of its {there.block_size} positions"

@@ -9,6 +9,7 @@ import time
 import jax
 from jax.experimental import multihost_utils
 
+from trialgpt_jax import live_line
 from trialgpt_jax.parallel import processes
 
 
@@ -62,7 +63,7 @@ class StopRequest:
         if jax.process_index() == 0:
             # os.write and not `say`: the signal may interrupt a print, and Python's buffers are not reentrant
             with contextlib.suppress(OSError):
-                os.write(2, b"stopping after this step" + again + b"\n")
+                os.write(2, live_line.erase_now() + b"stopping after this step" + again + b"\n")
 
     def _ask_all(self) -> None:
         if jax.process_count() > 1 and not self._asked:

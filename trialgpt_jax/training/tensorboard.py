@@ -1,8 +1,8 @@
-"""Event files for TensorBoard: scalars and texts in TFRecord framing, written without a library.
+"""Event files for TensorBoard: scalars, texts and settings in TFRecord framing, written without a library.
 
 tensorboardX imports torch if it is installed, which takes two seconds of every start, and a full disk ends its writer
 thread, after which the run waits without end. Formats: TensorFlow's `event.proto`, `summary.proto`,
-`tensor.proto` and TFRecord.
+`tensor.proto` and TFRecord, TensorBoard's `hparams/plugin_data.proto`.
 """
 
 import math
@@ -56,6 +56,15 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def _value(value: object) -> bytes:
+    """A google.protobuf.Value."""
+    if isinstance(value, bool):
+        return b"\x20" + bytes([value])
+    if isinstance(value, (int, float)):
+        return b"\x11" + struct.pack("<d", value)
+    return _field(3, _utf8("|".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)))
+
+
 def _float32(value: float) -> bytes:
     try:
         return struct.pack("<f", value)
@@ -105,6 +114,20 @@ class EventFile:
             for tag, text in texts.items()
         )
         self._add(step, _field(5, b"".join(_field(1, value) for value in values)))
+        self._flush()
+
+    def write_hparams(self, values: dict[str, object]) -> None:
+        """Adds the settings of a run, for the tab HPARAMS: numbers, booleans and texts by name.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        # HParamsPluginData {version: 0, session_start_info {hparams {key, value}, start_time_secs}}
+        pairs = (_field(1, _field(1, _utf8(name)) + _field(2, _value(value))) for name, value in values.items())
+        info = b"".join(pairs) + b"\x29" + struct.pack("<d", time.time())
+        metadata = _field(9, _field(1, _field(1, b"hparams") + _field(2, _field(3, info))))
+        null = _field(8, b"\x08\x01" + _field(2, _field(2, b"\x08\x01")) + _field(4, b"\0" * 4))  # DT_FLOAT [1]
+        self._add(0, _field(5, _field(1, _field(1, b"_hparams_/session_start_info") + null + metadata)))
         self._flush()
 
     def _add(self, step: int, what: bytes) -> None:

@@ -68,6 +68,36 @@ def tensorboard_path(workdir: str) -> str:
     return os.path.join(workdir, "tensorboard")
 
 
+def log_path(workdir: str) -> str:
+    """What the processes of the run have said, with times."""
+    return os.path.join(workdir, "log.txt")
+
+
+def times_path(workdir: str) -> str:
+    """The times of the processes of the run, JSON."""
+    return os.path.join(workdir, "processes.json")
+
+
+def summary_path(workdir: str) -> str:
+    """What the run was and what came out, Markdown."""
+    return os.path.join(workdir, "summary.md")
+
+
+def curves_path(workdir: str) -> str:
+    """The curves of the run, a picture."""
+    return os.path.join(workdir, "curves.png")
+
+
+def profile_path(workdir: str) -> str:
+    """The folder of the traces, one folder for each."""
+    return os.path.join(workdir, "profile")
+
+
+def wandb_id_path(workdir: str) -> str:
+    """The id of the run at Weights & Biases."""
+    return os.path.join(workdir, "wandb_id")
+
+
 def save_snapshot(config: ConfigDict, workdir: str) -> None:
     """Writes the resolved config to `<workdir>/config.json`, whole or not at all."""
     json_files.write(config_path(workdir), config.to_dict())
