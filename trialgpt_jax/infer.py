@@ -1,4 +1,4 @@
-"""Generates text: `python -m trialgpt_jax.infer --workdir=runs/quickstart --prompt="The people"`.
+"""Generates text: `trialgpt infer --workdir=runs/quickstart --prompt="The people"`.
 
 Text streams to stdout while it is generated; with --json, stdout is one JSON object at the end. --prompts=FILE.jsonl
 continues many prompts, one JSON line each, and --interactive asks for them. docs/generation.md has examples.
