@@ -269,7 +269,7 @@ def test_sighup_saves_and_exits_75_also_when_the_terminal_sends_it_twice(config,
 def test_a_stop_is_requested_by_ctrl_c_and_by_sigterm_and_sighup_together(numbers):
     """systemd sends SIGHUP with each SIGTERM: that is no second request."""
     with StopRequest() as stop:
-        stop.begin()
+        stop.begin(0)
         assert not stop.requested(1)
         for number in numbers:
             os.kill(os.getpid(), number)
@@ -296,7 +296,7 @@ import os, signal, sys
 from trialgpt_jax.training.stop import StopRequest
 number = int(sys.argv[1])
 with StopRequest() as stop:
-    stop.begin()
+    stop.begin(0)
     os.kill(os.getpid(), number)
     assert stop.requested(1)
     try:

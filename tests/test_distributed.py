@@ -218,6 +218,31 @@ def test_sigterm_to_one_stops_all_at_one_step_and_other_numbers_of_processes_con
     assert_close(tmp_path / "run", one[0])
 
 
+_EARLY = """
+import os, signal, time
+from trialgpt_jax import cli, train
+check = train.plan.check_run
+def check_run(program):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1.5)  # JAX polls for the notice once a second
+    check(program)
+train.plan.check_run = check_run
+cli.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_of_a_resumed_run_is_not_lost(train, config, tmp_path, default_file):
+    """JAX's service then agrees on a step that has passed; a scheduler may preempt a job while it starts."""
+    results, _ = train(tmp_path / "run", 2, send=(0, signal.SIGTERM, 3))
+    assert [r.returncode for r in results] == [75, 75], [r.stderr for r in results]
+    saved = max(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints"))
+    arguments = [f"--config={default_file}", *overrides(config), f"--workdir={tmp_path}/run"]
+    results = job(2, "train", *arguments, script=lambda i: ["-c", _EARLY])
+    assert [r.returncode for r in results] == [75, 75], [r.stderr for r in results]
+    assert f"stopped after step {saved + 1}, which is saved" in results[0].stderr
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_at_once_and_the_job_starts_again_without_a_damaged_checkpoint(
     train, two, tmp_path

@@ -93,7 +93,7 @@ def test_a_job_on_a_real_slurm_is_preempted_killed_requeued_and_out_of_time_and_
 
         # the time limit: SIGTERM before it, 75, requeued until it is done
         number = submit("--time=1", "--signal=TERM@45")
-        slurm.until(lambda: requeued(number, 1))
+        slurm.until(lambda: requeued(number, 1))  # SIGTERM may have come before the first step
         slurm("scontrol", "update", f"JobId={number}", "TimeLimit=10")
         slurm.until(lambda: slurm.job(number)["JobState"] == "COMPLETED")
     alone = request.getfixturevalue("alone")

@@ -123,7 +123,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
             reporter.evaluate(0, state.params)
         step, stopped = first_step, not in_loop.run(first_step, state.params, reporter, stop)
     reporter.restart_clock(first_step)
-    stop.begin()
+    stop.begin(first_step)
     save_by_clock = processes.AgreedStep()
     batch = put_batch(next(batches), sharding)
     try:

@@ -33,7 +33,7 @@ class StopRequest:
         self._max_seconds, self._deadline = max_seconds, math.inf
 
     def __enter__(self):
-        self._asked = False
+        self._asked = self._early = False
         self._previous = {}
         if jax.process_count() == 1:  # otherwise a handler would replace the preemption service's
             self._handle(signal.SIGTERM)
@@ -45,9 +45,16 @@ class StopRequest:
         """Starts the time limit."""
         self._deadline = time.monotonic() + (self._max_seconds or math.inf)
 
-    def begin(self) -> None:
-        """The first step follows: from here on Ctrl-C asks for a stop."""
+    def begin(self, step: int) -> None:
+        """Step `step` + 1 follows: from here on Ctrl-C asks for a stop.
+
+        The preemption service agrees on the step after the last one that it was asked about, 0 so far. Of a resumed run
+        that is an earlier step, which never comes, so a notice from before this call is remembered here.
+        """
         self._handle(signal.SIGINT)
+        if jax.process_count() > 1:
+            multihost_utils.reached_preemption_sync_point(step)
+            self._early = processes.from_first(processes.stop_noticed)
 
     def _handle(self, number: int) -> None:
         with contextlib.suppress(ValueError):  # not in the main thread (a notebook): no signals to handle
@@ -91,4 +98,4 @@ class StopRequest:
             return self._asked or self._late()
         if self._late():
             self._ask_all()  # clocks differ: the first process past the limit asks, and the service agrees on a step
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(step) or self._early
