@@ -23,6 +23,7 @@ def test_every_flag_is_listed_with_its_default_and_no_line_is_cut(name, columns,
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.rstrip("\n").split("\n")
     flags = lines[lines.index("flags, with their defaults:") :]
+    assert ("--config=NAME" in result.stdout) == (name != "plot")
     assert max(map(len, flags)) <= min(columns, 100) and "" not in flags and "\n\n\n" not in result.stdout
     text = " ".join(result.stdout.split())
     for flag, (default, meaning) in options.items():

@@ -175,7 +175,7 @@ def parse(
     except absl_flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     if given.help == "flags":
-        print(help_text.flags(doc, options))
+        print(help_text.flags(doc, options, has_config=paths is None))
         raise SystemExit(0)
     workdir = flags.workdir if "workdir" in flags else None  # preprocess has none
     if workdir:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from trialgpt_jax.config_fields import Config
 from trialgpt_jax.schema import Spec, specs
 
-FLAGS = (  # of every command
+FLAGS = (  # of every command that has a config
     ("--config=NAME", "a config of the package, NAME:ARGUMENT, or a Python file with get_config()"),
     ("--config.x.y=VALUE", "instead of the value that the config has for field x.y"),
     ("--help=config", "every field with its meaning; with --config or --workdir the values of that config"),
@@ -15,16 +15,17 @@ FLAGS = (  # of every command
 _INDENT = 30  # columns before the text of a flag
 
 
-def flags(doc: str, options: Mapping[str, tuple]) -> str:
+def flags(doc: str, options: Mapping[str, tuple], has_config: bool = True) -> str:
     """The flags of a command.
 
     Args:
       doc: of its module; indented paragraphs keep their lines.
       options: flag name -> (default, text).
+      has_config: whether the command takes a config.
     """
     paragraphs = [text if text.startswith(" ") else _fill(text) for text in doc.strip("\n").split("\n\n")]
     lines = [_entry(_flag(name, default), text) for name, (default, text) in options.items()]
-    lines += [_entry(*each) for each in FLAGS]
+    lines += [_entry(*each) for each in FLAGS if has_config]
     return "\n\n".join([*paragraphs, "\n".join(["flags, with their defaults:", *lines])])
 
 

@@ -16,8 +16,12 @@ import time
 
 import report
 
+from trialgpt_jax.training.profile import operations
+from trialgpt_jax.training.workdir import profile_path
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LOOP_SECONDS = 60  # of training before SIGTERM
+PROFILED = (6, 3)  # first step and number of steps
 # Shapes of a CPU, to try the script without a GPU.
 TINY = {
     "train_step": ["--shapes", "1,2,64,2,64", "--rounds=2", "--steps=2"],
@@ -173,11 +177,24 @@ def _lines(machine: Machine, workdir: str) -> list[dict]:
         return [line for line in map(json.loads, file) if "tokens_per_second" in line]
 
 
+def profile(machine: Machine, seconds: float) -> dict:
+    """Device time of the kernels of a step, longest first."""
+    first, steps = PROFILED
+    flags = (f"--config.train.steps={first + steps}", "--config.optim.warmup_steps=0")
+    flags += (f"--config.log.profile={first}-{first + steps - 1}",)
+    if machine.train("profile", "profile", seconds, *flags):
+        raise RuntimeError(machine.tail("profile"))
+    rows = operations(os.path.join(profile_path(f"{machine.scratch}/profile"), str(first)))
+    kernels = [{"name": r.name, "calls": r.calls / steps, "ms": round(r.milliseconds / steps, 3)} for r in rows]
+    return {"ms_of_a_step": round(sum(kernel["ms"] for kernel in kernels), 2), "kernels": kernels[:40]}
+
+
 PARTS = (
     Part("tests", 60, tests),
     Part("train_step", 120, bench("train_step", "--modern", "--steps=20")),
     Part("loop", 110, loop),
     Part("decode", 60, bench("decode")),
+    Part("profile", 40, profile),
 )
 
 
@@ -220,6 +237,9 @@ def markdown(figures: dict) -> str:
         for name in (name for name in row if name.startswith("batch ")):
             rates = " | ".join(f"{row[name][program]['median']:,.0f}" for program in programs)
             lines.append(f"| {name.removeprefix('batch ')} | {rates} |")
+    if row := found.get("profile"):
+        lines += ["", f"{row['ms_of_a_step']} ms of kernels in a step:", "", "| kernel | calls | ms |", "|---|---|---|"]
+        lines += [f"| {k['name']} | {k['calls']:.0f} | {k['ms']:.2f} |" for k in row["kernels"][:15]]
     return "\n".join(lines) + "\n"
 
 
