@@ -83,7 +83,8 @@ def test_a_full_disk_stops_the_run_with_one_line_and_when_there_is_room_it_goes_
         assert words in result.stderr
     assert f"step {last + 4:2}/20" not in result.stderr, "reported late"
     assert folders(workdir) == [str(step) for step in range(1, last + 1)]  # no temporary folders
-    others = ["config.json", "data.json", "lock", "metrics.jsonl", "tokenizer.json", "tokenizer.tiktoken"]
+    others = ["config.json", "data.json", "lock", "log.txt", "metrics.jsonl", "processes.json"]
+    others += ["tokenizer.json", "tokenizer.tiktoken"]
     assert sorted(os.listdir(workdir)) == ["checkpoints", *others]
     assert call("convert", f"--workdir={workdir}", "--verify").returncode == 0
 

@@ -238,8 +238,11 @@ def test_a_workdir_keeps_the_id_of_its_wandb_run_and_another_of_the_same_name_ha
     assert ids[0] != ids[1] and ids == [wandb_run.run_id(folder) for folder in folders]
     assert all(re.fullmatch("[A-Za-z0-9_-]{1,64}", each) for each in ids)
     (tmp_path / "a" / "run" / "wandb_id").write_text("a b")
-    with pytest.raises(UserError, match="wandb_id should hold the id"):
+    # follows: remove it
+    with pytest.raises(UserError, match="wandb_id should hold the id.*remove it"):
         wandb_run.run_id(folders[0])
+    (tmp_path / "a" / "run" / "wandb_id").unlink()
+    assert wandb_run.run_id(folders[0]) not in ids
 
 
 @pytest.mark.slow

@@ -293,7 +293,9 @@ class Restart:
         return f"left behind: {left}" if left else None
 
 
-@pytest.mark.parametrize("name", ["keep_1", "keep_2", pytest.param("interrupted", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["keep_1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("keep_2", "interrupted"))]
+)
 def test_train_starts_from_every_state_of_the_disk(recordings, store, memory, monkeypatch, name):
     recording, config = recordings[name], run_config(store)
     config.checkpoint.keep_last = 2 if name == "keep_2" else 1

@@ -532,7 +532,10 @@ def test_the_command_line(tmp_path, corpus):
         wrong = subprocess.run([*base, *flags], capture_output=True, text=True, check=False)
         assert wrong.returncode == 2 and message in wrong.stderr and "Traceback" not in wrong.stderr
     nothing = subprocess.run(base[:3], capture_output=True, text=True, check=False)
-    assert nothing.returncode == 2 and "neither --config=FILE nor --config.data.dir" in nothing.stderr
+    assert (
+        nothing.returncode == 2
+        and "neither --config=FILE, such as --config=quickstart, nor --config.data.dir" in nothing.stderr
+    )
     empty = subprocess.run(
         [*base[:3], f"--config.data.dir={tmp_path}/no", "--verify"], capture_output=True, text=True, check=False
     )

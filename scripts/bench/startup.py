@@ -94,7 +94,7 @@ def main() -> None:
 
     packages = ("jax", "jaxlib", "flax", "orbax-checkpoint", *(("torch",) if given.peer else ()))
     figures = {
-        "what": "seconds from the command to the first finished step, quickstart (4.3M parameters, 8 x 256 tokens)",
+        "what": "seconds from the command to the first finished step, quickstart (5.2M parameters, 8 x 256 tokens)",
         "machine": report.machine(),
         "versions": report.versions(*packages),
     }
