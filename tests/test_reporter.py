@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from conftest import small_config
 
+from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.training.program import Program
 from trialgpt_jax.training.reporter import Reporter
 
 
 @pytest.fixture
-def reporter(tmp_path):
+def reporter(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerators, "dispatches_ahead", lambda platform: False)  # as `cli.start` sets up a CPU
     config = small_config("unused")
     config.train.update({"max_skipped": 3, "steps": 20, "skip_spikes": 6.0})
     config.log.every_steps = 4
