@@ -114,6 +114,7 @@ def test_the_decode_loop_compiles_and_reads_each_weight_at_most_once_per_token()
     assert decode["fits"] and 0 < decode["bytes_moved"] / 16 < 2 * 2 * decode["parameters"]
 
 
+@pytest.mark.slow
 def test_the_scoring_of_tasks_compiles_for_a_tpu_with_split_heads_and_vocabulary():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
     mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")

@@ -102,10 +102,10 @@ def argmaxes(raw, config, prompt, n):
 @pytest.mark.parametrize(
     ("position", "chunk", "T", "lengths"),
     [
-        ("learned", 5, 16, [15]),
+        pytest.param("learned", 5, 16, [15], marks=pytest.mark.slow),
         ("learned", 16, 15, [15, 1, 8, 14]),
-        ("learned", 16, 1, [1, 1]),
-        ("rope", 5, 16, [16]),
+        pytest.param("learned", 16, 1, [1, 1], marks=pytest.mark.slow),
+        pytest.param("rope", 5, 16, [16], marks=pytest.mark.slow),
         ("rope", 5, 15, [15, 1, 8]),
     ],
 )
@@ -130,6 +130,7 @@ def test_beyond_block_size_rope_slides_over_block_size_tokens_and_learned_positi
     assert T == 1 or min(len(set(row)) for row in expected) >= 3, "not a trivial loop"
 
 
+@pytest.mark.slow
 def test_a_token_beyond_block_size_takes_no_forward_pass_over_the_window(params, monkeypatch):
     """Of 60 tokens with learned positions, six half windows are read again; with rope none."""
     calls = []

@@ -182,6 +182,7 @@ def test_any_number_of_requests_of_any_length_takes_at_most_six_programs():
     assert 3 <= len(lm._scorer._programs) <= 6
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_take_at_most_eight_programs():
     lm = model(block_size=64, n_layer=1)
     before = decode.prefill._cache_size() + decode.decode._cache_size()
@@ -237,7 +238,9 @@ def test_rolling_log_probabilities_are_those_of_lm_evals_windows(length):
 PROMPTS = ["a", "hello", "\x7f" * 7, "prompt"]  # two lengths of compiled prefills
 
 
-@pytest.mark.parametrize("name, sampling", [("7b", Sampling(0.0)), ("gpt2", Sampling(0.9, top_k=40))])
+@pytest.mark.parametrize(
+    "name, sampling", [pytest.param("7b", Sampling(0.0), marks=pytest.mark.slow), ("gpt2", Sampling(0.9, top_k=40))]
+)
 def test_a_batch_of_prompts_continues_each_as_if_it_were_alone(name, sampling):
     lm = model(name)
     got = lm.generate(PROMPTS, max_new_tokens=12, sampling=sampling, seed=3)

@@ -274,7 +274,7 @@ def test_a_finished_run_is_not_changed(reference, long_config, default_file):
     assert (reference[0] / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["nanogpt", "llm.c", "mixture"])
+@pytest.mark.parametrize("kind", ["nanogpt", pytest.param("llm.c", marks=pytest.mark.slow), "mixture"])
 def test_token_files_of_nanogpt_and_llm_c_and_mixtures_are_trained_on(kind, config, store, tmp_path, default_file):
     folder = tmp_path / "tokens"
     folder.mkdir()

@@ -40,7 +40,7 @@ def test_int8_rounds_each_output_channel_by_its_own_scale():
     assert stored["wte"]["channel_scale"].shape == (7,) and stored["wpe"]["embedding"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize(("weights", "tied"), [("bfloat16", False), ("int8", True)])
+@pytest.mark.parametrize(("weights", "tied"), [pytest.param("bfloat16", False, marks=pytest.mark.slow), ("int8", True)])
 def test_decoding_with_stored_matrices_is_that_of_the_rounded_model(weights, tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     params = jax.tree.map(jnp.asarray, random_params(config))
