@@ -120,6 +120,8 @@ def test_no_line_says_more_than_the_device_did(config, tmp_path, default_file, m
     # A line that is late makes the next one's interval shorter, so what holds exactly is the time up to each line.
     true = device.SECONDS * np.arange(1, len(found) + 1)
     assert (np.cumsum(found) > true * (1 - 1e-6)).all() and np.median(found) < 1.2 * device.SECONDS
+    # Lines before a save, where the loop waits for the device, said a fifth too much. One late line is left out.
+    assert np.median(found[1::2]) > 0.95 * device.SECONDS
     assert lines[-1]["seconds"] == pytest.approx(sum(found) * every)
 
 

@@ -69,7 +69,7 @@ class Machine:
           name: of the part.
           *argv: arguments of the interpreter.
           seconds: after which the program is killed.
-          stop_after: sends SIGTERM so many seconds after the program has printed its first step.
+          stop_after: seconds between the first step that the program prints and SIGTERM.
 
         Returns:
           The exit status.

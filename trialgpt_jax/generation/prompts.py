@@ -21,8 +21,6 @@ from trialgpt_jax.storage import files, json_files
 from trialgpt_jax.storage.json_lines import JsonLines
 
 _BATCHES = 8  # of a block: what a killed command repeats, and what is sorted by length
-
-
 _LONGEST_PROMPT = 16 << 20  # bytes; no model has so long a context
 
 
@@ -88,6 +86,7 @@ class Output:
     """Where the lines go: stdout, or a file that a killed command continues.
 
     Attributes:
+      path: of the file; None = stdout.
       kept: lines that the file has already.
     """
 
@@ -97,7 +96,7 @@ class Output:
         Raises:
           UserError: the file was not written by this command with these settings.
         """
-        self.kept, self._path, self._file = [], path, None
+        self.path, self.kept, self._file = path, [], None
         if path is None:
             return
         given, record = {name: json.dumps(value) for name, value in settings.items()}, f"{path}.settings.json"
@@ -108,7 +107,7 @@ class Output:
         self._file = JsonLines(path, self.kept)
 
     def _continue(self, record: str, given: dict[str, str]) -> None:
-        path = self._path
+        path = self.path
         try:
             old = json_files.read(record, dict[str, str])
         except (OSError, ValueError) as error:
@@ -173,19 +172,19 @@ def continue_all(
     """
     remaining, n, kept = iter(prompts), 0, output.kept
     if kept:
-        say(f"{output._path} has {len(kept):,} lines; continuing after them")
+        say(f"{output.path} has {len(kept):,} lines; continuing after them")
     while block := list(itertools.islice(remaining, _BATCHES * options.prompts_per_batch)):
         there = kept[n : n + len(block)]
         for number, (line, prompt) in enumerate(zip(there, block, strict=False), n + 1):
             if line["prompt"] != prompt:
-                raise UserError(f"--out={output._path}, line {number} is of another prompt; choose another --out")
+                raise UserError(f"--out={output.path}, line {number} is of another prompt; choose another --out")
         if len(there) < len(block):
             found = continue_block(block, n)
             lines = [as_line(prompt, samples) for prompt, samples in zip(block, found, strict=True)]
             output.write(lines[len(there) :])
         n += len(block)
     if len(kept) > n:
-        raise UserError(f"--out={output._path} has {len(kept)} lines, but there are {n} prompts; choose another --out")
+        raise UserError(f"--out={output.path} has {len(kept)} lines, but there are {n} prompts; choose another --out")
     return n
 
 
