@@ -275,15 +275,15 @@ class Runs:
         os.replace(part, self.options.output)
 
     def climb(self, rungs: list[Rung]) -> None:
-        """Runs the grids one after another with the first seed, then the best rates of all rungs with every seed."""
+        """Runs the grids one after another with the first seed, then the best rates of all rungs, seed by seed."""
         with concurrent.futures.ThreadPoolExecutor(self.options.workers) as pool:
             for rung in rungs:
                 fields = untuned(self.figures, rung, self.shape)
                 if None in fields.values():
                     raise SystemExit(f"{rung.name}: run the rungs with a grid below it first")
                 list(pool.map(self.get, [fields | {rung.rate: rate, "seed": SEEDS[0]} for rate in rung.grid]))
-            runs = [tuned(self.figures, rung, self.shape) | {"seed": seed} for rung in rungs for seed in SEEDS]
-            list(pool.map(self.get, runs, [rung.averages for rung in rungs for _ in SEEDS]))
+            runs = [tuned(self.figures, rung, self.shape) | {"seed": seed} for seed in SEEDS for rung in rungs]
+            list(pool.map(self.get, runs, [rung.averages for _ in SEEDS for rung in rungs]))
 
 
 def measure_steps(figures: dict, rungs: list[Rung], rounds: int) -> dict[str, float]:
