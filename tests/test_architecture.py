@@ -41,9 +41,11 @@ def modules() -> dict[str, str]:
 
 
 def imports(source: str, known: dict[str, str]) -> set[str]:
-    """Modules of this package that a source imports, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
+    """Modules of this package that a source imports, inside functions too, but not for type checkers alone."""
+    found, nodes = set(), [ast.parse(source)]
+    for node in nodes:
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("trialgpt_jax")}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trialgpt_jax"):

@@ -233,6 +233,19 @@ def test_rolling_log_probabilities_are_those_of_lm_evals_windows(length):
     windows = get_rolling_token_windows(lm.encode(text), prefix_token=0, max_seq_len=24, context_len=1)
     want = sum(reference(lm, *make_disjoint_window(window))[0] for window in windows)
     np.testing.assert_allclose(lm.rolling([text, "b"])[0], want, rtol=1e-5)
+    if length:
+        found = lm.evaluate(text + "\x80\x80")  # the bytes of a character are counted, not its code point
+        want = sum(lm.rolling([text + "\x80\x80"]))
+        assert found.tokens == length + 2
+        np.testing.assert_allclose(
+            found, [-want / (length + 2), -want / np.log(2) / (length + 4), length + 2], rtol=1e-6
+        )
+        assert lm.evaluate([text, "b"]).loss == pytest.approx(-sum(lm.rolling([text, "b"])) / (length + 1))
+
+
+def test_a_text_without_tokens_has_no_loss():
+    with pytest.raises(UserError, match="a text without tokens has no loss"):
+        model().evaluate("")
 
 
 PROMPTS = ["a", "hello", "\x7f" * 7, "prompt"]  # two lengths of compiled prefills

@@ -1,7 +1,18 @@
 """trialgpt_jax: train GPT-2 style language models from scratch on TPUs and GPUs, and generate text with them."""
 
+from __future__ import annotations
+
 import importlib
 import sys
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # slow to import
+    from collections.abc import Mapping
+
+    from ml_collections import ConfigDict
+
+    from trialgpt_jax.language_model import LanguageModel
 
 __version__ = "0.1.0"
 
@@ -13,10 +24,38 @@ class UserError(Exception):
     """
 
 
-def load(workdir: str, step: int | str = -1, weights: str = "auto"):
+def load(workdir: str, step: int | str = -1, weights: str = "auto") -> LanguageModel:
     """A trained model as an object: `language_model.LanguageModel.load`, imported on the first call."""
     module = importlib.import_module("trialgpt_jax.language_model")
     return module.LanguageModel.load(workdir, step, weights=weights)
+
+
+def train(config: ConfigDict | str, workdir: str, changes: Mapping[str, object] | None = None) -> int:
+    """Trains as the command does: `trialgpt train --config=CONFIG --workdir=WORKDIR`.
+
+    Args:
+      config: a config, or what `--config` takes: the name of one of the package, or the path of a file.
+      workdir: folder of the run; one that has checkpoints is resumed.
+      changes: field -> value, such as {"train.steps": 100}.
+
+    Returns:
+      0 when the last step is done and saved, 75 when stopped by SIGTERM or Ctrl-C after saving.
+
+    Raises:
+      UserError: a config, token store or workdir that cannot be used.
+    """
+    names = ("cli", "config", "config_file", "train")  # imported on the first call, as in `load`
+    cli, config_lib, config_file, command = (importlib.import_module(f"trialgpt_jax.{name}") for name in names)
+    config = config_file.load(config) if isinstance(config, str) else config.copy_and_resolve_references()
+    config_lib.change(config, changes or {})
+    with cli.start({}, config, reuse_memory=True):
+        return command.train(config, workdir)
+
+
+class CallableModule(types.ModuleType):
+    """The module `trialgpt_jax.train`, which takes the name of the function when it is imported."""
+
+    __call__ = staticmethod(train)
 
 
 def begin_command() -> None:

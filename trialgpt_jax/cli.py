@@ -66,12 +66,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 @contextlib.contextmanager
 def start(
-    flags: absl_flags.FlagValues, config: ConfigDict, check: bool = True, reuse_memory: bool = False
+    flags: absl_flags.FlagValues | Mapping, config: ConfigDict, check: bool = True, reuse_memory: bool = False
 ) -> Iterator[None]:
     """The start-up of the commands that use JAX: process-wide settings, then the other processes of the job.
 
     Args:
-      flags: of the command; with `processes.FLAGS`, unless the command always runs as a single process.
+      flags: of the command; with `processes.FLAGS`, unless the command always runs as a single process. The Python API
+        has none.
       config: the resolved config.
       check: refuse an invalid config, before JAX is imported.
       reuse_memory: on CPU, keep freed memory in the process, see `parallel.host_memory`.

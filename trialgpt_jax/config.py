@@ -7,7 +7,9 @@ file is Python code and is executed. The snapshot that `train` writes to the wor
 This module imports no JAX, so that `preprocess` starts without it.
 """
 
+import functools
 import re
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -188,6 +190,18 @@ def update(config: ConfigDict, values: dict, path: str, prefix: str = "") -> Non
         else:
             wanted = "a group of fields" if isinstance(old, ConfigDict) else f"like {old!r}"
             raise UserError(f"{path}: config field `{prefix}{name}` is {value!r}, but should be {wanted}")
+
+
+def change(config: ConfigDict, changes: Mapping[str, object]) -> None:
+    """Sets fields by their names, such as {"train.steps": 100}, as `--config.train.steps=100` does.
+
+    Raises:
+      UserError: an unknown field, or a value of another type.
+    """
+    for name, value in changes.items():
+        *groups, leaf = name.split(".")
+        update(config, functools.reduce(lambda inner, group: {group: inner}, groups[::-1], {leaf: value}), "changes")
+    horizon.replace(config, changes)
 
 
 def load_snapshot(workdir: str) -> ConfigDict:

@@ -10,8 +10,9 @@ six compiled programs, and those of one context compute it once.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -38,26 +39,14 @@ from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.decode import keep_ids, split_layers
 from trialgpt_jax.model.gpt import GPT
 from trialgpt_jax.model.gpt import logits as head_logits
-from trialgpt_jax.model.packing import make_request
+from trialgpt_jax.model.packing import make_request, rolling_windows
 from trialgpt_jax.model.sampling import Sampling
-from trialgpt_jax.model.scoring import Scorer
+from trialgpt_jax.model.scoring import Score, Scorer, TextLoss
 from trialgpt_jax.parallel.axes import AXES
 from trialgpt_jax.parallel.driven import Driven
 from trialgpt_jax.parallel.sharding import put, replicated, split_along_tensor
 from trialgpt_jax.training.program import Program, run_mesh
 from trialgpt_jax.training.start import load_params
-
-
-class Score(NamedTuple):
-    """Of a continuation after its context.
-
-    Attributes:
-      log_prob: sum of the log-probabilities of its tokens, nats.
-      is_greedy: whether every token is the likeliest one in its place.
-    """
-
-    log_prob: float
-    is_greedy: bool
 
 
 class LanguageModel(Driven):
@@ -193,7 +182,7 @@ class LanguageModel(Driven):
         self._repeat("score_tokens", requests, what)
         prepared = [make_request(*request, self.config) for request in requests]
         with console.requests_bar(len(prepared), what, self.shows_progress, self.on_batch) as advance:
-            return [Score(*score) for score in self._scorer(self.params, prepared, advance)]
+            return self._scorer(self.params, prepared, advance)
 
     def rolling(self, texts: Sequence[str | Sequence[int]], what: str = "texts") -> list[float]:
         """The log-probability of texts (or their ids), nats: every token is scored once, as lm-eval's rolling ones.
@@ -201,19 +190,22 @@ class LanguageModel(Driven):
         A text is cut into windows of block_size tokens. The first begins after `start_id`, each other one after the
         last token of the one before, so the tokens of a window see nothing of earlier windows but that.
         """
-        requests, owners = [], []
-        for number, text in enumerate(texts):
-            ids = [self.start_id, *self._ids(text)]
-            for start in range(0, len(ids) - 1, self.block_size):
-                stop = min(start + self.block_size, len(ids) - 1)
-                # the last window is filled up with earlier tokens, which are its context
-                first = max(0, stop - self.block_size)
-                requests.append((ids[first : start + 1], ids[start + 1 : stop + 1]))
-                owners.append(number)
-        totals = [0.0] * len(texts)
-        for owner, score in zip(owners, self.score_tokens(requests, what), strict=True):
-            totals[owner] += score.log_prob
-        return totals
+        windows = [rolling_windows([self.start_id, *self._ids(text)], self.block_size) for text in texts]
+        scores = iter(self.score_tokens([window for each in windows for window in each], what))
+        return [sum((next(scores).log_prob for _ in each), 0.0) for each in windows]
+
+    def evaluate(self, texts: str | Sequence[str]) -> TextLoss:
+        """How well the model predicts a text, or several of which each begins after `start_id`; see `rolling`.
+
+        Raises:
+          UserError: no text at all, or characters that the tokenizer does not have.
+        """
+        ids = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        n_tokens, n_bytes = sum(map(len, ids)), len("".join(texts).encode())
+        if not n_tokens:
+            raise UserError("a text without tokens has no loss")
+        loss = -sum(self.rolling(ids)) / n_tokens
+        return TextLoss(loss, loss * n_tokens / n_bytes / math.log(2), n_tokens)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What the model predicts after each of T ids, 1 ... block_size of them: float32 [T, vocab_size]."""

@@ -4,11 +4,12 @@ The same command resumes a workdir that has checkpoints, exactly. SIGTERM or Ctr
 """
 
 import contextlib
+import sys
 
 import jax
 from ml_collections import ConfigDict
 
-from trialgpt_jax import cli
+from trialgpt_jax import CallableModule, cli
 from trialgpt_jax import config as config_lib
 from trialgpt_jax.console import say
 from trialgpt_jax.data.token_store import open_store
@@ -78,8 +79,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
             say(f"done: {workdir} has the checkpoint of step {first_step}; nothing to do")
             return 0
 
-        # The data are opened before anything is compiled: a split without a window is refused at once, and batches are
-        # prefetched meanwhile.
+        # Before compiling: a split without a window is refused at once, and batches are prefetched meanwhile.
         program = Program(config)
         plan.check_run(program)
         evaluations = in_loop.prepare(program, store)
@@ -178,6 +178,7 @@ def _loop(program, state, first_step, batches, checkpoints, stop, reporter, in_l
     return 0
 
 
+sys.modules[__name__].__class__ = CallableModule  # trialgpt_jax.train(config, workdir)
 FLAGS = {
     "workdir": (None, "folder of the run; one that has checkpoints is resumed"),
     "allow_config_change": ("", "comma-separated config fields in which a resumed run may differ"),

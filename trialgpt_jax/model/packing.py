@@ -50,6 +50,17 @@ def make_request(context: Sequence[int], continuation: Sequence[int], config: GP
     return Request(ids, n)
 
 
+def rolling_windows(ids: Sequence[int], block_size: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """(context, continuation) of the windows in which every id but the first is scored once; all but the last score
+    block_size ids after a context of one."""
+    windows = []
+    for start in range(0, len(ids) - 1, block_size):
+        stop = min(start + block_size, len(ids) - 1)
+        first = max(0, stop - block_size)
+        windows.append((ids[first : start + 1], ids[start + 1 : stop + 1]))
+    return windows
+
+
 class Tree(NamedTuple):
     """Requests that begin with the same `trunk` ids."""
 

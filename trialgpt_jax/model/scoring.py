@@ -7,6 +7,7 @@ on a device.
 import collections
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,32 @@ TOKENS, CPU_TOKENS = 16384, 2048  # of a batch on a device, with padding
 MOST_WEIGHTS = 2**28  # elements of the attention weights [B, H, T, T] of a batch on a device, unless one row has more
 
 
+class Score(NamedTuple):
+    """Of a continuation after its context.
+
+    Attributes:
+      log_prob: sum of the log-probabilities of its tokens, nats.
+      is_greedy: whether every token is the likeliest one in its place.
+    """
+
+    log_prob: float
+    is_greedy: bool
+
+
+class TextLoss(NamedTuple):
+    """Of texts.
+
+    Attributes:
+      loss: nats per token; perplexity is its exponential.
+      bits_per_byte: of the texts in UTF-8.
+      tokens: of the texts, all of which are predicted.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
 class Scorer:
     """Scores requests in batches of few shapes, whose programs it keeps.
 
@@ -39,23 +66,21 @@ class Scorer:
         self._config, self._mesh, self._programs = config, mesh, {}
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def __call__(
-        self, params, requests: Sequence[Request], advance: Callable[[int, int], None]
-    ) -> list[tuple[float, bool]]:
-        """Sum of the log-probabilities (nats) of each request's scored ids, and whether each of them is the likeliest.
+    def __call__(self, params, requests: Sequence[Request], advance: Callable[[int, int], None]) -> list[Score]:
+        """The score of each request.
 
         Args:
           params: of training (layers stacked), in one layout on the mesh in every call.
           requests: the same in all processes.
           advance: called after each batch with the number of its requests, and of their tokens before packing.
         """
-        scores = [(0.0, True)] * len(requests)
+        scores = [Score(0.0, True)] * len(requests)
 
         def collect(places: list[packing.Place], results: tuple[jax.Array, jax.Array]) -> None:
             log_probs, is_greedy = jax.device_get(results)
             for request, row, start, stop in places:
                 total = log_probs[row, start:stop].sum(dtype=np.float64)
-                scores[request] = float(total), bool(is_greedy[row, start:stop].all())
+                scores[request] = Score(float(total), bool(is_greedy[row, start:stop].all()))
             advance(len(places), sum(len(requests[place.request].ids) - 1 for place in places))
 
         pending = collections.deque()  # dispatched, not fetched yet: the host fills the next batch meanwhile
