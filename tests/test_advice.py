@@ -187,12 +187,12 @@ def test_a_split_without_a_window(store):
 
 
 def test_a_lock_that_is_in_use_or_no_file(tmp_path):
-    # follows: is in use by {}; stop it or choose another folder
+    # follows: is in use by {}; stop it or choose another {}
     # follows: but the lock must be a regular file; remove it
     # follows: allow to read and write it, or choose another folder
     folder, other = str(tmp_path / "a"), str(tmp_path / "b")
     with lock.hold(folder):
-        assert "stop it or choose another folder" in message(lock.probe, folder)
+        assert "stop it or choose another --workdir" in message(lock.probe, folder)
         lock.probe(other)
     lock.probe(folder)
     os.remove(tmp_path / "a" / "lock")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -82,8 +83,8 @@ class Continued:
 
 def lines_of(path, prompts=PROMPTS, settings=(("seed", 0),), continued=None):
     continued = continued or Continued()
-    output = prompt_files.Output(str(path), dict(settings))
-    assert prompt_files.continue_all(prompts, output, OPTIONS, continued) == len(prompts)
+    with prompt_files.open_output(str(path), dict(settings)) as output:
+        assert prompt_files.continue_all(prompts, output, OPTIONS, continued) == len(prompts)
     return path.read_bytes(), continued.blocks
 
 
@@ -100,6 +101,15 @@ def test_a_command_that_was_killed_anywhere_ends_with_the_same_bytes(tmp_path):
         path.write_bytes(whole[:size])
         assert lines_of(path) == (whole, todo)
     assert lines_of(tmp_path / "whole.jsonl") == (whole, [])
+
+
+def test_a_file_has_one_writer_and_no_lock_remains(tmp_path):
+    path = tmp_path / "out.jsonl"
+    message = f"--out={path} is in use by host .*, pid {os.getpid()}; stop it or choose another --out"
+    with prompt_files.open_output(str(path), {"seed": 0}), pytest.raises(UserError, match=message):
+        lines_of(path)
+    lines_of(path)
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.jsonl.settings.json"]
 
 
 def test_a_file_of_other_prompts_or_settings_is_refused(tmp_path):

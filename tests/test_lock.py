@@ -49,7 +49,7 @@ def is_held(folder, **options):
 
 def test_a_second_holder_is_refused_with_the_flag_the_folder_and_the_first_holder(tmp_path):
     folder, options = str(tmp_path / "new" / "store"), {"name": "lock_0_of_2", "flag": "data.dir"}
-    message = f"data.dir={folder} is in use by host .*, pid {os.getpid()}; stop it or choose another folder"
+    message = f"data.dir={folder} is in use by host .*, pid {os.getpid()}; stop it or choose another data.dir"
     with lock.hold(folder, **options):
         with pytest.raises(UserError, match=message), lock.hold(folder, **options):
             pass

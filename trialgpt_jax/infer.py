@@ -163,10 +163,10 @@ def main(argv: list[str]) -> None:
             settings |= {"workdir": files.resolve(workdir), "checkpoint_step": model.step}
 
             def run() -> None:
-                output = prompt_files.Output(flags.out, settings)
-                n = prompt_files.continue_all(
-                    prompts, output, options, lambda block, first: model.samples(block, options, first=first)
-                )
+                with prompt_files.open_output(flags.out, settings) as output:
+                    n = prompt_files.continue_all(
+                        prompts, output, options, lambda block, first: model.samples(block, options, first=first)
+                    )
                 say(f"{n:,} prompts" + (f", in {flags.out}" if flags.out else ""))
 
             model.drive(run)

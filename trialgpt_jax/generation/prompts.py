@@ -8,8 +8,10 @@ a command that was killed continues with the block of the first missing line and
 them is in `FILE.settings.json`.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypedDict
@@ -17,7 +19,7 @@ from typing import TypedDict
 from trialgpt_jax import UserError
 from trialgpt_jax.console import say
 from trialgpt_jax.generation.samples import Options, Sample
-from trialgpt_jax.storage import files, json_files
+from trialgpt_jax.storage import files, json_files, lock
 from trialgpt_jax.storage.json_lines import JsonLines
 
 _BATCHES = 8  # of a block: what a killed command repeats, and what is sorted by length
@@ -137,6 +139,17 @@ class Output:
         else:
             self._file.write(*lines)
             self._file.sync()
+
+
+@contextlib.contextmanager
+def open_output(path: str | None, settings: Mapping[str, object]) -> Iterator[Output]:
+    """An `Output` that no other process writes meanwhile. Raises UserError as it does, and if another process does."""
+    if path is None:
+        yield Output(None, settings)
+        return
+    folder, name = os.path.split(path)
+    with lock.hold(folder or ".", name=f"{name}.lock", flag="--out", value=path, keep_file=False):
+        yield Output(path, settings)
 
 
 class _Sample(TypedDict, total=False):

@@ -156,7 +156,7 @@ def _start(pid: int) -> str | None:
 
 def in_use(folder: str, text: str, flag: str) -> UserError:
     """The error for a folder whose lock file has a living holder and this text."""
-    return UserError(f"{flag}={folder} is in use by {holder_in(text)}; stop it or choose another folder")
+    return UserError(f"{flag}={folder} is in use by {holder_in(text)}; stop it or choose another {flag}")
 
 
 @contextlib.contextmanager

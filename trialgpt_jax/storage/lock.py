@@ -27,7 +27,13 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def hold(
-    folder: str, *, name: str = "lock", flag: str = "--workdir", take: bool = True, keep_file: bool = True
+    folder: str,
+    *,
+    name: str = "lock",
+    flag: str = "--workdir",
+    value: str = "",
+    take: bool = True,
+    keep_file: bool = True,
 ) -> Iterator[None]:
     """Holds `<folder>/<name>` for this process; a local folder is created if it does not exist.
 
@@ -37,27 +43,28 @@ def hold(
       folder: a local path or a URL.
       name: of the lock file.
       flag: the flag or config field that gave `folder`, for messages.
+      value: of `flag`, if it is not `folder`.
       take: False only checks that a local folder can be written: for all but the first process of a job.
       keep_file: whether a local lock file stays when the lock is released; a lease is always removed.
 
     Raises:
       UserError: another process holds the lock, the folder cannot be written, or the name is not that of a file.
     """
-    path, handle = os.path.join(folder, name), None
+    path, value, handle = os.path.join(folder, name), value or folder, None
     if not files.is_remote(folder):
-        with lease.writable(folder, flag):
+        with lease.writable(value, flag):
             files.make_folder(folder)
             if take:
-                handle = _take(folder, path, flag)
+                handle = _take(value, path, flag)
             else:
                 os.close(_open(path, os.O_RDWR | os.O_CREAT))
     if not take:
         yield
     elif handle is None:
-        with lease.hold(folder, path, flag):
+        with lease.hold(value, path, flag):
             yield
     else:
-        with _guarded(handle, folder, path, flag, keep_file):
+        with _guarded(handle, value, path, flag, keep_file):
             yield
 
 
