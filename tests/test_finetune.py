@@ -21,7 +21,7 @@ from trialgpt_jax.parallel.sharding import single_device
 from trialgpt_jax.train import train
 from trialgpt_jax.training import start
 from trialgpt_jax.training.checkpoint import Checkpoints
-from trialgpt_jax.training.program import gpt_config, params_layout
+from trialgpt_jax.training.program import Program, gpt_config, params_layout
 from trialgpt_jax.training.workdir import keep_tokenizer, save_snapshot
 
 
@@ -64,6 +64,21 @@ def test_training_starts_from_the_weights_with_a_fresh_optimizer(sources, config
     trained, source = (load_params(config, workdir) for workdir in (str(tmp_path), sources["workdir"]))
     for ours, theirs in zip(jax.tree.leaves(trained), jax.tree.leaves(source), strict=True):  # the learning rate is 0
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_weights_are_those_of_the_checkpoint_that_is_asked_for(config, tmp_path, capsys):
+    first = make_workdir(config, tmp_path / "run")
+    checkpoints = Checkpoints(str(tmp_path / "run"), keep_last=3)
+    for step, val_loss in ((20, 3.0), (30, 4.0)):
+        checkpoints.save(step, {"params": jax.tree.map(lambda x: jnp.asarray(x * step), first)}, val_loss)  # noqa: B023
+        checkpoints.wait()
+    config.train.init_from = str(tmp_path / "run")
+    for asked, found, factor in (("10", 10, 1), ("20", 20, 20), ("best", 20, 20), ("-1", 30, 30)):
+        config.train.init_from_step = asked
+        program = Program(config, mesh=single_device())
+        state = start.create_state(start.Start(None, config.train.init_from), program, checkpoints)
+        np.testing.assert_array_equal(state.params["wte"]["embedding"], first["wte"]["embedding"] * factor)
+        assert f"starting from the weights of checkpoint {found} of {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 def test_it_resumes_from_its_own_checkpoints_afterwards(sources, config, tmp_path, capsys):

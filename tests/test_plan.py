@@ -2,6 +2,7 @@
 
 import sys
 import types
+from unittest import mock
 
 import pytest
 from conftest import small_config
@@ -121,6 +122,18 @@ def test_wandb_without_its_package_or_a_key_is_refused_before_anything_is_compil
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             plan.check_wandb(config.log)
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    for answer, why in ((False, ""), (OSError("no route to host"), r" \(OSError: no route to host\)")):
+        library = types.ModuleType("wandb")
+        library.login = mock.Mock(side_effect=[answer])
+        monkeypatch.setitem(sys.modules, "wandb", library)
+        # follows: run `wandb login`, set WANDB_API_KEY, or set
+        with pytest.raises(UserError, match=f"does not take the key{why}; run `wandb login`"):
+            plan.check_wandb(config.log)
+    library.login = mock.Mock(return_value=True)
+    plan.check_wandb(config.log)
+    library.login.assert_called_once_with(anonymous="never", timeout=30, verify=True)
+    monkeypatch.delenv("WANDB_API_KEY")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n")  # as `wandb login` leaves it
     (tmp_path / ".netrc").chmod(0o600)
     plan.check_wandb(config.log)

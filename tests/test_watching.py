@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import signal
 import struct
 import sys
 import termios
@@ -180,6 +181,25 @@ def test_train_leaves_a_summary_a_log_and_a_trace(config, tmp_path, default_file
     printed = result.stderr.partition("trace of 2 step(s)")[2].splitlines()[1:13]
     assert printed[0].startswith("operation") and printed[1].startswith(rows[0].name[:40])
     assert max(map(len, printed)) <= 80
+
+
+def test_after_sigusr1_the_next_three_steps_are_traced(tmp_path, monkeypatch, capsys):
+    traces, before = [], signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(profile.jax.profiler, "start_trace", traces.append)
+    monkeypatch.setattr(profile.jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(profile, "table", lambda path, steps: f"table of {steps}")
+    ends = []
+    with profile.Profiler(str(tmp_path), "9") as profiler:
+        for step in range(1, 11):
+            profiler.before(step)
+            if step in (2, 4):  # the second one arrives while steps are traced, and is not forgotten
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if profiler.ends(step, last=step == 10):
+                ends.append(step)
+                profiler.finish()
+    assert [int(os.path.basename(path)) for path in traces] == [3, 6, 9] and ends == [5, 8, 9]
+    assert capsys.readouterr().err.count("table of 3") == 2
+    assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_a_range_of_steps_that_is_none_is_refused():

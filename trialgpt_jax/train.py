@@ -59,6 +59,7 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
         else:
             stack.enter_context(lock.hold(workdir, take=jax.process_index() == 0))
         stop = stack.enter_context(StopRequest(config.train.max_seconds))
+        profiler = stack.enter_context(Profiler(workdir, config.log.profile))
 
         # what the run starts from
         keep = config.checkpoint
@@ -103,7 +104,6 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
             state = start_lib.create_state(start, program, checkpoints)
         differences = config_lib.differences(config)
         stack.enter_context(summary.at_end(workdir, times, checkpoints, differences, config, description))
-        profiler = stack.enter_context(Profiler(workdir, config.log.profile))
         with contextlib.closing(Reporter(program, store.split("val"), workdir, first_step)) as reporter:
             if jax.process_index() == 0:
                 workdir_lib.keep_tokenizer(store, workdir)

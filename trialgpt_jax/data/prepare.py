@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError
+from trialgpt_jax import UserError, live_line
 from trialgpt_jax.console import say
 from trialgpt_jax.data import corpora, input_record, job_folder, token_store, tokenizer_source, units, workers
 from trialgpt_jax.data import progress as progress_lib
@@ -51,10 +51,15 @@ def prepare(data: ConfigDict, index: int, count: int) -> dict:
     progress = job_folder.load_progress(data, index, count)
     path = progress_lib.path_of(data.dir, index, count)
     if not progress["files"]:
-        corpus = corpora.survey(data.source, data.source_options, data.dir)
+        with live_line.task(f"listing the files of {data.source}"):
+            corpus = corpora.survey(data.source, data.source_options, data.dir)
         progress |= {"files": corpus.files, "contents": corpus.contents, "left_out": corpus.left_out}
         if data.split == "nanogpt":
-            progress["rows"] = [count_rows(file) for file in progress["files"]]
+            with live_line.task("counting rows, files", len(corpus.files)) as shown:
+                progress["rows"] = []
+                for file in corpus.files:
+                    progress["rows"].append(count_rows(file))
+                    shown.advance()
         json_files.write(path, progress)
     listed = [InputFile(*entry) for entry in progress["files"]]
     val_rows = _nanogpt_rows(listed, progress["rows"], data) if data.split == "nanogpt" else {}
@@ -189,7 +194,8 @@ def _tokenizer(job: Job, groups: list[list[InputFile]], given: Vocabulary | None
     if given is None:
         say(f"training the tokenizer {name}")
         most, every = (TRAINING_CHARACTERS, False) if name != "char" else (sys.maxsize, True)
-        given = tokenizer_lib.train(name, _training_texts(job, groups, most, every))
+        with live_line.task(f"training the tokenizer {name}"):
+            given = tokenizer_lib.train(name, _training_texts(job, groups, most, every))
     given.save(folder)
     return given
 

@@ -17,6 +17,7 @@ from trialgpt_jax.console import say
 from trialgpt_jax.data import hf_tokenizer, tokenizer_source
 from trialgpt_jax.data.network import FIRST_SECONDS, bounded, with_retries
 from trialgpt_jax.data.vocabulary import TokenizerId, Vocabulary
+from trialgpt_jax.live_line import task
 
 PREFIX = "hf:"
 KNOWN = {
@@ -112,7 +113,8 @@ def _download(source: str, field: str) -> str:
     get = functools.partial(huggingface_hub.snapshot_download, repo, allow_patterns=list(_FILES))
     with _quiet():
         try:
-            info = bounded(ask, FIRST_SECONDS)
+            with task(f"asking the hub for {source}"):
+                info = bounded(ask, FIRST_SECONDS)
         except HFValidationError as error:
             raise UserError(f"{field}={source}: {_one_line(error)}") from None
         except (OSError, HTTPError, OfflineModeIsEnabled) as error:
@@ -134,7 +136,8 @@ def _download(source: str, field: str) -> str:
             held = next((name for name in names if name.endswith((".bin", ".h5", ".gguf", ".msgpack"))), "no weights")
             raise UserError(f"{field}={source}: the repository has no model.safetensors, but {held}")
         say(f"{source}: at commit {info.sha[:8]} of the hub, kept in {huggingface_hub.constants.HF_HUB_CACHE}")
-        return with_retries(lambda: get(revision=revision), source)
+        with task(f"downloading {source}"):
+            return with_retries(lambda: get(revision=revision), source)
 
 
 @contextlib.contextmanager
