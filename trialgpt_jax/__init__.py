@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import types
@@ -30,7 +31,7 @@ def load(workdir: str, step: int | str = -1, weights: str = "auto") -> LanguageM
     return module.LanguageModel.load(workdir, step, weights=weights)
 
 
-def train(config: ConfigDict | str, workdir: str, changes: Mapping[str, object] | None = None) -> int:
+def _train(config: ConfigDict | str, workdir: str, changes: Mapping[str, object] | None = None) -> int:
     """Trains as the command does: `trialgpt train --config=CONFIG --workdir=WORKDIR`.
 
     Args:
@@ -53,9 +54,19 @@ def train(config: ConfigDict | str, workdir: str, changes: Mapping[str, object] 
 
 
 class CallableModule(types.ModuleType):
-    """The module `trialgpt_jax.train`, which takes the name of the function when it is imported."""
+    """The type of the module `trialgpt_jax.train`, which is also the function of that name."""
 
-    __call__ = staticmethod(train)
+    __call__ = staticmethod(_train)
+
+
+if TYPE_CHECKING:
+    train = _train
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    if name == "train":  # imported when it is first used
+        return importlib.import_module("trialgpt_jax.train")
+    raise AttributeError(f"module 'trialgpt_jax' has no attribute {name!r}")
 
 
 def begin_command() -> None:
@@ -63,6 +74,7 @@ def begin_command() -> None:
 
     Importing JAX takes seconds, in which Ctrl-C would print a traceback.
     """
+    gc.set_threshold(100_000)  # 700, the default, costs 10% of the time to import libraries and trace programs
     import _signal  # built in; importing `signal` takes 50 ms
 
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:

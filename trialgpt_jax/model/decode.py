@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from trialgpt_jax.model.config import GPTConfig
@@ -125,18 +126,24 @@ def sample_keys(seed: int, numbers: Sequence[int], samples: int) -> jax.Array:
 
     A draw folds in a position, which is below 2**31; the number n of a prompt is folded in as 2**32 - n.
     """
+    numbers_B = np.repeat(np.asarray(numbers, np.int32), samples)
+    return _keys(jax.random.key(seed), numbers_B, np.tile(np.arange(samples, dtype=np.int32), len(numbers)))
 
-    def key(number, sample):
-        alone = jax.random.fold_in(jax.random.key(seed), sample)
+
+@jax.jit  # one program: without it, ten small ones
+def _keys(key: jax.Array, numbers_B, samples_B) -> jax.Array:
+    def of(number, sample):
+        alone = jax.random.fold_in(key, sample)
         return jnp.where(number == 0, alone, jax.random.fold_in(alone, -number))
 
-    numbers_B = jnp.repeat(jnp.asarray(numbers, jnp.int32), samples)
-    return jax.vmap(key)(numbers_B, jnp.tile(jnp.arange(samples), len(numbers)))
+    return jax.vmap(of)(numbers_B, samples_B)
 
 
 def make_drawing(sampling: Sampling, keys_B: jax.Array, stop_id: int | None, log_probs: bool) -> Drawing:
     """`keys_B`: from `sample_keys`."""
-    return Drawing(Draw.of(sampling), keys_B, jnp.int32(-1 if stop_id is None else stop_id), jnp.asarray(log_probs))
+    scalars = Draw.of(sampling), np.int32(-1 if stop_id is None else stop_id), np.bool_(log_probs)
+    draw, stop_id, log_probs = jax.device_put(scalars)
+    return Drawing(draw, keys_B, stop_id, log_probs)
 
 
 def cache_length_of(config: GPTConfig, prompt_length: int, max_new_tokens: int) -> int:

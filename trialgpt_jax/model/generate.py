@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trialgpt_jax import UserError
@@ -121,9 +120,9 @@ def generate(
                     begins_B[due] = lengths_B[due] + n_new - 1 - n_again
                     continue
                 n = min(n, int(free_B.min()))
-            before_first_B = jnp.asarray(lengths_B - 1 - begins_B)
+            before_first_B = lengths_B - 1 - begins_B
             before_first = before_first_B[0] if len(prompts) == 1 else before_first_B
-            state, *made = decode(params, config, state, before_first, jnp.int32(n), chunk, drawing)
+            state, *made = decode(params, config, state, before_first, np.int32(n), chunk, drawing)
             n_new += n
             new = _Chunk(*made, n)
             recent = [] if slides else [*recent, new]
@@ -147,7 +146,7 @@ def _read(params, config: GPTConfig, prompts: list[np.ndarray], num_samples: int
         first = min(i * P, S - P)  # S may not be a multiple of P: some tokens are then read twice
         samples = num_samples if i == n_pieces - 1 else 1
         tokens_RxP = tokens_RxT[:, first : first + P]
-        result = prefill(params, config, tokens_RxP, jnp.int32(first), lengths_R, result, samples, S)
+        result = prefill(params, config, tokens_RxP, np.int32(first), lengths_R, result, samples, S)
     return result
 
 

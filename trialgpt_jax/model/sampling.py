@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trialgpt_jax import UserError
 
@@ -60,7 +61,7 @@ class Draw(NamedTuple):
     @classmethod
     def of(cls, sampling: Sampling) -> "Draw":
         """int32 for top_k, float32 for the others; scalars."""
-        return cls(**(jax.tree.map(jnp.float32, sampling)._asdict() | {"top_k": jnp.int32(sampling.top_k)}))
+        return cls(**(jax.tree.map(np.float32, sampling)._asdict() | {"top_k": np.int32(sampling.top_k)}))
 
 
 def penalise(logits_BxV: jax.Array, seen_BxV: jax.Array, penalty: jax.Array) -> jax.Array:
