@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -165,6 +166,32 @@ def test_an_accelerator_computes_the_next_chunk_while_one_is_fetched(params, mon
     ahead = list(generate(params, CONFIG, [[1, 2]], chunk=4, **options))
     assert [piece.tokens.tolist() for piece in ahead] == [piece.tokens.tolist() for piece in here]
     assert events[:5] == ["dispatch", "fetch", "dispatch", "fetch", "dispatch"]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("seconds", "low", "high"), [(1e-9, 64, 64), (0.002, 20, 25), (0.3, 1, 1)])
+def test_watched_pieces_take_a_twentieth_of_a_second(params, monkeypatch, seconds, low, high, ahead):
+    clock, lengths = [0.0], []
+
+    def decode(params, config, state, before_first, n, chunk, drawing):
+        clock[0] += seconds * int(n) + 1e-9
+        lengths.append(int(n))
+        return state, np.zeros((1, chunk), np.int32), np.zeros((1, chunk), np.float32)
+
+    monkeypatch.setattr(generate_lib, "decode", decode)
+    monkeypatch.setattr(generate_lib.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(accelerators, "dispatches_ahead", lambda platform: ahead)
+    rope = dataclasses.replace(CONFIG, position="rope")
+    rope_params = split_layers(random_params(rope), rope)
+    for watched in (True, False):
+        pieces = list(generate(rope_params, rope, [[1]], max_new_tokens=601, watched=watched, chunk=64))
+        assert sum(piece.tokens.shape[1] for piece in pieces) == 601
+        if not watched:
+            assert set(lengths[:-1]) == {64}
+        else:
+            assert lengths[0] == 16 and all(low <= n <= high for n in lengths[5:-1]), lengths
+            assert all(b <= 2 * a for a, b in itertools.pairwise(lengths))
+        lengths.clear()
 
 
 def test_a_sample_depends_only_on_the_seed_and_its_number(params):

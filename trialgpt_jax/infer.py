@@ -66,7 +66,7 @@ def infer(model: LanguageModel, prompt: str | None, options: Options, *, number:
         sys.stdout.flush()
         waiting.clear()
 
-    (samples,) = model.samples([begin], options, first=number, on_text=on_text if show else lambda text: None)
+    (samples,) = model.samples([begin], options, first=number, on_text=on_text if show else None)
     if show:
         print()
         for i, sample in enumerate(samples[1:], 1):

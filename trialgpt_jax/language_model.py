@@ -298,8 +298,9 @@ class LanguageModel(Driven):
         with console.requests_bar(len(ids), what, shown, self.on_batch) as advance:
             for places in batches([len(each) for each in ids], options):
                 texts = []
-                for texts in self._grow([ids[i] for i in places], [first + i for i in places], options):
-                    if on_text is not None and 0 in places:
+                watched = on_text is not None and 0 in places
+                for texts in self._grow([ids[i] for i in places], [first + i for i in places], options, watched):
+                    if watched:
                         on_text(texts[places.index(0)][0].take())
                 for place, group in zip(places, texts, strict=True):
                     found[place] = [text.sample() for text in group]
@@ -309,14 +310,16 @@ class LanguageModel(Driven):
     def _stream(self, prompt: str, options: Options) -> Iterator[str]:
         options.check()
         for texts in self._grow(
-            prompt_ids(self.tokenizer, [prompt], self.start_id, self.block_size, options), [0], options
+            prompt_ids(self.tokenizer, [prompt], self.start_id, self.block_size, options), [0], options, watched=True
         ):
             if new := texts[0][0].take():
                 yield new
 
-    def _grow(self, ids: list[np.ndarray], numbers: list[int], options: Options) -> Iterator[list[list[GrowingText]]]:
+    def _grow(
+        self, ids: list[np.ndarray], numbers: list[int], options: Options, watched: bool
+    ) -> Iterator[list[list[GrowingText]]]:
         params, config = self._for_decoding()
-        pieces = grow(params, config, self.tokenizer, ids, numbers, options)
+        pieces = grow(params, config, self.tokenizer, ids, numbers, options, watched)
         while True:
             with jax.set_mesh(self._copies):  # entered for each piece, so that the caller's mesh is untouched
                 texts = next(pieces, None)

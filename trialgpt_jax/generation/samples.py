@@ -209,6 +209,7 @@ def grow(
     prompts: Sequence[np.ndarray],
     numbers: Sequence[int],
     options: Options,
+    watched: bool,
 ) -> Iterator[list[list[GrowingText]]]:
     """Continues a batch of prompts.
 
@@ -218,6 +219,7 @@ def grow(
       prompts: ids, 1 ... block_size of each.
       numbers: of the prompts, for the random numbers.
       options: see there.
+      watched: whether somebody reads the texts while they grow.
 
     Yields:
       num_samples texts of each prompt, always the same objects, after each piece; at the end all are done.
@@ -237,6 +239,7 @@ def grow(
         seed=options.seed,
         stop_id=tokenizer.eot_id,
         log_probs=options.logprobs,
+        watched=watched or bool(options.stop),  # what follows a stop string is computed in vain
     )
     rows = [text for group in texts for text in group]
     for piece in pieces:

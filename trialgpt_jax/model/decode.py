@@ -20,7 +20,7 @@ from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Draw, Sampling, penali
 from trialgpt_jax.model.weights import stored
 from trialgpt_jax.parallel.sharding import replicated
 
-CHUNK = 16  # tokens decoded per dispatch
+CHUNK = 128  # the most tokens of a dispatch: a program for all lengths of pieces
 
 
 class State(NamedTuple):

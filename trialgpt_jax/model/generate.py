@@ -10,6 +10,7 @@ Shapes: R prompts, B samples (B = R * samples of each), P prompt length, H lengt
 
 import collections
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ from trialgpt_jax.model.decode import (
 )
 from trialgpt_jax.model.sampling import DEFAULT_SAMPLING, Sampling
 from trialgpt_jax.parallel import accelerators
+
+_FIRST, _SECONDS = 16, 0.05  # of a watched piece: tokens of the first ones; time that each is to take
 
 
 class Piece(NamedTuple):
@@ -59,6 +62,7 @@ def generate(
     seed: int = 0,
     stop_id: int | None = None,
     log_probs: bool = False,
+    watched: bool = False,
     chunk: int = CHUNK,
 ) -> Iterator[Piece]:
     """Continues R prompts.
@@ -77,10 +81,12 @@ def generate(
       seed: of the random numbers.
       stop_id: ends a sample; the rest of its row repeats `stop_id`.
       log_probs: whether log-probabilities are wanted.
-      chunk: tokens between yields.
+      watched: whether somebody reads the text while it is made; pieces then take about 50 ms each.
+      chunk: the most tokens of a piece.
 
     Yields:
-      At most `chunk` tokens of every sample, until max_new_tokens or until every sample has ended.
+      Pieces of `chunk` tokens, or fewer if they are watched, of every sample, until max_new_tokens or until every
+      sample has ended.
 
     Raises:
       UserError: an empty or over-long prompt, ids beyond the vocabulary, numbers out of range.
@@ -99,6 +105,8 @@ def generate(
             row[:, prompt] = True
     slides, n_again = config.position == "rope", config.block_size // 2
 
+    pace = _Pace(chunk, watched)
+
     def chunks() -> Iterator[_Chunk]:
         logits_BxV, caches = _read(params, config, prompts, num_samples, max_new_tokens)
         state, n_new = first_state(logits_BxV, caches, seen_BxV, drawing), 1
@@ -108,7 +116,7 @@ def generate(
         yield new
         begins_B = np.zeros_like(lengths_B)  # where the text in the cache begins
         while n_new < max_new_tokens:
-            n = min(chunk, max_new_tokens - n_new)
+            n = min(pace.tokens(), max_new_tokens - n_new)
             if not slides:
                 # The newest token is not in the cache yet: its position is the length of the text - 1.
                 free_B = config.block_size - (lengths_B + n_new - 1 - begins_B)
@@ -158,6 +166,23 @@ def _again(params, config, state: State, rows: np.ndarray, texts: list[np.ndarra
     places = np.resize(np.arange(len(rows)), min(B, 1 << (len(rows) - 1).bit_length()))  # few sizes, few programs
     tokens_RxH = np.stack(texts)[places]
     return state._replace(caches=read_again(params, config, state.caches, tokens_RxH, rows[places]))
+
+
+class _Pace:
+    """How many tokens a piece has: `most`, or if `watched` as many as take `_SECONDS` at the speed of the last one."""
+
+    def __init__(self, most: int, watched: bool):
+        self._most, self._n, self._began = most, min(most, _FIRST) if watched else most, None
+        self._adapts = watched and jax.process_count() == 1  # the clocks of processes differ, their pieces must not
+
+    def tokens(self) -> int:
+        """Called before each piece is dispatched, and so after the one before it is fetched, or the one before that."""
+        now = time.monotonic()
+        if self._adapts and self._began is not None:
+            fit = int(_SECONDS * self._n / max(now - self._began, 1e-6))
+            self._n = min(max(fit, self._n // 2, 1), 2 * self._n, self._most)
+        self._began = now
+        return self._n
 
 
 class _Chunk(NamedTuple):
