@@ -67,7 +67,7 @@ class Rung:
 
 
 ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)}
-MUON = {"rate": "optim.muon_learning_rate", "grid": (0.01, 0.014, 0.02, 0.028, 0.04)}
+MUON = {"rate": "optim.muon_learning_rate", "grid": (0.007, 0.01, 0.014, 0.02, 0.028, 0.04)}
 RUNGS = (
     Rung("gpt2 of 900 steps", {}, **ADAMW, steps=LONG, taken=False),
     Rung("gpt2", {}, **ADAMW),
