@@ -64,6 +64,8 @@ def merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
 def write(tokenizer: Vocabulary, folder: str, block_size: int) -> None:
     """Writes the files that `AutoTokenizer.from_pretrained` loads, of GPT-2's kind `GPT2TokenizerFast` as well.
 
+    They encode a text without special tokens around it, as training and `infer` do, and pad with end-of-text.
+
     Args:
       tokenizer: any of ours.
       folder: exists.
