@@ -10,13 +10,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import ROOT, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_options import configs, random_params, reference_logits
 from safetensors.numpy import save_file
 
-from trialgpt_jax import UserError, convert
+from trialgpt_jax import UserError, cli, convert
 from trialgpt_jax.data import hf_tokenizer, tokenizer
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.language_model import LanguageModel
@@ -321,6 +321,14 @@ def test_what_our_gpt_does_not_have_is_refused_by_its_name_in_their_file(tmp_pat
 
 
 # ---- their files
+
+
+@pytest.mark.parametrize("name", ["quickstart", "modern"])
+def test_the_options_in_the_document_on_serving_make_a_model_of_a_class_that_llama_cpp_reads(name):
+    text = (ROOT / "docs" / "serving.md").read_text()
+    for options, expected in (([], "NanoChat"), (re.findall(r"--config\.model\.\w+=\w+", text), "Qwen3")):
+        _, config = cli.parse(["train", f"--config={name}", *options], "", {})
+        assert hf.family_of(gpt_config(config, "cpu")).architecture == f"{expected}ForCausalLM"
 
 
 def their_defaults(kind, **sizes):

@@ -112,6 +112,21 @@ def test_a_tokenizer_from_a_file_is_kept_with_store_and_workdir_and_exported(pai
     assert hf_tokenizer.read(str(tmp_path / "hf")).id == hf_tokenizer.read(str(tmp_path / "again")).id == ours.id
 
 
+def test_an_exported_tokenizer_adds_no_token_that_training_and_infer_do_not(llama3, tmp_path):
+    begins = tokenizers.Tokenizer.from_file(str(llama3))
+    special = [("<|begin|>", begins.token_to_id("<|begin|>"))]
+    begins.post_processor = tokenizers.processors.TemplateProcessing("<|begin|> $A", special_tokens=special)
+    begins.save(str(llama3))
+    ours = tokenizer_source.resolve(f"file:{llama3}")
+    (tmp_path / "hf").mkdir()
+    hf_tokenizer.write(ours, str(tmp_path / "hf"), 64)
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert exported.encode(TEXTS[0]).ids == ours.encode(TEXTS[0]) == begins.encode(TEXTS[0]).ids[1:]
+    assert hf_tokenizer.read(str(tmp_path / "hf")).id == ours.id
+    about = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert {about[f"{name}_token"] for name in ("bos", "eos", "pad")} == {"<|end_of_text|>"}
+
+
 def test_encoders_work_with_every_kind(pair):
     _, ours, _ = pair
     check_encoder(ours, "gigatoken", TEXTS)

@@ -64,6 +64,8 @@ def merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
 def write(tokenizer: Vocabulary, folder: str, block_size: int) -> None:
     """Writes the files that `AutoTokenizer.from_pretrained` loads, of GPT-2's kind `GPT2TokenizerFast` as well.
 
+    They encode a text without special tokens around it, as training and `infer` do, and pad with end-of-text.
+
     Args:
       tokenizer: any of ours.
       folder: exists.
@@ -76,7 +78,9 @@ def write(tokenizer: Vocabulary, folder: str, block_size: int) -> None:
     about["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(tokenizer, LibraryTokenizer):
         whole = tokenizer.whole
-        about |= {"bos_token": tokenizer.eos_token, "eos_token": tokenizer.eos_token}
+        if tokenizer.adds_tokens:  # neither training nor `infer` adds them
+            whole = whole | {"post_processor": None}
+        about |= {f"{name}_token": tokenizer.eos_token for name in ("bos", "eos", "pad")}
     else:
         whole = _of_characters(tokenizer)
     for name, value in (("tokenizer.json", whole), ("tokenizer_config.json", about)):
@@ -136,7 +140,7 @@ def _write_gpt2_kind(tokenizer: Tokenizer, folder: str, block_size: int) -> None
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
         "add_prefix_space": False,
-        **{f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "unk")},
+        **{f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "pad", "unk")},
     }
     for name, value in (("tokenizer.json", whole), ("vocab.json", vocab), ("tokenizer_config.json", about)):
         files.write(os.path.join(folder, name), json.dumps(value, ensure_ascii=False))

@@ -56,6 +56,7 @@ class LibraryTokenizer(Vocabulary):
     Attributes:
       whole: the contents of its tokenizer.json.
       eos_token: the content of the end-of-text token.
+      adds_tokens: its tokenizer.json puts special tokens around a text, such as Llama 3's <|begin_of_text|>.
     """
 
     def __init__(self, whole: dict, eos_token: str):
@@ -76,6 +77,7 @@ class LibraryTokenizer(Vocabulary):
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
         super().__init__(f"hf:{digest[:8]}", token_bytes, tokens[eos_token], digest)
         self._library = _load(whole, tokens)
+        self.adds_tokens = bool(self._library.encode("").ids)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without end-of-text. Half a surrogate pair becomes U+FFFD."""
