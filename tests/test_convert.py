@@ -86,8 +86,7 @@ def test_transformers_generates_the_same_tokens_as_infer(world):
     assert tokenizer.decode(out, clean_up_tokenization_spaces=False) == ours["text"]
 
 
-def test_transformers_continues_prompts_of_two_lengths_in_a_batch_and_samples_from_all_ids_unless_told(world):
-    torch = pytest.importorskip("torch")
+def test_transformers_continues_prompts_of_two_lengths_in_a_batch(world):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "hf", padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "hf")
@@ -100,11 +99,6 @@ def test_transformers_continues_prompts_of_two_lengths_in_a_batch_and_samples_fr
     for prompt, found in zip(prompts, together):
         ids = tokenizer(prompt, return_tensors="pt")
         assert found.tolist() == model.generate(**ids, max_new_tokens=8, do_sample=False)[0, -8:].tolist(), prompt
-    torch.manual_seed(0)
-    drawn = model.generate(**ids, max_new_tokens=20, output_logits=True, return_dict_in_generate=True)
-    logits = torch.cat(drawn.logits)
-    places = (logits > logits.gather(1, drawn.sequences[0, -len(logits) :, None])).sum(1)
-    assert places.max() >= 50  # their default of top_k
 
 
 def test_penalty_stop_string_and_log_probabilities_are_those_of_transformers_on_the_exported_model(world):

@@ -124,8 +124,7 @@ def write(folder: str, params, config: GPTConfig, eot_id: int | None) -> None:
         save_file(to_hf(params, config), part, metadata={"format": "pt"})
         os.chmod(part, mode)  # save_file makes a file of mode 0600
     files.sync_tree(folder)  # the tokenizer's files
-    # A server that reads them ignores a request's temperature unless do_sample is set. Their default of top_k is 50.
-    generation = {"do_sample": True, "top_k": 0, **dict.fromkeys(_SPECIAL_IDS, eot_id)}
+    generation = dict.fromkeys(_SPECIAL_IDS, eot_id)
     for name, value in (("generation_config.json", generation), ("config.json", hf_config(config, eot_id))):
         files.write(os.path.join(folder, name), json.dumps(value, indent=2) + "\n")
 
