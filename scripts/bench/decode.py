@@ -1,11 +1,13 @@
 """Measures generation in tokens per second: GPT-2 124M with random weights, greedy and sampled.
 
     python scripts/bench/decode.py --peer    # writes scripts/bench/results/decode.json
+    python scripts/bench/decode.py --weights bfloat16 int8 --output=scripts/bench/results/decode_weights.json
 
 A prompt of 32 tokens, 64 new ones, batches of 1 and 8, on a GPU also 64. Each time covers a whole generation with the
 prompt's forward pass, without compilation and warm-up. --peer runs Hugging Face `generate` (torch, greedy, with its
 key/value cache) on the same weights, in turns with ours, and fails unless both produce the same tokens. Ours runs the
-prompt once for all samples, theirs once per sample, so the time to the first token is reported separately.
+prompt once for all samples, theirs once per sample, so the time to the first token is reported separately. --weights
+adds runs whose matrices are stored so.
 """
 
 import statistics
@@ -22,6 +24,7 @@ from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.decode import split_layers
 from trialgpt_jax.model.generate import generate
 from trialgpt_jax.model.sampling import Sampling
+from trialgpt_jax.model.weights import rounded
 from trialgpt_jax.parallel.accelerators import compute_dtype
 from trialgpt_jax.training.train_step import init_params
 
@@ -29,9 +32,11 @@ PROMPT, NEW = 32, 64
 BATCHES = (1, 8, 64) if jax.default_backend() == "gpu" else (1, 8)
 
 
-def ours(params, config: GPTConfig, prompt: np.ndarray, temperature: float) -> Callable[[int, int], np.ndarray]:
+def ours(
+    params, config: GPTConfig, prompt: np.ndarray, temperature: float = 0.0, weights: str = "auto"
+) -> Callable[[int, int], np.ndarray]:
     """(batch size, new tokens) -> the new tokens [batch size, new tokens]."""
-    layers = split_layers(params, config)
+    layers = split_layers(rounded(params, weights), config, weights)
     sampling = Sampling(temperature=temperature)
 
     def run(batch_size: int, new: int) -> np.ndarray:
@@ -76,17 +81,21 @@ def summary(seconds: list[float], batch_size: int) -> dict:
 def main() -> None:
     parser = report.parser(__doc__, "decode", rounds=7)
     parser.add_argument("--peer", action="store_true", help="measure Hugging Face generate too")
+    parser.add_argument("--weights", nargs="*", default=[], choices=("bfloat16", "int8"))
     given = parser.parse_args()
+    if jax.config.jax_platforms == "cpu":  # as the commands do; a piece that is not fetched would run on
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
     config = GPTConfig(dtype=compute_dtype("auto", jax.default_backend()))
     params = nn.unbox(jax.jit(init_params, static_argnums=(0, 1))(config, 0))
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, PROMPT)
-    programs = {"ours": ours(params, config, prompt, 0.0), "ours_sampled": ours(params, config, prompt, 1.0)}
+    programs = {"ours": ours(params, config, prompt), "ours_sampled": ours(params, config, prompt, 1.0)}
+    programs |= {f"ours_{each}": ours(params, config, prompt, weights=each) for each in given.weights}
     if given.peer:
         programs["hugging_face"] = hugging_face(params, config, prompt)
     tokens = {(name, B): run(B, NEW) for name, run in programs.items() for B in BATCHES}  # compiles
     for (name, B), out in tokens.items():
-        if name == "ours_sampled":
+        if name not in ("ours", "hugging_face"):
             continue
         same = np.array_equal(out, np.tile(tokens["ours", 1], (B, 1)))
         assert same, f"{name}, batch {B}: other tokens than ours, batch 1"

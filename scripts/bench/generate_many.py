@@ -95,6 +95,8 @@ def main() -> None:
     for name, default in (("prompts", 1000), ("new", 64), ("layers", 12), ("width", 768)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
+    if jax.config.jax_platforms == "cpu":  # as the commands do
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
     dtype = compute_dtype("auto", jax.default_backend())
     config = GPTConfig(dtype=dtype, n_layer=given.layers, n_embd=given.width)
