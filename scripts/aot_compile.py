@@ -30,7 +30,7 @@ from jax.experimental import topologies
 
 from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.model.decode import CHUNK, compile_decode
+from trialgpt_jax.model.decode import compile_decode
 from trialgpt_jax.model.scoring import Scorer
 from trialgpt_jax.parallel import accelerators
 from trialgpt_jax.parallel.axes import mesh_sizes
@@ -127,7 +127,7 @@ def compile_for(config, target: str, decode: int = 0, score: int = 0) -> tuple[d
     program = Program(config, devices=devices)
     gpt, params = program.gpt, program.params_layout
     rows = score and Scorer(gpt, program.mesh).batch_rows(score)
-    n_tokens = decode * CHUNK or rows * score or config.train.batch_size * gpt.block_size
+    n_tokens = decode or rows * score or config.train.batch_size * gpt.block_size
     flops = 2 * parameter_count(params) if decode or score else flops_per_token(params, gpt)
     available = usable_bytes(target, devices[0])
     report = {

@@ -109,9 +109,9 @@ def test_a_step_that_does_not_fit_says_so_and_an_unknown_target_is_refused():
 def test_the_decode_loop_compiles_and_reads_each_weight_at_most_once_per_token():
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the `test` extra")
     decode = json.loads(aot_compile(*SMALL, "--target=v5e:1x1", "--decode=2", "--json").stdout)
-    assert decode["program"] == "decode" and decode["tokens_per_step"] == 2 * 16
-    # an upper bound: a model this small stays in the chip's fast memory
-    assert decode["fits"] and 0 < decode["bytes_moved"] / 16 < 2 * 2 * decode["parameters"]
+    assert decode["program"] == "decode" and decode["tokens_per_step"] == 2
+    # weights have 2 bytes each; the rest is the cache
+    assert decode["fits"] and 0 < decode["bytes_moved"] < 2 * 2 * decode["parameters"]
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_the_tables_have_a_row_for_each_rung_that_is_complete(scripts):
     rows = tables.ladder_table(figures).splitlines()[2:]
     assert [row.split(" | ")[0].lstrip("| ") for row in rows] == [rung.name for rung in ladder.RUNGS]
     assert rows[1].startswith("| gpt2 | 1.9900 | 0.0020 |") and "| 740 | yes |" in rows[1] and "| 0.0014 |" in rows[1]
-    assert rows[2].startswith("| muon | 1.9800 | 0.0020 | +0.0100 | +5.0 | 0.014 |")
+    assert rows[2].startswith("| muon | 1.9800 | 0.0020 | +0.0100 | +5.0 | 0.01 |")
     assert "(end of the grid)" in tables.ladder_table(climbed(ladder, best=0))
     assert tables.average_table(figures).splitlines()[2].endswith("| 1.9500 | 1.9500 | 1.9500 |")
     assert '"gpt2"' in tables.plot(figures) and "normuon" not in tables.plot(figures)
