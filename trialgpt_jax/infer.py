@@ -116,7 +116,7 @@ FLAGS = {
     "logprobs": (False, "with --json or --prompts: the log-probability of each token by the model, nats"),
     "special_tokens": (False, "<|endoftext|> in a prompt is the id, not text"),
     "strict": (False, "refuse a prompt longer than model.block_size, of which the end is used otherwise"),
-    "weights": ("auto", "of the matrices: bfloat16 or int8 take fewer bytes and are less exact; auto = those of the matmuls"),
+    "weights": ("auto", "of the matrices: bfloat16 or int8 take fewer bytes, less exact; auto = those of the matmuls"),
     "batch_size": (BATCH_SIZE, "rows that are decoded together"),
     "checkpoint_step": cli.CHECKPOINT_STEP,
     "json": (False, "print one JSON object on stdout"),
