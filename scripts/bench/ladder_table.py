@@ -15,16 +15,18 @@ DOC = os.path.join(report.RESULTS, "..", "..", "..", "docs", "learning.md")
 
 
 def summary(figures: dict, rung: ladder.Rung) -> dict | None:
-    """Mean and standard deviation over the seeds at the best rate of a rung, or None if runs are missing."""
+    """Mean and standard deviation over the finished seeds at the best rate of a rung, or None before the first one."""
     fields = ladder.tuned(figures, rung)
-    runs = [ladder.find(figures, fields | {"seed": seed}) for seed in ladder.SEEDS]
-    if None in runs:
+    runs = {seed: ladder.find(figures, fields | {"seed": seed}) for seed in ladder.SEEDS}
+    scores = {seed: run["bits_per_byte"] for seed, run in runs.items() if run}
+    runs = [run for run in runs.values() if run]
+    if not runs:
         return None
-    values = [run["bits_per_byte"] for run in runs]
     return {
         "rate": _rate(rung, fields),
-        "mean": statistics.mean(values),
-        "sigma": statistics.stdev(values),
+        "scores": scores,
+        "mean": statistics.mean(scores.values()),
+        "sigma": statistics.stdev(scores.values()) if len(runs) > 1 else None,
         "tokens": runs[0]["tokens"],
         "parameters": runs[0]["parameters"],
         "averages": {d: statistics.mean(run["averages"][d] for run in runs) for d in map(str, ladder.EMA)}
@@ -42,28 +44,33 @@ def _rate(rung: ladder.Rung, fields: dict) -> str:
 
 
 def ladder_table(figures: dict) -> str:
-    """Markdown: a row a rung, with its gain over the newest rung above it that is taken."""
+    """Markdown: a row a rung, with its gain over the newest rung above it that is taken, on the seeds of both."""
     lines = [
-        "| change | bits per byte | sigma | gain | gain / sigma | best rate | parameters | ms a step | taken |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| change | bits per byte | seeds | sigma | gain | gain / sigma | best rate | parameters | ms a step | taken |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     base = None
     for rung in ladder.RUNGS:
         row = summary(figures, rung)
+        builds = rung.taken and rung.steps == ladder.STEPS
         if row is None:
+            base = None if builds else base
             continue
         gain = relative = ""
         if base and rung.steps == ladder.STEPS:
-            sigma = math.sqrt((base["sigma"] ** 2 + row["sigma"] ** 2) / 2)
-            gain, relative = f"{base['mean'] - row['mean']:+.4f}", f"{(base['mean'] - row['mean']) / sigma:+.1f}"
+            both = base["scores"].keys() & row["scores"].keys()
+            gained = statistics.mean(base["scores"][seed] - row["scores"][seed] for seed in both)
+            gain = f"{gained:+.4f}"
+            if base["sigma"] and row["sigma"]:
+                relative = f"{gained / math.sqrt((base['sigma'] ** 2 + row['sigma'] ** 2) / 2):+.1f}"
         milliseconds = figures.get("step_ms", {}).get(rung.name)
         lines.append(
-            f"| {rung.name} | {row['mean']:.4f} | {row['sigma']:.4f} | {gain} | {relative} "
+            f"| {rung.name} | {row['mean']:.4f} | {len(row['scores'])} "
+            f"| {'' if row['sigma'] is None else format(row['sigma'], '.4f')} | {gain} | {relative} "
             f"| {row['rate']} | {row['parameters'] / 1e6:.2f}M "
             f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {'yes' if rung.taken else 'no'} |"
         )
-        if rung.taken and rung.steps == ladder.STEPS:
-            base = row
+        base = row if builds else base
     return "\n".join(lines)
 
 
