@@ -10,7 +10,6 @@ six compiled programs, and those of one context compute it once.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, overload
 
@@ -45,6 +44,7 @@ from trialgpt_jax.model.scoring import Score, Scorer, TextLoss
 from trialgpt_jax.parallel.axes import AXES
 from trialgpt_jax.parallel.driven import Driven
 from trialgpt_jax.parallel.sharding import put, replicated, split_along_tensor
+from trialgpt_jax.training.metrics import bits_per_byte
 from trialgpt_jax.training.program import Program, run_mesh
 from trialgpt_jax.training.start import load_params
 
@@ -205,7 +205,7 @@ class LanguageModel(Driven):
         if not n_tokens:
             raise UserError("a text without tokens has no loss")
         loss = -sum(self.rolling(ids)) / n_tokens
-        return TextLoss(loss, loss * n_tokens / n_bytes / math.log(2), n_tokens)
+        return TextLoss(loss, bits_per_byte(loss, n_tokens, n_bytes), n_tokens)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What the model predicts after each of T ids, 1 ... block_size of them: float32 [T, vocab_size]."""

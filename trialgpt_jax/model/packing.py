@@ -51,8 +51,10 @@ def make_request(context: Sequence[int], continuation: Sequence[int], config: GP
 
 
 def rolling_windows(ids: Sequence[int], block_size: int) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """(context, continuation) of the windows in which every id but the first is scored once; all but the last score
-    block_size ids after a context of one."""
+    """Windows (context, continuation) in which every id but the first is a continuation once.
+
+    A window has block_size + 1 ids, of which one is the context; the last window is filled up with earlier ids.
+    """
     windows = []
     for start in range(0, len(ids) - 1, block_size):
         stop = min(start + block_size, len(ids) - 1)
