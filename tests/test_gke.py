@@ -1,8 +1,11 @@
 """gke.sh: its manifests against the schemas and rules of Kubernetes and JobSet, its calls against a fake kubectl."""
 
+import contextlib
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 
 import pytest
@@ -82,6 +85,7 @@ def test_a_manifest_asks_for_the_hardware_and_runs_the_flags(fakes, hardware, no
     assert container["resources"] == {"limits": limits, "requests": {"cpu": "100", "memory": "800Gi"}}
     assert pod["nodeSelector"] == {f"cloud.google.com/{name}": value for name, value in selector.items()}
     assert pod["serviceAccountName"] == "me" and pod["shareProcessNamespace"] is True
+    assert pod["terminationGracePeriodSeconds"] == 120
     assert {"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"} in container["env"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     escaped = [argument.replace("$(", "$$(") for argument in TRAIN]  # Kubernetes reads `$$(` as `$(`
@@ -211,6 +215,27 @@ def test_the_number_of_all_restarts_is_limited_too(fakes, restarts, status):
     calls = [["python", "-m", "trialgpt_jax.train", *container["args"]]]
     assert fakes.calls("python") == (calls if status == 0 else [])
     assert status == 0 or result.stderr == "error: restarted 6 times, more than --max_restarts=5\n"
+
+
+def test_sigterm_to_the_container_reaches_train_and_its_status_is_that_of_the_container(fakes):
+    """Kubernetes signals the first process of a container, a shell, which would not pass it on."""
+    (container,) = manifest(fakes, GPU, 1)[2]["containers"]
+    fakes.script(process_=["until stopped"])
+    command = [*container["command"], *container["args"]]
+    started = subprocess.Popen(command, env=fakes.env, start_new_session=True)
+    fakes.until(lambda: (fakes.folder / "started").exists())
+    started.terminate()
+    try:
+        assert started.wait(timeout=60) == 75
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+
+
+def test_the_help_says_how_long_a_spot_node_leaves_for_a_save(fakes):
+    """15 s for Pods without priority on GKE's Spot nodes, whatever terminationGracePeriodSeconds says."""
+    text = " ".join(fakes("gke.sh", "--help").stdout.split())
+    assert "a preempted one gives 15 s" in text and "checkpoint.every_minutes" in text
 
 
 @pytest.mark.parametrize(("nodes", "kind"), [(1, "job"), (4, "jobset")])

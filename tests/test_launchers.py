@@ -199,8 +199,19 @@ def test_a_queued_resource_is_waited_for_and_owns_its_node(fakes, scenario, stat
     assert "to delete it: gcloud alpha compute tpus queued-resources delete node" in result.stderr
 
 
-def test_all_workers_have_stopped_what_is_left_before_one_trains(fakes):
+def test_a_node_in_maintenance_is_waited_for(fakes):
+    """It is READY all the same; gcloud refuses to connect, or the connection ends."""
+    (fakes.folder / "vm").mkdir()
+    fakes.script(describe=[MAINTENANCE, MAINTENANCE, READY])
+    result = fakes("tpu_vm.sh", *TPU)
+    assert result.returncode == 0 and result.stderr.count("node is in maintenance; waiting") == 2, result.stderr
+    assert [call[4] for call in fakes.calls("gcloud")] == ["describe"] * 3 + ["scp", "ssh", "ssh"]
+
+
+@pytest.mark.parametrize("sudo", [0, 1])  # 1: huge pages cannot be turned on
+def test_all_workers_have_stopped_what_is_left_before_one_trains(fakes, sudo):
     """gcloud's ssh returns when the command has ended on all workers."""
+    fakes.script(sudo=[sudo])
     assert fakes("tpu_vm.sh", *TPU).returncode == 0
     before, train = [call[-1] for call in fakes.calls("gcloud") if call[4] == "ssh"]
     assert re.search("scripts/tpu_worker.sh stop && .*scripts/tpu_worker.sh install", before)
@@ -329,6 +340,15 @@ def test_the_environment_of_venv_is_used_and_python_is_not(fakes):
         for env, python in (({}, "python"), ({"VENV": "env"}, "env/bin/python")):
             result = fakes("multi_gpu.sh", *command, PYTHON="/nowhere/python", **env)
             assert result.returncode == 0 and result.stdout.count(f" {python} -m trialgpt_jax.train") == processes
+
+
+def test_these_tests_do_not_inherit_the_interpreter_and_the_environment_of_the_suite(tmp_path, monkeypatch):
+    for name in ("PYTHON", "VENV", "VIRTUAL_ENV"):
+        monkeypatch.setenv(name, "/nowhere")
+    fakes = Fakes(tmp_path)
+    result = fakes("multi_gpu.sh", "--dry_run", "--gpus=none", "--config=a")
+    assert (result.returncode, result.stdout) == (0, "python -m trialgpt_jax.train --config=a\n"), result.stderr
+    assert not {"PYTHON", "VENV", "VIRTUAL_ENV"} & fakes.env.keys()
 
 
 def test_gpus_are_divided_among_the_processes(fakes):

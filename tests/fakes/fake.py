@@ -1,4 +1,4 @@
-"""Fakes gcloud, kubectl, srun, scontrol, curl, python3 and the python of a virtual environment, for test_launchers.py.
+"""Fakes gcloud, kubectl, srun, scontrol, sudo, curl, python3 and the python of a virtual environment.
 
 `fake.py NAME ARGUMENT...` appends [NAME, ARGUMENT...] to $FAKE/calls.jsonl and then follows $FAKE/scenario.json, which
 maps a kind of call ("create", "train", "srun", ...) to the outcomes of its first, second, ... call. Calls without an
@@ -61,7 +61,7 @@ def gcloud(arguments):
         if (what := outcome("create")) != 0:
             fail(what)
         NODE.write_text(f"READY,HEALTHY,{flags['accelerator-type']}")
-        VM.mkdir()
+        VM.mkdir(exist_ok=True)
     elif verb == "delete":
         if (what := outcome("delete")) != 0:
             fail(what)
@@ -195,7 +195,7 @@ def main():
         sys.exit(what)
     elif name == "kubectl":
         kubectl(arguments)
-    elif name in ("srun", "scontrol"):
+    elif name in ("srun", "scontrol", "sudo"):
         what = outcome(name)
         fail(what) if isinstance(what, str) else sys.exit(what)
 
