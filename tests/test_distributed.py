@@ -319,6 +319,7 @@ def test_the_message_to_other_processes_claims_no_death_that_is_not_known(error,
     assert "died" not in own + others and "Traceback" not in own + others and others.count("\n") == 0
     if status == 76:
         assert own == others and str(error) in own and "the same command on every host continues" in own
+        assert ("raise --peer_timeout_seconds" in own) == ("waited too long" in own)
     own_line = {130: "interrupted", 141: ""}
     assert status not in own_line or own == own_line[status]
 

@@ -66,6 +66,8 @@ def test_the_wheel_has_the_program_and_the_requirements_of_each_extra(wheel):
     for extra in PROJECT["project"]["optional-dependencies"]:
         assert f"Provides-Extra: {extra}" in metadata
     assert "Requires-Dist: jax<0.13,>=0.10.2" in metadata
+    for extra, jax in {"cuda": "cuda13", "cuda12": "cuda12", "tpu": "tpu"}.items():  # cuda12: drivers before 580
+        assert f'Requires-Dist: jax[{jax}]; extra == "{extra}"' in metadata
 
 
 def test_the_wheel_alone_finds_its_configs_in_an_empty_folder(wheel, tmp_path):
@@ -148,7 +150,8 @@ def environment(folder, missing, pip=PIP, status=0):
     ):
         (folder / "venv/bin" / name).write_text(text)
         (folder / "venv/bin" / name).chmod(0o755)
-    return os.environ | {"VENV": str(folder / "venv")}
+    own = {name: value for name, value in os.environ.items() if name != "PYTHON"}  # it chooses what the suite runs with
+    return own | {"VENV": str(folder / "venv")}
 
 
 def script(name, *arguments, env, cwd=ROOT):
@@ -168,6 +171,26 @@ def test_pip_is_not_called_where_nothing_is_missing(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"ready: source {tmp_path}/venv/bin/activate\n"
     assert (tmp_path / "calls").read_text() == "scripts/check_venv.py .[test]\n"
+
+
+@pytest.mark.parametrize(("variables", "name"), [({}, "python3"), ({"PYTHON": "mine"}, "mine")])
+@pytest.mark.parametrize("supported", [True, False])
+def test_python_is_the_interpreter_that_makes_the_environment(tmp_path, variables, name, supported):
+    env = environment(tmp_path, "")
+    (tmp_path / "venv").rename(tmp_path / "made")
+    (tmp_path / "bin").mkdir()
+    for each in ("python3", "mine"):
+        text = f'case $1 in -c) exit {int(not supported)} ;; --version) echo {each} 3.9 ;; -m) cp -r made "$3" ;; esac'
+        (tmp_path / "bin" / each).write_text(f'#!/bin/sh\ncd "{tmp_path}"\n{text}\n')
+        (tmp_path / "bin" / each).chmod(0o755)
+    result = script("setup_venv.sh", ".", env=env | {"PATH": f"{tmp_path}/bin:{env['PATH']}"} | variables)
+    if supported:
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == f"creating the virtual environment {tmp_path}/venv with {name} 3.9\n"
+    else:
+        why = f"{name} 3.9 is not supported; set PYTHON to Python 3.11, 3.12 or 3.13"
+        assert (result.returncode, result.stderr) == (2, f"error: {why}\n")
+    assert (tmp_path / "venv/bin/python").exists() == supported
 
 
 def test_what_pip_does_is_said_in_short_lines(tmp_path):

@@ -990,7 +990,7 @@ def test_the_corpora_of_the_hub_are_pinned_and_sizes_are_asked_for_in_parts(sour
 
     def data_files(repo, where, config, split, revision):
         revisions.append(revision)
-        return [f"hf://datasets/{repo}@{revision}/shard_{i:05d}.parquet" for i in range(1234)]
+        return [f"hf://datasets/{repo}@{revision or 'main'}/shard_{i:05d}.parquet" for i in range(1234)]
 
     def sizes(api, repo, paths, revision, repo_type):
         asked.append(len(paths))
