@@ -50,7 +50,7 @@ def long_config(store):
     """A run long enough to be killed several times."""
     c = small_config(store)
     c.model.dropout = 0.1
-    c.train.update({"steps": 120, "batch_size": 32})
+    c.train.update({"steps": 120, "batch_size": 16})
     c.checkpoint.every_steps = 10
     c.eval.every_steps = 20
     return c
@@ -79,7 +79,7 @@ def test_the_log_and_the_files_of_a_run(reference, long_config):
     rates = [3e-3 * min((n + 1) / 6, 0.55 + 0.45 * np.cos(np.pi * max(n - 5, 0) / 115)) for n in range(120)]
     np.testing.assert_allclose([line["lr"] for line in steps], rates, rtol=1e-5)
     assert [line["step"] for line in evaluations] == [0, 20, 40, 60, 80, 100, 120]
-    assert all(line["tokens"] == line["step"] * 32 * 32 for line in lines)
+    assert all(line["tokens"] == line["step"] * 16 * 32 for line in lines)
     assert abs(evaluations[0]["val_loss"] - np.log(512)) < 0.1  # random weights predict all ids equally
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 1
     seconds = [json.loads(line)["seconds"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -289,7 +289,7 @@ def test_token_files_of_nanogpt_and_llm_c_and_mixtures_are_trained_on(kind, conf
             (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + ids.tobytes())
     config.data.dir = f"{store}:0.75,{store}:0.25" if kind == "mixture" else str(folder)
     config.model.vocab_size = 512 if kind == "mixture" else 50257
-    config.train.steps = 6
+    config.train.update({"steps": 6, "batch_size": 2})
     config.eval.every_steps = 3
     result = train(config, tmp_path / "run", file=default_file, here=True)
     assert result.returncode == 0, result.stderr

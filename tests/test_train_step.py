@@ -83,7 +83,7 @@ def test_golden_numbers_of_one_step(name, golden):
 
 def test_accumulation_changes_nothing_but_rounding():
     results = []
-    for n in (1, 2, 4):
+    for n in (1, 4):
         config = small_config("unused")
         config.train.accumulate_steps = n
         program, state, put = build(config)
@@ -100,7 +100,7 @@ def test_accumulation_changes_nothing_but_rounding():
 
 def test_scan_unroll_and_remat_change_nothing_but_rounding():
     results = []
-    for unroll, remat in ((1, "none"), (2, "none"), (1, "dots"), (1, "block")):
+    for unroll, remat in ((1, "none"), (2, "dots"), (1, "block")):
         config = small_config("unused")
         config.train.scan_unroll, config.train.remat = unroll, remat
         config.model.dropout = 0.1  # recomputation must draw the same numbers
