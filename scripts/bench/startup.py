@@ -1,11 +1,12 @@
-"""Measures start-up: seconds from the command to the first finished optimizer step of the quickstart.
+"""Measures start-up: seconds from the command to the first optimizer step and to the first generated text.
 
     python scripts/bench/startup.py --peer=path/to/nanoGPT    # writes scripts/bench/results/startup.json
 
 Each round runs `train` on the quickstart's config twice: cold, with an empty compilation cache, and warm, with the
 cache of the cold run. The clock starts before Python does and stops when the line of step 1 is printed. The evaluation
-before it (16 batches) is included, preprocessing is not. --peer runs nanoGPT's train.py eager on CPU, in turns with
-ours, with the same model size, batch size and number of evaluation batches, until it prints its first iteration.
+before it (16 batches) is included, preprocessing is not. Then `infer` runs on a checkpoint of that model, warm, until
+the prompt and its first token are on stdout. --peer runs nanoGPT's train.py eager on CPU, in turns with ours, with 4
+layers of the same width, the same batch size and number of evaluation batches, until it prints its first iteration.
 """
 
 import os
@@ -50,6 +51,17 @@ def seconds_until(marks: dict[str, str], command: list[str], cwd: str, env: dict
     return seen
 
 
+def seconds_until_text(command: list[str], cwd: str, env: dict[str, str]) -> float:
+    """Seconds from the command to the first byte on stdout; the command must end well."""
+    started = time.perf_counter()
+    with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        first, seconds = process.stdout.read(1), time.perf_counter() - started
+        process.stdout.read()
+    if not first or process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return seconds
+
+
 def nanogpt_folder(source: str, folder: str) -> str:
     """A copy of nanoGPT whose data are random ids."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git", "assets", "data"))
@@ -83,7 +95,15 @@ def main() -> None:
             # it evaluates both splits: 2 x 8 batches
             other = "--dataset=random --device=cpu --dtype=float32 --compile=False --log_interval=1 --eval_iters=8"
             theirs = [sys.executable, "train.py", *sizes.split(), *other.split(), f"--out_dir={folder}/out"]
+        env_of_infer = env | {"XDG_CACHE_HOME": f"{folder}/cache_of_infer"}
+        short = ["--config.train.steps=1", "--config.eval.batches=1", f"--workdir={folder}/model"]
+        train = [sys.executable, "-m", "trialgpt_jax.train", CONFIG, store, *short]
+        subprocess.run(train, cwd=ROOT, env=env_of_infer, check=True, **quiet)
+        infer = [sys.executable, "-m", "trialgpt_jax.infer", f"--workdir={folder}/model", "--prompt=The people"]
+        infer += ["--max_new_tokens=20", "--temperature=0"]
+        seconds_until_text(infer, ROOT, env_of_infer)  # fills the cache
         for number in range(given.rounds):
+            runs.setdefault("infer", []).append({"first text": seconds_until_text(infer, ROOT, env_of_infer)})
             for name in ("cold", "warm"):
                 train = [sys.executable, "-m", "trialgpt_jax.train", CONFIG, store, "--config.log.every_steps=1"]
                 train.append(f"--workdir={folder}/{name}{number}")
@@ -94,17 +114,19 @@ def main() -> None:
 
     packages = ("jax", "jaxlib", "flax", "orbax-checkpoint", *(("torch",) if given.peer else ()))
     figures = {
-        "what": "seconds from the command to the first finished step, quickstart (5.2M parameters, 8 x 256 tokens)",
+        "what": "seconds from the command to the first finished step, quickstart (5.2M parameters, 8 x 256 tokens); "
+        "infer: to the first token of its model, warm",
         "machine": report.machine(),
         "versions": report.versions(*packages),
     }
     medians = {}
     for name, rounds in runs.items():
-        medians[name] = statistics.median(run["stepped"] for run in rounds)
+        last = list(rounds[0])[-1]
+        medians[name] = statistics.median(run[last] for run in rounds)
         until = {mark: round(statistics.median(run[mark] for run in rounds), 2) for mark in rounds[0]}
         figures[name] = {
             "median": round(medians[name], 2),
-            "rounds": [round(run["stepped"], 2) for run in rounds],
+            "rounds": [round(run[last], 2) for run in rounds],
             "seconds_until": until,
         }
     if given.peer:
