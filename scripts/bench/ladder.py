@@ -5,6 +5,8 @@
     python scripts/bench/ladder.py --only=muon,rope         # some of them
     python scripts/bench/ladder.py --store=data/rfc --layers=6 --width=384 --steps=1000 --only="gpt2,rope base 1024"
     python scripts/bench/ladder.py --time                   # ms of a step of every rung, in turns
+    python scripts/bench/ladder.py --h200=PYTHON            # FLOPs and bytes of a step of every rung at 124M, compiled
+                                                            # for an H200 by an interpreter with the extra `cuda`
 
 A rung changes some fields of the rung below it and is run with three seeds. Each arm's main learning rate is tuned over
 at least four values with the first seed; a rung without a grid takes the best rate of the last grid below it. Each run
@@ -43,6 +45,8 @@ SEEDS = (1337, 1, 2)
 STEPS = 150  # of a rung: 0.31M tokens
 LONG = 6 * STEPS  # of the AdamW that the last rung is compared with
 EMA = (0.9, 0.95, 0.98)  # decays of averaged weights
+GPT2_124M = {"model.n_layer": 12, "model.n_embd": 768, "model.block_size": 1024, "model.vocab_size": 50304}
+GPT2_124M |= {"train.batch_size": 32, "train.accumulate_steps": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +314,25 @@ def measure_steps(figures: dict, rungs: list[Rung], rounds: int) -> dict[str, fl
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
+def compile_steps(figures: dict, rungs: list[Rung], python: str) -> dict[str, dict[str, float]]:
+    """By rung, for a train step of 32 x 1,024 tokens at 124M on one H200: the model's GFLOPs and the MB of device
+    memory that the compiled program reads and writes, both a token."""
+    root = os.path.join(report.RESULTS, "..", "..", "..")
+    argv = [python, os.path.join(root, "scripts", "aot_compile.py"), f"--config={root}/configs/gpt2.py:124m"]
+    found = {}
+    for rung in rungs:
+        fields = untuned(figures, rung, GPT2_124M)  # the rates do not matter
+        flags = [f"--config.{name}={value}" for name, value in fields.items() if not name.startswith("data.")]
+        output = subprocess.check_output([*argv, "--target=h200", "--json", *flags], text=True)
+        step = json.loads(output.splitlines()[-1])
+        found[rung.name] = {
+            "gflops": step["flops_per_step"] / step["tokens_per_step"] / 1e9,
+            "megabytes": step["bytes_moved"] / step["tokens_per_step"] / 1e6,
+        }
+        print(rung.name, found[rung.name], file=sys.stderr)
+    return found
+
+
 def main() -> None:
     parser = report.parser(__doc__, "ladder", rounds=10)
     parser.add_argument("--only", nargs="*", choices=[rung.name for rung in RUNGS], help="rungs; default: all")
@@ -319,6 +342,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--time", action="store_true", help="measure the time of a step only")
+    parser.add_argument("--h200", metavar="PYTHON", default="", help="compile the steps for an H200 only")
     parser.add_argument("--run", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -330,6 +354,10 @@ def main() -> None:
         runs.figures["step_ms"] = measure_steps(runs.figures, rungs, options.rounds)
         runs.save()
         print(json.dumps(runs.figures["step_ms"], indent=1))
+        return
+    if options.h200:
+        runs.figures["h200"] = compile_steps(runs.figures, rungs, options.h200)
+        runs.save()
         return
     runs.climb(rungs)
 

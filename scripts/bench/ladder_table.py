@@ -45,10 +45,9 @@ def _rate(rung: ladder.Rung, fields: dict) -> str:
 
 def ladder_table(figures: dict) -> str:
     """Markdown: a row a rung, with its gain over the newest rung above it that is taken, on the seeds of both."""
-    lines = [
-        "| change | bits per byte | seeds | sigma | gain | gain / sigma | best rate | parameters | ms a step | taken |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("change", "bits per byte", "seeds", "sigma", "gain", "gain / sigma", "best rate", "parameters")
+    columns += ("ms a step", "H200: GFLOPs, MB a token", "taken")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     base = None
     for rung in ladder.RUNGS:
         row = summary(figures, rung)
@@ -63,12 +62,13 @@ def ladder_table(figures: dict) -> str:
             gain = f"{gained:+.4f}"
             if base["sigma"] and row["sigma"]:
                 relative = f"{gained / math.sqrt((base['sigma'] ** 2 + row['sigma'] ** 2) / 2):+.1f}"
-        milliseconds = figures.get("step_ms", {}).get(rung.name)
+        milliseconds, h200 = (figures.get(name, {}).get(rung.name) for name in ("step_ms", "h200"))
+        static = f"{h200['gflops']:.3f}, {h200['megabytes']:.2f}" if h200 else ""
         lines.append(
             f"| {rung.name} | {row['mean']:.4f} | {len(row['scores'])} "
             f"| {'' if row['sigma'] is None else format(row['sigma'], '.4f')} | {gain} | {relative} "
             f"| {row['rate']} | {row['parameters'] / 1e6:.2f}M "
-            f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {'yes' if rung.taken else 'no'} |"
+            f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {static} | {'yes' if rung.taken else 'no'} |"
         )
         base = row if builds else base
     return "\n".join(lines)
