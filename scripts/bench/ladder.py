@@ -121,6 +121,15 @@ RUNGS = (
         taken=False,
     ),
     Rung("averaged weights", {"optim.schedule": "constant"}, taken=False, averages=True),
+    # the last taken rung without one of the changes below it
+    Rung(
+        "without: rmsnorm without scale, no biases",
+        {"model.norm": "layernorm", "model.norm_scale": True, "model.bias": True},
+        taken=False,
+    ),
+    Rung("without: softcap 15", {"model.logit_softcap": 0.0}, taken=False),
+    Rung("without: heads of 128", {"model.n_head": 4}, taken=False),
+    Rung("without: relu2", {"model.activation": "gelu"}, taken=False),
 )
 
 
