@@ -93,7 +93,7 @@ def every_option(config):
         {"activation": "relu2", "mlp_width": 64, "qk_norm": True, "qk_norm_scale": True, "n_kv_head": 2}
     )
     config.model.update({"tie_embeddings": False, "embed_norm": True, "logit_softcap": 15.0})
-    config.optim.update({"name": "normuon", "cautious_weight_decay": True, "weight_decay_schedule": "learning_rate"})
+    config.optim.name = "muon"
     for group, rate in {"matrices": 0.03, "embedding": 0.01, "head": 0.004, "vectors": 0.002}.items():
         config.optim.groups[group].update({"learning_rate": rate, "b1": 0.8})
     return config

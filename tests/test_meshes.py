@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import command, small_config
+from flax import linen as nn
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from trialgpt_jax import UserError
-from trialgpt_jax.parallel.sharding import batch_sharding, local_blocks, make_mesh
+from trialgpt_jax.parallel.sharding import batch_sharding, local_blocks, make_mesh, shard_shapes
 from trialgpt_jax.training.metrics import parameter_count
 from trialgpt_jax.training.program import Program
 
@@ -124,6 +128,17 @@ def test_tensor_and_if_possible_fsdp_stay_inside_a_host(sizes):
     assert (where == where[:, :, :1]).all(), "a tensor group has devices of two hosts"
     if sizes[1] * sizes[2] <= 8:
         assert (where == where[:, :1, :1]).all(), "an fsdp group has devices of two hosts"
+
+
+def test_an_axis_of_length_one_is_not_split():
+    """An optimizer may keep one value for each column of a kernel."""
+    names = ("layers", "embed", "heads")
+    boxed = {
+        shape: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, float), names) for shape in ((3, 8, 16), (3, 1, 16))
+    }
+    placed = shard_shapes(boxed, AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor")))
+    assert placed[3, 8, 16].sharding.spec == P(None, "fsdp", "tensor")
+    assert placed[3, 1, 16].sharding.spec == P(None, None, "tensor")
 
 
 def test_axes_that_do_not_fit_the_devices_of_a_host_are_refused():

@@ -44,7 +44,7 @@ class Data:
     shuffle: bool = field(True, "False: training windows in the order of the corpus")
 
 
-_OPTIMIZERS = ("adamw", "muon", "normuon")
+_OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclasses.dataclass
@@ -76,7 +76,7 @@ class Groups:
 
 @dataclasses.dataclass(kw_only=True)
 class Optim:
-    name: str = field("adamw", "muon, normuon: the layers' matrices by it, the rest by AdamW", choices=_OPTIMIZERS)
+    name: str = field("adamw", "muon: the layers' matrices by it, the rest by AdamW", choices=_OPTIMIZERS)
     groups: Groups
     learning_rate: float = field(6e-4, "peak of AdamW's learning rate", at_least=0)
     muon_learning_rate: float = field(0.02, "peak of Muon's learning rate", at_least=0)
@@ -89,10 +89,6 @@ class Optim:
     min_lr_ratio: float = field(0.1, "final learning rate / peak", at_least=0, at_most=1)
     decay_fraction: float = field(0.2, "wsd: share of the steps, at the end, that decays", at_least=0, at_most=1)
     weight_decay: float = field(0.1, "decoupled, on matrices only; vectors have optim.groups.vectors", at_least=0)
-    weight_decay_schedule: str = field(
-        "constant", "learning_rate: the weight decay falls with it", choices=("constant", "learning_rate")
-    )
-    cautious_weight_decay: bool = field(False, "decay only weights that the update moves towards zero")
     b1: float = field(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
     b2: float = field(0.95, "AdamW's decay of the second moment", at_least=0, below=1)
     eps: float = field(1e-8, "AdamW's epsilon", at_least=0)

@@ -2,8 +2,8 @@
 
     python -m trialgpt_jax.preprocess --config=configs/quickstart.py
     python scripts/bench/ladder.py                          # every rung; adds to scripts/bench/results/ladder.json
-    python scripts/bench/ladder.py --only=muon,rope         # some of them
-    python scripts/bench/ladder.py --store=data/rfc --layers=6 --width=384 --steps=1000 --only="gpt2,rope base 1024"
+    python scripts/bench/ladder.py --only muon rope         # some of them
+    python scripts/bench/ladder.py --store=data/rfc --layers=6 --width=384 --steps=150 --only gpt2 muon
     python scripts/bench/ladder.py --time                   # ms of a step of every rung, in turns
     python scripts/bench/ladder.py --h200=PYTHON            # FLOPs and bytes of a step of every rung at 124M, compiled
                                                             # for an H200 by an interpreter with the extra `cuda`
@@ -59,6 +59,7 @@ class Rung:
       steps: length of the schedule.
       taken: whether the next rungs build on it: its gain is at least one standard deviation.
       averages: whether moving averages of the weights are evaluated too.
+      removed: the last commit that has the option, if it was removed because its rung did not earn it.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Rung:
     steps: int = STEPS
     taken: bool = True
     averages: bool = False
+    removed: str = ""
 
 
 ADAMW = {"rate": "optim.learning_rate", "grid": (1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3)}
@@ -110,7 +112,7 @@ RUNGS = (
         **MUON | {"grid": (0.014, 0.02, 0.028, 0.04)},
     ),
     # not taken
-    Rung("normuon", {"optim.name": "normuon"}, taken=False),
+    Rung("normuon", {"optim.name": "normuon"}, taken=False, removed="f80de9b"),
     Rung(
         "decay 0.1, cautious, to zero",
         {
@@ -119,6 +121,7 @@ RUNGS = (
             "optim.weight_decay_schedule": "learning_rate",
         },
         taken=False,
+        removed="f80de9b",
     ),
     Rung("averaged weights", {"optim.schedule": "constant"}, taken=False, averages=True),
     # the last taken rung without one of the changes below it
@@ -344,7 +347,9 @@ def compile_steps(figures: dict, rungs: list[Rung], python: str) -> dict[str, di
 
 def main() -> None:
     parser = report.parser(__doc__, "ladder", rounds=10)
-    parser.add_argument("--only", nargs="*", choices=[rung.name for rung in RUNGS], help="rungs; default: all")
+    parser.add_argument(
+        "--only", nargs="*", choices=[rung.name for rung in RUNGS if not rung.removed], help="rungs; default: all"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on its own cores")
     parser.add_argument("--store", default="", help="another token store")
     parser.add_argument("--layers", type=int, default=0, help="of the model, for another store")
@@ -357,7 +362,7 @@ def main() -> None:
     if options.run:
         print(json.dumps(run(*json.loads(options.run))))
         return
-    rungs = [rung for rung in RUNGS if not options.only or rung.name in options.only]
+    rungs = [rung for rung in RUNGS if not rung.removed and (not options.only or rung.name in options.only)]
     runs = Runs(options)
     if options.time:
         runs.figures["step_ms"] = measure_steps(runs.figures, rungs, options.rounds)

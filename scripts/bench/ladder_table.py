@@ -63,12 +63,13 @@ def ladder_table(figures: dict) -> str:
             if base["sigma"] and row["sigma"]:
                 relative = f"{gained / math.sqrt((base['sigma'] ** 2 + row['sigma'] ** 2) / 2):+.1f}"
         milliseconds, h200 = (figures.get(name, {}).get(rung.name) for name in ("step_ms", "h200"))
+        taken = "yes" if rung.taken else "no, removed" if rung.removed else "no"
         static = f"{h200['gflops']:.3f}, {h200['megabytes']:.2f}" if h200 else ""
         lines.append(
             f"| {rung.name} | {row['mean']:.4f} | {len(row['scores'])} "
             f"| {'' if row['sigma'] is None else format(row['sigma'], '.4f')} | {gain} | {relative} "
             f"| {row['rate']} | {row['parameters'] / 1e6:.2f}M "
-            f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {static} | {'yes' if rung.taken else 'no'} |"
+            f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {static} | {taken} |"
         )
         base = row if builds else base
     return "\n".join(lines)

@@ -12,12 +12,11 @@ from trialgpt_jax import UserError
 from trialgpt_jax.model.config import GPTConfig
 
 GROUPS = ("matrices", "embedding", "head", "vectors")
-MUON = ("muon", "normuon")  # optimizers of the layers' matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a group is trained with; with Muon b1 is the momentum and b2 is NorMuon's."""
+    """What a group is trained with; with Muon b1 is the momentum, and b2 and eps are not used."""
 
     optimizer: str
     learning_rate: float  # peak
@@ -59,11 +58,12 @@ def settings(optim: ConfigDict) -> dict[str, Settings]:
 def _settings(optim: ConfigDict, name: str) -> Settings:
     group, field = optim.groups[name], f"config field `optim.groups.{name}"
     optimizer = group.optimizer or (optim.name if name == "matrices" else "adamw")
-    by_muon = optimizer in MUON
+    by_muon = optimizer == "muon"
     if by_muon and name != "matrices":
         raise UserError(f"{field}.optimizer` is {optimizer!r}, but only the group matrices can be trained with it")
-    if by_muon and group.eps != -1:
-        raise UserError(f"{field}.eps` is {group.eps}, but {optimizer} has no eps; leave it at -1")
+    for key in ("b2", "eps"):
+        if by_muon and group[key] != -1:
+            raise UserError(f"{field}.{key}` is {group[key]}, but muon has no {key}; leave it at -1")
     values = {
         "learning_rate": optim.muon_learning_rate if by_muon else optim.learning_rate,
         "weight_decay": optim.weight_decay,

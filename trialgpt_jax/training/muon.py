@@ -28,10 +28,9 @@ _ROWS = ("fsdp", "tensor")  # the mesh axes over which kernels are split
 
 
 class MuonState(NamedTuple):
-    """The state of `scale_by_muon`; `second_moment` is None without `normalise_rows`."""
+    """The state of `scale_by_muon`."""
 
     momentum: Any  # like the parameters
-    second_moment: Any = None  # float32 [L, 1, O] per leaf
 
 
 def orthogonalise(x: jax.Array) -> jax.Array:
@@ -121,9 +120,7 @@ def _unit_norm(x: jax.Array) -> jax.Array:
     return (wide / jnp.where(norm > 0, norm, 1)).astype(x.dtype)
 
 
-def scale_by_muon(
-    momentum: float, nesterov: bool = True, normalise_rows: bool = False, b2: float = 0.95
-) -> optax.GradientTransformation:
+def scale_by_muon(momentum: float, nesterov: bool = True) -> optax.GradientTransformation:
     """Replaces gradients by orthogonalised momentum (Jordan 2024).
 
     Every leaf is a stack of kernels [L, I, O]. The momentum has no bias correction, as in Jordan's code, because the
@@ -132,15 +129,10 @@ def scale_by_muon(
     Args:
       momentum: share of the old momentum that stays.
       nesterov: orthogonalise the momentum after one more step along this gradient.
-      normalise_rows: NorMuon (Li et al. 2025, arXiv 2510.05491): divide the update of each neuron by its running
-        root mean square, then restore the matrix's Frobenius norm. A neuron is an output: a column of [I, O].
-      b2: share of the old mean square that stays.
     """
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        second = jax.tree.map(lambda p: jnp.zeros((p.shape[0], 1, p.shape[2]), jnp.float32), params)
-        return MuonState(zeros, second if normalise_rows else None)
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
 
     def update(gradients, state, params=None):
         del params
@@ -149,24 +141,9 @@ def scale_by_muon(
             return momentum * m + (1 - momentum) * g
 
         m = jax.tree.map(mix, state.momentum, gradients)
-        updates = jax.tree.map(orthogonalise, jax.tree.map(mix, m, gradients) if nesterov else m)
-        if not normalise_rows:
-            return updates, MuonState(m)
-        second = jax.tree.map(
-            lambda v, u: b2 * v + (1 - b2) * jnp.square(u).mean(-2, keepdims=True, dtype=jnp.float32),
-            state.second_moment,
-            updates,
-        )
-        return jax.tree.map(_normalise, updates, second), MuonState(m, second)
+        return jax.tree.map(orthogonalise, jax.tree.map(mix, m, gradients) if nesterov else m), MuonState(m)
 
     return optax.GradientTransformation(init, update)
-
-
-def _normalise(update: jax.Array, mean_square: jax.Array) -> jax.Array:
-    """Divides columns by the roots of `mean_square`, and restores the Frobenius norm of each matrix."""
-    scaled = update * jnp.where(mean_square > 0, jax.lax.rsqrt(mean_square), 0)
-    norms = [jnp.sqrt(jnp.square(u).sum((-2, -1), keepdims=True)) for u in (update, scaled)]
-    return (scaled * (norms[0] / jnp.where(norms[1] > 0, norms[1], 1))).astype(update.dtype)
 
 
 def scale_by_shape(updates, params=None):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax.schema import choose
 from trialgpt_jax.training import muon
-from trialgpt_jax.training.groups import GROUPS, MUON, Settings, group_of, settings
+from trialgpt_jax.training.groups import GROUPS, Settings, group_of, settings
 
 # ---- schedules after the warmup: (config.optim, peak, updates after the warmup, updates in all) -> optax.Schedule
 
@@ -90,12 +90,7 @@ def _muon(group: Settings):
     return optax.chain(muon.scale_by_muon(group.b1), optax.stateless(muon.scale_by_shape))
 
 
-def _normuon(group: Settings):
-    update = muon.scale_by_muon(group.b1, normalise_rows=True, b2=group.b2)
-    return optax.chain(update, optax.stateless(muon.scale_by_shape))
-
-
-OPTIMIZERS = {"adamw": _adamw, "muon": _muon, "normuon": _normuon}
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
 def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -117,24 +112,11 @@ def make_optimizer(optim: ConfigDict, steps: int) -> optax.GradientTransformatio
 
 
 def _group_optimizer(optim: ConfigDict, group: Settings, steps: int) -> optax.GradientTransformation:
-    rate = schedule(optim, steps, group.learning_rate)
-    falls = optim.weight_decay_schedule == "learning_rate"
-    decayed = optax.add_decayed_weights(schedule(optim, steps, group.weight_decay) if falls else group.weight_decay)
-    if optim.cautious_weight_decay:
-        decayed = _cautious(decayed)
     return optax.chain(
-        choose(OPTIMIZERS, group.optimizer, "optim.name")(group), decayed, optax.scale_by_learning_rate(rate)
+        choose(OPTIMIZERS, group.optimizer, "optim.name")(group),
+        optax.add_decayed_weights(group.weight_decay),
+        optax.scale_by_learning_rate(schedule(optim, steps, group.learning_rate)),
     )
-
-
-def _cautious(decayed: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Decays only the weights that the update moves towards zero (Chen et al. 2025, arXiv 2510.12402)."""
-
-    def update(updates, state, params):
-        both, state = decayed.update(updates, state, params)
-        return jax.tree.map(lambda d, u, p: jnp.where(u * p > 0, d, u), both, updates, params), state
-
-    return optax.GradientTransformation(decayed.init, update)
 
 
 def always_finite(optim: ConfigDict) -> bool:
@@ -148,7 +130,7 @@ def always_finite(optim: ConfigDict) -> bool:
         return False
 
     def bounded(group: Settings) -> bool:
-        moments_forget = group.optimizer in MUON or min(1 - group.b1, 1 - group.b2, group.b2 - group.b1**2) > 1e-5
+        moments_forget = group.optimizer == "muon" or min(1 - group.b1, 1 - group.b2, group.b2 - group.b1**2) > 1e-5
         return group.learning_rate * max(1.0, group.weight_decay) <= 1 and moments_forget
 
     return all(bounded(group) for group in settings(optim).values())
