@@ -70,7 +70,7 @@ def test_every_combination_matches_the_numpy_model_and_cached_logits_match_uncac
         expected = np.asarray(uncached(params, config, ids))
         layers = split_layers(params, config)
         padded = np.where(np.arange(T) < prefill, ids, config.vocab_size - 1).astype(np.int32)
-        first, caches = decode.prefill(layers, config, padded, jnp.int32(0), np.array([prefill]), None, 1, T)
+        first, caches = decode.prefill(layers, config, padded, jnp.int32(0), np.array([prefill]), None, T)
         out = [np.asarray(first)]
 
         @jax.jit

@@ -107,12 +107,13 @@ def compile_decode(
         # The decode step reads parameters and cache in the layouts that the programs before it give them.
         split = _split.lower(params_layout, config, "auto").compile()
         params = like(jax.eval_shape(lambda p: _split(p, config, "auto"), params_layout), split.output_shardings)
-        prompt, scalar, lengths = (
-            array(shape, jnp.int32) for shape in ((1, piece_length(1, prompt_length, S)), (), (1,))
-        )
-        arguments = (params, config, prompt, scalar, lengths, None, num_samples, S)
-        compiled = prefill.lower(*arguments).compile()
-        first_BxV, caches = jax.eval_shape(prefill, *arguments)
+        P = piece_length(1, prompt_length, S)
+        prompt, scalar, lengths = (array(shape, jnp.int32) for shape in ((1, P), (), (1,)))
+        arguments = (params, config, prompt, scalar, lengths, None, min(S, power_of_two(prompt_length)))
+        read = prefill.lower(*arguments).compile()
+        arguments = (*like(jax.eval_shape(prefill, *arguments), read.output_shardings), num_samples, S)
+        compiled = make_room.lower(*arguments).compile()
+        first_BxV, caches = jax.eval_shape(make_room, *arguments)
         caches = like(caches, compiled.output_shardings[1])
         keys_B = jax.eval_shape(lambda: sample_keys(0, [0], num_samples))
         drawing = everywhere(jax.eval_shape(lambda keys: make_drawing(DEFAULT_SAMPLING, keys, None, False), keys_B))
@@ -152,12 +153,12 @@ def cache_length_of(config: GPTConfig, prompt_length: int, max_new_tokens: int) 
 
 
 def piece_length(n_prompts: int, longest: int, cache_length: int) -> int:
-    """The tokens of each prompt in one call of `prefill`: a power of two, and together about 1,024 or 64 each.
+    """The tokens of each prompt in one call of `prefill`: a power of two, and together about 1,024 or 32 each.
 
     As many as keep a matmul busy: longer pieces would take memory for [pieces, S] attention weights, and compute more
     padding of prompts that differ in length.
     """
-    return min(cache_length, power_of_two(longest), max(64, power_of_two(1024 // n_prompts)))
+    return min(cache_length, power_of_two(longest), max(32, power_of_two(1024 // n_prompts)))
 
 
 def power_of_two(n: int) -> int:
@@ -176,30 +177,38 @@ def _empty_caches(config: GPTConfig, rows: int, length: int) -> tuple:
     return ((empty, empty),) * config.n_layer
 
 
-@functools.partial(jax.jit, static_argnums=(1, 6, 7), donate_argnums=5)
-def prefill(params, config, tokens_RxP, first, lengths_R, before, samples, cache_length):
+@functools.partial(jax.jit, static_argnums=(1, 6), donate_argnums=5)
+def prefill(params, config, tokens_RxP, first, lengths_R, before, read_length):
     """Reads P tokens of each prompt.
 
     Args:
-      tokens_RxP: the tokens at positions `first` ... first + P - 1; first + P is at most S.
+      tokens_RxP: the tokens at positions `first` ... first + P - 1; first + P is at most `read_length`.
       lengths_R: lengths of the whole prompts. Slots from there on hold keys of the padding; each is overwritten before
         a query can see it.
       before: of the call with the positions before; None for the first one.
-      samples: of each prompt; more than 1 in the last call alone.
-      cache_length: S.
+      read_length: of the caches: that of the prompts. Attention over the room for new tokens would be wasted work.
 
     Returns:
-      logits [B, V] after each prompt, if a call has come to its end; the caches.
+      logits [R, V] after each prompt, if a call has come to its end; the caches.
     """
     R, P = tokens_RxP.shape
-    logits_RxV, caches = before or (None, _empty_caches(config, R, cache_length))
+    logits_RxV, caches = before or (None, _empty_caches(config, R, read_length))
     hidden, caches = _forward(params, config, tokens_RxP, first + jnp.arange(P), caches)
     last_R = lengths_R - 1 - first
     here_R = (last_R >= 0) & (last_R < P)
     ends = jnp.take_along_axis(hidden, jnp.clip(last_R, 0, P - 1)[:, None, None], axis=1)
     ends_RxV = logits(params, config, ends)[:, 0]
-    logits_RxV = ends_RxV if before is None else jnp.where(here_R[:, None], ends_RxV, logits_RxV)
-    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits_RxV, caches))
+    return ends_RxV if before is None else jnp.where(here_R[:, None], ends_RxV, logits_RxV), caches
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def make_room(logits_RxV, caches, samples, cache_length):
+    """The logits [B, V] and caches [K * B, S, D] of `samples` of each prompt, with room for new tokens."""
+
+    def longer(x):
+        return jnp.pad(x, ((0, 0), (0, cache_length - x.shape[1]), (0, 0)))
+
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits_RxV, jax.tree.map(longer, caches)))
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)

@@ -26,7 +26,9 @@ from trialgpt_jax.model.decode import (
     decode,
     first_state,
     make_drawing,
+    make_room,
     piece_length,
+    power_of_two,
     prefill,
     read_again,
     sample_keys,
@@ -146,16 +148,16 @@ def _read(params, config: GPTConfig, prompts: list[np.ndarray], num_samples: int
     S = cache_length_of(config, longest, max_new_tokens)
     P = piece_length(len(prompts), longest, S)
     n_pieces = -(-longest // P)
+    read_length = min(S, power_of_two(n_pieces * P))
     tokens_RxT = np.zeros((len(prompts), n_pieces * P), np.int32)
     for row, prompt in zip(tokens_RxT, prompts, strict=True):
         row[: len(prompt)] = prompt
     result = None
     for i in range(n_pieces):
         first = min(i * P, S - P)  # S may not be a multiple of P: some tokens are then read twice
-        samples = num_samples if i == n_pieces - 1 else 1
         tokens_RxP = tokens_RxT[:, first : first + P]
-        result = prefill(params, config, tokens_RxP, np.int32(first), lengths_R, result, samples, S)
-    return result
+        result = prefill(params, config, tokens_RxP, np.int32(first), lengths_R, result, read_length)
+    return result if (num_samples, read_length) == (1, S) else make_room(*result, num_samples, S)
 
 
 def _again(params, config, state: State, rows: np.ndarray, texts: list[np.ndarray]) -> State:
