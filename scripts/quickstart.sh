@@ -8,7 +8,7 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
     shift
 fi
 from=$PWD
-source "$(dirname "$0")/setup_venv.sh" .
+source "$(dirname "$0")/setup_venv.sh" '.[plot]'
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # Huge pages for the buffers that XLA allocates at each step: a sixth less time per step on CPU, with glibc.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
@@ -37,12 +37,13 @@ for flag in "$@"; do
 done
 printf '\nMade in %s:\n' "$PWD"
 printf '  %-15s  %s\n' "$VENV" "Python packages and the program \`trialgpt\`" "$store" "the text as token ids" \
-    "$workdir" "checkpoints, metrics.jsonl, config.json"
+    "$workdir" "checkpoints, curves.png, summary.md, metrics.jsonl"
 cat <<END
 Next, one after the other:
   ${cd_root}source $(quoted "$VENV")/bin/activate
   trialgpt infer --workdir=$(quoted "$workdir") --prompt="My fellow citizens" --num_samples=3
   trialgpt train --config=quickstart$flags --config.train.steps=1080 --workdir=$(quoted "$workdir")_longer
   trialgpt convert --workdir=$(quoted "$workdir") --to_hf=$(quoted "$new_folder")
-\`trialgpt --help\` lists the commands; README.md has training on your own text, on GPUs and on TPUs.
+\`trialgpt --help\` lists the commands. README.md has training on your own text, on
+GPUs and on TPUs.
 END

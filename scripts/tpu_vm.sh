@@ -122,9 +122,14 @@ on_workers() {
         --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=10 "--command=$1"
 }
 
+# What gcloud says where another attempt would fail as well; the last three: no project or account is configured.
+permanent='INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND'
+permanent+='|attribute \[project\]|property \[core/project\]|active account'
+
 # $1: number of failures so far.
+seconds() { echo $((wait * ($1 < 4 ? 1 << $1 : 10))); }
 back_off() {
-    [ -n "$dry_run" ] || sleep $((wait * ($1 < 4 ? 1 << $1 : 10)))
+    [ -n "$dry_run" ] || sleep "$(seconds "$1")"
 }
 
 # Prints "STATE,HEALTH,TYPE" of the node, or nothing if it does not exist or the query fails; `create` then reports the
@@ -181,10 +186,10 @@ ensure_node() {
             return
         fi
         cat "$scratch/stderr" >&2
-        if [[ $(<"$scratch/stderr") =~ INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND ]]; then
+        if [[ $(<"$scratch/stderr") =~ $permanent ]]; then
             die "$name cannot be created: ${BASH_REMATCH[0]}, see above"
         fi
-        say "attempt $((attempt + 1)) of $max_creates to create $name failed"
+        say "attempt $((attempt + 1)) of $max_creates to create $name failed; the next one is in $(seconds "$attempt") s"
         back_off "$attempt"
     done
     echo "error: $name was not ready after $max_creates attempts" >&2

@@ -1,5 +1,6 @@
 """The Python API: what `import trialgpt_jax` offers."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def test_the_package_is_imported_without_jax_and_train_on_its_first_use():
     program = "import sys, trialgpt_jax as t; print('jax' in sys.modules, callable(t.train), 'jax' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert result.stdout.split() == ["False", "True", "True"], result.stderr
+    assert list(inspect.signature(trialgpt_jax.train).parameters) == ["config", "workdir", "changes"]
     with pytest.raises(AttributeError, match="has no attribute 'tran'"):
         trialgpt_jax.tran  # noqa: B018
 

@@ -581,6 +581,19 @@ def test_mesh_must_fit_the_devices_the_model_and_the_batch():
     assert "12 sequences" in message and "8 devices" in message
 
 
+def test_a_removed_field_is_dropped_from_a_snapshot_where_it_had_no_effect(tmp_path):
+    save_snapshot(default_config(), str(tmp_path))
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    for value in (False, True):
+        saved["optim"]["cautious_weight_decay"] = value
+        path.write_text(json.dumps(saved))
+        if value:
+            assert "`optim.cautious_weight_decay` does not exist" in refusal(load_snapshot, str(tmp_path))
+        else:
+            assert fields(load_snapshot(str(tmp_path))) == fields(default_config())
+
+
 def test_snapshot_round_trip_and_damage(tmp_path):
     c = default_config()
     c.train.steps, c.data.source_options.path = 7, "x*.txt"

@@ -445,7 +445,7 @@ def test_core_needs_a_bundle_and_the_message_says_how_to_give_it(world, workdir)
 def test_without_lm_eval_its_tasks_name_the_extra_and_the_others_run(world, workdir, fakes, monkeypatch):
     monkeypatch.setattr(harness, "load", REAL_LOAD)
     monkeypatch.setattr(harness, "_installed", lambda: False)
-    refused(call("evaluate", f"--workdir={workdir}", "--tasks=piqa"), "pip install -e '.[eval]'")
+    refused(call("evaluate", f"--workdir={workdir}", "--tasks=piqa"), "pip install 'trialgpt_jax[eval]'")
     done = call("evaluate", f"--workdir={workdir}", "--tasks=hellaswag_llmc")
     assert done.returncode == 0 and "llm.c" in done.stdout, done.stderr
 

@@ -312,7 +312,7 @@ def test_warnings_of_lm_eval_are_one_line_each_on_stderr(capsys):
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
-    # follows: tasks of lm-eval need the extra `eval`: `pip install -e '.[eval]'`
+    # follows: tasks of lm-eval need the extra `eval`: `pip install 'trialgpt_jax[eval]'`
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         harness.load(["piqa"])

@@ -136,6 +136,8 @@ def test_a_preempted_slice_is_recreated_and_the_run_resumes_at_the_saved_step(fa
         ({"install": [2]}, [], 2, ["create", "scp", "install"]),
         ({"create": ["There is no more capacity"] * 9}, ["--max_creates=3"], 1, ["create"] * 3),
         ({"create": ["ERROR: PERMISSION_DENIED: no"]}, [], 2, ["create"]),
+        ({"create": ["ERROR: (gcloud.compute.tpus) Failed to find attribute [project]."]}, [], 2, ["create"]),
+        ({"create": ["ERROR: You do not currently have an active account selected."]}, [], 2, ["create"]),
         ({"describe": ["READY,,v5litepod-16"]}, [], 0, ONCE),  # exists already
         ({"describe": ["CREATING,,v5litepod-16", "READY,,v5litepod-16"]}, [], 0, ONCE),
         ({"describe": ["TERMINATED,,v5litepod-16"]}, [], 0, ["delete", "create", *ONCE]),

@@ -542,6 +542,28 @@ def test_the_command_line(tmp_path, corpus):
     assert empty.returncode == 2 and "does not exist; run" in empty.stderr
 
 
+def test_a_validation_split_without_documents_is_said(tmp_path):
+    # follows: run preprocess into a new folder with a larger data.val_fraction
+    texts = write_texts(tmp_path / "texts", ["We the People. " * 20] * 3)
+    for share in (0.001, 0.5, 0.0):
+        config = make_config(tmp_path / f"store_{share}", path=texts, val_fraction=share)
+        result = subprocess.run(command(config), capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        warned = "warning: no document was drawn for the validation split;" in result.stderr
+        assert warned == (share == 0.001), result.stderr
+
+
+def test_a_folder_made_for_a_source_that_cannot_be_read_is_removed(tmp_path):
+    config = make_config(tmp_path / "store", path=tmp_path / "none")
+    with pytest.raises(UserError, match="none"):
+        preprocess(config)
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "store").mkdir()  # but not one that was there
+    with pytest.raises(UserError, match="none"):
+        preprocess(config)
+    assert (tmp_path / "store").exists()
+
+
 def write_texts(folder, texts):
     folder.mkdir(exist_ok=True)
     for i, text in enumerate(texts):

@@ -90,6 +90,15 @@ def test_what_cannot_be_plotted_is_one_line(runs, tmp_path, monkeypatch):
     refused(call("plot", short, "--config.seed=1"), "has no config")
     monkeypatch.setattr(curves, "available", lambda: True)
     refused(call("plot", tmp_path / "none", f"--out={tmp_path}/a.png"), "metrics.jsonl does not exist")
+    new = write_run(tmp_path / "new", [])
+    refused(call("plot", new, f"--out={tmp_path}/a.png"), "new/metrics.jsonl has no line yet")
+    refused(
+        call("plot", new, write_run(tmp_path / "b", []), f"--out={tmp_path}/a.png"), "none of the 2 runs has a line"
+    )
+    monkeypatch.setattr(curves, "draw", lambda drawn, _: b"%d" % len(drawn))
+    beside = call("plot", short, new, f"--out={tmp_path}/a.png")
+    assert beside.returncode == 0 and (tmp_path / "a.png").read_bytes() == b"1", beside.stderr
+    assert "new/metrics.jsonl has no line yet; it is left out" in beside.stderr
     # follows: pip install matplotlib
     monkeypatch.setattr(curves, "available", lambda: False)
     refused(call("plot", short, f"--out={tmp_path}/a.png"), "pip install matplotlib")

@@ -58,6 +58,11 @@ class CallableModule(types.ModuleType):
 
     __call__ = staticmethod(_train)
 
+    @property
+    def __signature__(self):
+        """For `inspect.signature`, which before Python 3.13 drops the first parameter of a static `__call__`."""
+        return importlib.import_module("inspect").signature(_train)
+
 
 if TYPE_CHECKING:
     train = _train

@@ -204,14 +204,22 @@ def change(config: ConfigDict, changes: Mapping[str, object]) -> None:
     horizon.replace(config, changes)
 
 
+# Fields of earlier versions, with the value at which a run of them can be read and continued.
+_REMOVED = {"optim.cautious_weight_decay": False, "optim.weight_decay_schedule": "constant"}
+
+
 def load_snapshot(workdir: str) -> ConfigDict:
     """The config that the run in `workdir` was started with.
 
     Raises:
       UserError: no `config.json`, not JSON, or a field or type that this version does not know.
     """
-    config = default_config()
-    update(config, read_snapshot(workdir), config_path(workdir))
+    config, values = default_config(), read_snapshot(workdir)
+    for name, value in _REMOVED.items():
+        group, _, key = name.partition(".")
+        if isinstance(values.get(group), dict) and values[group].get(key) == value:
+            del values[group][key]
+    update(config, values, config_path(workdir))
     return config
 
 

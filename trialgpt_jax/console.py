@@ -56,6 +56,11 @@ def say(text: str, terminal: str | None = None) -> None:
     live_line.write_line(text if terminal is None or live_line.terminal_width() is None else terminal)
 
 
+def print_result(text: str) -> None:
+    """Writes lines to stdout, folded at spaces if that is a terminal."""
+    print(live_line.fold(text, live_line.terminal_width(sys.stdout)), flush=True)
+
+
 def say_always(text: str) -> None:
     """Writes a line to stderr alone. Never raises."""
     live_line.write_line(text)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
+from trialgpt_jax.console import print_result
 from trialgpt_jax.data import hf_tokenizer
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.model import hf, hf_folder
@@ -186,11 +187,11 @@ def main(argv: list[str]) -> int:
         if flags.from_hf:
             model = from_hf(config, flags.from_hf, workdir, flags.allow_nonfinite).model
             sizes = ", ".join(f"{name}={model[name]}" for name in _SIZES)
-            print(f"{workdir}: checkpoint 0, {sizes}")
+            print_result(f"{workdir}: checkpoint 0, {sizes}")
             return 0
         step = to_hf(config, workdir, flags.to_hf, chosen.pop() if chosen else -1, flags.allow_nonfinite)
         name = hf.family_of(GPTConfig(**config.model)).architecture
-        print(f"{flags.to_hf}: checkpoint {step} for transformers' {name} and AutoTokenizer")
+        print_result(f"{flags.to_hf}: checkpoint {step} for transformers' {name} and AutoTokenizer")
         return 0
 
 

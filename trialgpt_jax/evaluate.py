@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from trialgpt_jax import UserError, cli
 from trialgpt_jax import config as config_lib
-from trialgpt_jax.console import say
+from trialgpt_jax.console import print_result, say
 from trialgpt_jax.data import tokenizer as tokenizer_lib
 from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import SPLITS, TokenStore, open_store
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
         if flags.json and why is not None:
             say(line)
         elif first and not flags.json:
-            print(line, flush=True)
+            print_result(line)
         if specs:
             made = report.empty(step) | {"loss": None if why else report.loss_part(result, store)}
 

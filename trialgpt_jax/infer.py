@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from trialgpt_jax import UserError, cli
+from trialgpt_jax import UserError, cli, live_line
 from trialgpt_jax.console import say
 from trialgpt_jax.generation import prompts as prompt_files
 from trialgpt_jax.generation.samples import BATCH_SIZE, Options
@@ -62,11 +62,15 @@ def infer(model: LanguageModel, prompt: str | None, options: Options, *, number:
     waiting = ["--- sample 0\n" if several else "", begin]  # printed with the first token: nothing is refused after it
 
     def on_text(text: str) -> None:
+        until_text.close()
         sys.stdout.write("".join([*waiting, text]))
         sys.stdout.flush()
         waiting.clear()
 
-    (samples,) = model.samples([begin], options, first=number, on_text=on_text if show else None)
+    with contextlib.ExitStack() as until_text:  # a program that was not compiled here before takes seconds
+        if show:
+            until_text.enter_context(live_line.task("compiling and reading the prompt", plain=False))
+        (samples,) = model.samples([begin], options, first=number, on_text=on_text if show else None)
     if show:
         print()
         for i, sample in enumerate(samples[1:], 1):

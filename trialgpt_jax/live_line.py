@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 _FIRST, _EVERY, _TICK, _REDRAW = 2.0, 10.0, 0.5, 0.1  # seconds: plain lines; of the thread; between two drawings
 _SHORTEST_BAR, _LONGEST_BAR = 8, 40  # characters
@@ -27,12 +28,13 @@ _ticker: threading.Event | None = None  # ends the thread
 enabled = True  # False in the processes of a job that write no log
 
 
-def terminal_width() -> int | None:
-    """Columns of the terminal that stderr is; None if it is none."""
+def terminal_width(stream: TextIO | None = None) -> int | None:
+    """Columns of the terminal that `stream`, by default stderr, writes to; None if it is none."""
+    stream = stream or sys.stderr
     try:
-        if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        if not stream.isatty() or os.environ.get("TERM") == "dumb":
             return None
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError, AttributeError):  # no such call, closed, or None
         return None
 
@@ -43,13 +45,16 @@ def write_line(text: str) -> None:
     It is a single write, so that lines of other threads cannot split it.
     """
     with hidden():
-        if width := terminal_width():
-            text = "\n".join(_fold(line, width) for line in text.split("\n"))
-        _write(f"{text}\n")
+        _write(f"{fold(text, terminal_width())}\n")
 
 
-def _fold(line: str, width: int) -> str:
-    if len(line) <= width:
+def fold(text: str, width: int | None) -> str:
+    """`text` with lines of at most `width` characters, if it can be split at spaces; None = as it is."""
+    return "\n".join(_fold(line, width) for line in text.split("\n"))
+
+
+def _fold(line: str, width: int | None) -> str:
+    if width is None or len(line) <= width:
         return line
     indent = " " * (len(line) - len(line.lstrip()) + 4)
     # a path is left in one piece

@@ -13,7 +13,7 @@ from trialgpt_jax import UserError, cli
 from trialgpt_jax.console import say
 from trialgpt_jax.storage import files
 from trialgpt_jax.training import curves
-from trialgpt_jax.training.metric_lines import distinct_names, read_run
+from trialgpt_jax.training.metric_lines import NoLines, distinct_names, read_run
 
 
 def plot(workdirs: Sequence[str], out: str) -> list[dict]:
@@ -27,7 +27,8 @@ def plot(workdirs: Sequence[str], out: str) -> list[dict]:
       The final values of each run, see `curves.final`.
 
     Raises:
-      UserError: no runs, one without metrics, another file format, matplotlib is missing, or `out` cannot be written.
+      UserError: no runs, one without metrics.jsonl, none with a line in it, another file format, matplotlib is missing,
+        or `out` cannot be written.
     """
     file_format = os.path.splitext(out)[1].removeprefix(".").lower()
     if file_format not in curves.FORMATS:
@@ -37,10 +38,19 @@ def plot(workdirs: Sequence[str], out: str) -> list[dict]:
         raise UserError("name the workdirs of the runs, as in: plot runs/a runs/b")
     if not curves.available():
         raise UserError("pictures need matplotlib, which is not installed; `pip install matplotlib`")
-    runs = [read_run(workdir, name) for workdir, name in zip(workdirs, distinct_names(workdirs), strict=True)]
-    for workdir, run in zip(workdirs, runs, strict=True):
-        if run.damaged:
-            say(f"warning: {run.damaged} line(s) of {workdir}/metrics.jsonl cannot be read; they are left out")
+    runs = []
+    for workdir, name in zip(workdirs, distinct_names(workdirs), strict=True):
+        try:
+            runs.append(read_run(workdir, name))
+        except NoLines as error:
+            if len(workdirs) == 1:
+                raise
+            say(f"warning: {error}; it is left out")
+            continue
+        if runs[-1].damaged:
+            say(f"warning: {runs[-1].damaged} line(s) of {workdir}/metrics.jsonl cannot be read; they are left out")
+    if not runs:
+        raise UserError(f"none of the {len(workdirs)} runs has a line in metrics.jsonl yet")
     picture = curves.draw(runs, file_format)
     try:
         files.write(out, picture)
@@ -63,7 +73,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"out": flags.out, "runs": results}), flush=True)
         return
     print(curves.table(results), flush=True)
-    say(f"{flags.out}: {len(results)} run(s)")
+    say(f"{flags.out}: {len(results)} run{'s' * (len(results) != 1)}")
 
 
 if __name__ == "__main__":

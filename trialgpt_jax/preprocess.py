@@ -9,6 +9,7 @@ nor on the number of workers.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 
@@ -67,8 +68,14 @@ def _writing(config: ConfigDict) -> Iterator[None]:
         raise UserError(f"data.dir={folder} is a mixture, which is for training; preprocess its members one at a time")
     if files.is_remote(folder):
         raise UserError(f"data.dir={folder} is a URL, but token stores are written to a local folder")
+    existed = os.path.isdir(folder)
     try:
         yield
+    except UserError:
+        if not existed:
+            with contextlib.suppress(OSError):  # only a folder that is empty can be removed so
+                os.rmdir(folder)
+        raise
     except OSError as error:
         if (line := faults.explain(error)) is None:
             raise
@@ -90,9 +97,9 @@ def describe(folder: str) -> str:
         rows += [(f"source {name or '(none)'}", *numbers) for name, numbers in sources.items()]
     found = store.manifest.get("input", {"files": 0})
     lines = [corpora.count_text(found["files"], found.get("left_out", {}))] if found["files"] else []
-    lines += [f"{'':24} {'documents':>12} {'tokens':>16} {'bytes':>16} {'bytes/token':>12}"]
+    lines += [f"{'':20} {'documents':>11} {'tokens':>15} {'bytes':>17} {'bytes/token':>11}"]
     for name, documents, tokens, n_bytes in rows:
-        lines.append(f"{name:24} {documents:12,} {tokens:16,} {n_bytes:16,} {n_bytes / max(tokens, 1):12.3f}")
+        lines.append(f"{name:20} {documents:11,} {tokens:15,} {n_bytes:17,} {n_bytes / max(tokens, 1):11.3f}")
     lines += [f"skipped: {number:,} ({problem})" for problem, number in store.manifest.get("skipped", {}).items()]
     return "\n".join(lines)
 
@@ -162,9 +169,20 @@ def _command(flags: absl_flags.FlagValues, config: ConfigDict) -> int:
             print(f"share {flags.worker} is done; after the last one, run the same command with --merge, not --worker")
             return 0
     print(describe(folder))
+    _warn_of_an_empty_split(config)
     for text in show(folder, flags.show):
         print(f"---- document\n{text}")
     return 0
+
+
+def _warn_of_an_empty_split(config: ConfigDict) -> None:
+    """Whole documents are drawn for the validation split, so of a few there may be none."""
+    share = config.data.val_fraction
+    if share and not token_store.open_store(config.data.dir).split("val").n_tokens:
+        say(
+            "warning: no document was drawn for the validation split; run preprocess into a new folder with a larger "
+            f"data.val_fraction, which is {share:g} here, or with more documents"
+        )
 
 
 if __name__ == "__main__":

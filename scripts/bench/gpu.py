@@ -252,6 +252,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script on a CPU")
     given = parser.parse_args()
     end = time.monotonic() + 60 * given.minutes
+    if given.peer and not os.path.isfile(os.path.join(given.peer, "model.py")):
+        parser.error(f"--peer={given.peer} has no model.py; it is the folder of nanoGPT's repository")
+    if not given.tiny and shutil.which("nvidia-smi") is None:
+        parser.error("no NVIDIA GPU: nvidia-smi is not installed; --tiny tries the script on a CPU")
     machine = Machine(given)
     commit = subprocess.check_output(["git", "rev-parse", "--short=9", "HEAD"], text=True, cwd=ROOT).strip()
     figures = card() | {"commit": commit, "date": time.strftime("%Y-%m-%d"), "parts": {}}

@@ -62,7 +62,7 @@ def load(
       UserError: lm-eval is not installed, a name is unknown, a definition is wrong, or data are absent or damaged.
     """
     if not _installed():
-        raise UserError("tasks of lm-eval need the extra `eval`: `pip install -e '.[eval]'`")
+        raise UserError("tasks of lm-eval need the extra `eval`: `pip install 'trialgpt_jax[eval]'`")
     hub.quiet()
     _log()
     index = harness_index.index(include_path)

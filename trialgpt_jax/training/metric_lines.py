@@ -47,6 +47,10 @@ def parse(text: bytes) -> dict[str, int | float | None]:
     return line
 
 
+class NoLines(UserError):
+    """A run that has not written a line yet."""
+
+
 class Best(NamedTuple):
     """The lowest validation loss of a run, and the rest of its line."""
 
@@ -103,7 +107,7 @@ def read_run(workdir: str, name: str = "") -> Run:
     earlier ones that do not come before its `place`. The last line may be incomplete and is then left out.
 
     Raises:
-      UserError: there is no metrics.jsonl, or no line in it.
+      UserError: there is no metrics.jsonl; NoLines: it has no line.
     """
     path = metrics_path(workdir)
     if not files.exists(path):
@@ -121,7 +125,7 @@ def read_run(workdir: str, name: str = "") -> Run:
             lines.pop()
         lines.append(line)
     if not lines:
-        raise UserError(f"{path} has no line yet")
+        raise NoLines(f"{path} has no line yet")
     return Run(name or os.path.basename(os.path.abspath(workdir)), lines, damaged)
 
 

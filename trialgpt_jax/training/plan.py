@@ -80,7 +80,7 @@ def compile_steps(program: Program, strict: bool) -> str:
         if program.config.eval.every_steps:
             program.eval_step  # noqa: B018 - compiles
     seconds = time.monotonic() - began
-    compile_times.write(record | {key: seconds})
+    compile_times.write(record | {key: max(seconds, record.get(key, 0))})  # less from JAX's cache
     return f"compiled in {seconds:.1f} s; {memory}"
 
 
@@ -163,12 +163,14 @@ def _epochs(number: float) -> str:
 
 def measure(program: Program, batch: np.ndarray) -> str:
     """Runs some steps with random weights on this process's part of a batch, and says how long all steps will take."""
-    state, sharding, times = program.init_state(), batch_sharding(program.mesh), []
-    for _ in range(_MEASURED_STEPS):
-        began = time.monotonic()
-        state, metrics = program.step(state, put_batch(batch, sharding))
-        jax.block_until_ready((state, metrics))
-        times.append(time.monotonic() - began)
+    sharding, times = batch_sharding(program.mesh), []
+    with task("measuring the time of a step"):
+        state = program.init_state()
+        for _ in range(_MEASURED_STEPS):
+            began = time.monotonic()
+            state, metrics = program.step(state, put_batch(batch, sharding))
+            jax.block_until_ready((state, metrics))
+            times.append(time.monotonic() - began)
     seconds, steps = min(times), program.config.train.steps
     return (
         f"a batch of {batch.shape} ids is read, {seconds:.3g} s per step, {time_left(seconds * steps)} for {steps:,} "
