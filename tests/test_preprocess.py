@@ -544,7 +544,7 @@ def test_the_command_line(tmp_path, corpus):
 
 def test_a_validation_split_without_documents_is_said(tmp_path):
     # follows: run preprocess into a new folder with a larger data.val_fraction
-    texts = write_texts(tmp_path / "texts", ["We the People. " * 20] * 3)
+    texts = write_texts(tmp_path / "texts", [f"We the People, {i}. " * 20 for i in range(12)])
     for share in (0.001, 0.5, 0.0):
         config = make_config(tmp_path / f"store_{share}", path=texts, val_fraction=share)
         result = subprocess.run(command(config), capture_output=True, text=True, check=False)
