@@ -47,11 +47,11 @@ def _help() -> str:
         [
             f"trialgpt {trialgpt_jax.__version__}: trains GPTs with JAX and generates text with them.",
             "",
-            "usage: trialgpt COMMAND [--flag=value ...] [--config=NAME] [--config.x.y=value ...]",
+            "usage: trialgpt COMMAND [--flag=value ...] [--config=NAME] [--config.x.y=v ...]",
             "",
             *lines,
             "",
-            "`trialgpt COMMAND --help` lists its flags, `trialgpt COMMAND --help=config` the config's fields.",
+            "`trialgpt COMMAND --help` lists its flags, `--help=config` the config's fields.",
         ]
     )
 

@@ -1,8 +1,8 @@
 """Converts models between a workdir and Hugging Face's files, and verifies every byte of a workdir's checkpoints.
 
     trialgpt convert --workdir=runs/x --to_hf=out/    # for AutoModelForCausalLM
-    trialgpt convert --from_hf=dir/ --workdir=runs/y  # or hf:owner/name of the hub
-    trialgpt convert --workdir=runs/x --verify        # status 1 if one is damaged
+    trialgpt convert --from_hf=dir/ --workdir=runs/y  # or hf:owner/name
+    trialgpt convert --workdir=runs/x --verify        # status 1 if damaged
 
 --to_hf writes the class of transformers that computes exactly the same function, the first of GPT2LMHeadModel,
 NanoChatForCausalLM, LlamaForCausalLM and Qwen3ForCausalLM, or names the options that none has. --from_hf reads them.
