@@ -59,6 +59,7 @@ class Rung:
       steps: length of the schedule.
       taken: whether the next rungs build on it: its gain is at least one standard deviation.
       averages: whether moving averages of the weights are evaluated too.
+      why: it is taken, if not for its gain.
       removed: the last commit that has the option, if it was removed because its rung did not earn it.
     """
 
@@ -69,6 +70,7 @@ class Rung:
     steps: int = STEPS
     taken: bool = True
     averages: bool = False
+    why: str = ""
     removed: str = ""
 
 
@@ -79,15 +81,19 @@ RUNGS = (
     Rung("gpt2", {}, **ADAMW),
     Rung("muon", {"optim.name": "muon", "optim.learning_rate": 3e-3}, **MUON),
     Rung("rope", {"model.position": "rope"}),
-    Rung("rmsnorm without scale, no biases", {"model.norm": "rmsnorm", "model.norm_scale": False, "model.bias": False}),
+    Rung(
+        "rmsnorm without scale, no biases",
+        {"model.norm": "rmsnorm", "model.norm_scale": False, "model.bias": False},
+        why="NanoChatForCausalLM has it",
+    ),
     Rung("relu2", {"model.activation": "relu2"}),
     Rung("qk_norm", {"model.qk_norm": True}),
     Rung(
         "untied head, zero init, embed_norm",
         {"model.tie_embeddings": False, "model.zero_init_proj": True, "model.embed_norm": True},
     ),
-    Rung("softcap 15", {"model.logit_softcap": 15.0}),
-    Rung("heads of 128", {"model.n_head": 2}),
+    Rung("softcap 15", {"model.logit_softcap": 15.0}, why="NanoChatForCausalLM has it"),
+    Rung("heads of 128", {"model.n_head": 2}, why="see the last rows"),
     Rung(
         "wsd to zero, no warmup",
         {

@@ -63,7 +63,8 @@ def ladder_table(figures: dict) -> str:
             if base["sigma"] and row["sigma"]:
                 relative = f"{gained / math.sqrt((base['sigma'] ** 2 + row['sigma'] ** 2) / 2):+.1f}"
         milliseconds, h200 = (figures.get(name, {}).get(rung.name) for name in ("step_ms", "h200"))
-        taken = "yes" if rung.taken else "no, removed" if rung.removed else "no"
+        taken = "yes" if rung.taken else "no"
+        taken += f": {rung.why}" if rung.why else ", removed" if rung.removed else ""
         static = f"{h200['gflops']:.3f}, {h200['megabytes']:.2f}" if h200 else ""
         lines.append(
             f"| {rung.name} | {row['mean']:.4f} | {len(row['scores'])} "
