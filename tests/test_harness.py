@@ -318,7 +318,7 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
         harness.load(["piqa"])
     assert harness.known() == []
     (command,) = re.findall(r"`(pip install .*)`", str(error.value))
-    (extra,) = re.fullmatch(r"\.\[(\w+)\]", shlex.split(command)[-1]).groups()
+    (extra,) = re.fullmatch(r"trialgpt_jax\[(\w+)\]", shlex.split(command)[-1]).groups()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (requirement,) = project["optional-dependencies"][extra]
     name, lowest = re.fullmatch(r"(\w+)>=([0-9.]+),<0\.5", requirement).groups()
