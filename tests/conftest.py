@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -29,6 +30,11 @@ os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 # For the TPU compiler on a machine without a TPU: do not query the metadata server, and take no lock on the chip.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+# A shell ignores these for a suite that it runs in the background, and the programs under test would inherit that.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # The same examples in every run, so that a new failure comes from the change under test. `--hypothesis-profile=default`
 # draws new ones.
