@@ -623,7 +623,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_each_process_reads_only_its_own_part_of_a_checkpoint(devices, tmp_path):
     """64 MB saved on one device, where each array is one shard, and on four."""
     script = ["-c", _RESTORE, str(tmp_path)]
