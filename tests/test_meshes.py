@@ -36,6 +36,8 @@ for data, fsdp, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)
     config = recipe(sys.argv[2])
     config.model.update({"n_head": 8, "n_kv_head": 0})
     config.train.update({"steps": 50, "dtype": "float32"})
+    if config.optim.name == "muon":  # at 0.03 the rounding of float32 grows to 7e-5 of the loss in 46 steps
+        config.optim.groups.matrices.learning_rate = 0.01
     config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
     program, state, put = build(config, data * fsdp * tensor)
     name, losses = f"{data}x{fsdp}x{tensor}", []
