@@ -205,7 +205,7 @@ def sweep(events, problem, expected=lambda number: 0, key=lambda state: state, f
       expected: of a number of events; among equal states the greatest counts.
       key: what matters of a state.
       first: number of events before the first state.
-      every: try one of so many distinct states.
+      every: of the distinct states, the first and each `every`-th after it are tried.
     """
     states_of, chosen, where = collections.defaultdict(collections.Counter), {}, {}
     for number, variant, state in states(events, first):

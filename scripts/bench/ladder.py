@@ -333,8 +333,11 @@ def measure_steps(figures: dict, rungs: list[Rung], rounds: int) -> dict[str, fl
 
 
 def compile_steps(figures: dict, rungs: list[Rung], python: str) -> dict[str, dict[str, float]]:
-    """By rung, for a train step of 32 x 1,024 tokens at 124M on one H200: the model's GFLOPs and the MB of device
-    memory that the compiled program reads and writes, both a token."""
+    """Compiles the train step of each rung for one H200, at 124M with 32 x 1,024 tokens.
+
+    Returns:
+      Rung -> gflops of the model, and megabytes that the program reads and writes in device memory, both per token.
+    """
     root = os.path.join(report.RESULTS, "..", "..", "..")
     argv = [python, os.path.join(root, "scripts", "aot_compile.py"), f"--config={root}/configs/gpt2.py:124m"]
     found = {}
