@@ -174,7 +174,7 @@ def started(module, *arguments):
 
 def test_ctrl_c_at_any_moment_is_one_line_and_status_130(workdir, config, default_file, tmp_path):
     new = [f"--config={default_file}", *overrides(config), f"--workdir={tmp_path}/new", "--config.train.steps=1000000"]
-    endless = [f"--workdir={workdir}", "--max_new_tokens=1000000"]
+    endless = [f"--workdir={workdir}", "--max_new_tokens=1000000", "--temperature=0"]  # samples end the text some time
     moments = [(0.05, "train", new), (0.2, "evaluate", [f"--workdir={workdir}"])]
     moments += [(0.5, "convert", [f"--workdir={workdir}", "--verify"]), (1.0, "train", new), (2.0, "infer", endless)]
     for pair in (moments[:2], moments[2:4], moments[4:]):
@@ -185,8 +185,26 @@ def test_ctrl_c_at_any_moment_is_one_line_and_status_130(workdir, config, defaul
             process.send_signal(signal.SIGINT)
         for process, _ in begun:
             out, err = process.communicate(timeout=60)
-            assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "interrupted"), (process.args, err)
+            assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted"), (process.args, err)
+            assert out == "" or "--temperature=0" in process.args, out
             assert "Traceback" not in err and err.count("\n") <= 2, err
+
+
+@pytest.mark.parametrize(("when", "status"), [("atexit", 130), ("module teardown", 0)])
+def test_ctrl_c_while_python_ends_is_one_line_or_ignored(when, status):
+    code = """
+import os, signal, sys
+sys.argv[:] = ["-m"]
+import trialgpt_jax
+from trialgpt_jax import cli
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT): kill(pid, number)
+"""
+    late = "import atexit; atexit.register(Late().__del__)" if when == "atexit" else "late = Late()"
+    argv = [sys.executable, "-c", f"{code}{late}\ncli.run(lambda argv: 0)"]
+    result = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == status, result.stderr
+    assert result.stderr == ("interrupted\n" if status else "")
 
 
 def test_ctrl_c_in_the_work_of_a_reader_is_status_130(workdir, monkeypatch, store):

@@ -3,6 +3,7 @@
 The log never ends the work: lines that cannot be written are dropped. Results that cannot be written end the command.
 """
 
+import atexit
 import codecs
 import contextlib
 import io
@@ -157,10 +158,14 @@ def leave_on_interrupt() -> None:
     """Ctrl-C ends this process at once, with one line and status 130, until `interrupts` is entered.
 
     For the seconds in which a command imports its libraries. Does nothing where Ctrl-C is ignored (a background job).
+    When the process ends by itself and its exit handlers have run, Ctrl-C is ignored: its status stands.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
     signal.signal(signal.SIGINT, _leave)
+    # When Python ends, it restores the default handler, which would kill a command that is done; it keeps SIG_IGN. The
+    # libraries register their functions later, so this one runs after theirs.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     previous = sys.unraisablehook
 
     def hook(unraisable):
