@@ -111,6 +111,7 @@ RUNGS = (
             "optim.weight_decay": 0.01,
             "optim.clip_norm": 0.0,
         },
+        **MUON | {"grid": (0.01, 0.014, 0.02, 0.028)},
     ),
     Rung(
         "momentum 0.9, betas 0.8 and 0.98, rope base 1024",
