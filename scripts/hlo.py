@@ -31,7 +31,8 @@ _FREE = {
     "iota",
     "broadcast-in-dim",
 }
-_PARTIAL = ("dynamic-slice", "slice", "dynamic-update-slice", "gather")  # access only a part of the first operand
+# Access only a part of the first operand; the values are the operand that has the size of the part, else the result.
+_PARTIAL = {"dynamic-slice": None, "slice": None, "gather": None, "dynamic-update-slice": 1, "scatter": 2}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -222,6 +223,8 @@ def _moved(instruction: Instruction, computation: dict, computations: dict) -> i
         return min(part, reads[0]) + result
     if instruction.operation == "dynamic-update-slice":
         return 2 * reads[1]
+    if instruction.operation == "scatter":
+        return 3 * reads[2] + reads[1]
     if (
         not instruction.operation.startswith("fusion")
         or not (called := instruction.called())
@@ -234,20 +237,26 @@ def _moved(instruction: Instruction, computation: dict, computations: dict) -> i
         for operand in i.operands:
             users[operand].append(i)
     for i in inner.values():
-        # a parameter that is only sliced or gathered from is read in part; one that is only updated is not read
+        # a parameter that is only sliced, gathered from or added to is read in part; one that is only updated is not read
         if i.operation == "parameter":
             names = [i.name, *(u.name for u in users[i.name] if u.operation == "bitcast")]
             ends = [u for name in names for u in users[name] if u.operation != "bitcast"]
             if ends and all(u.operation in _PARTIAL and u.operands[0] in names for u in ends):
-                parts = [type_bytes(u.type) for u in ends if u.operation != "dynamic-update-slice"]
+                parts = [_part(u, inner) for u in ends if u.operation != "dynamic-update-slice"]
                 reads[int(i.arguments)] = min(sum(parts), reads[int(i.arguments)])
     root = next(i for i in inner.values() if i.is_root)
     for i in [inner[name] for name in root.operands] if root.operation == "tuple" else [root]:
         while i.operation in ("bitcast", "copy", "convert") and i.operands[0] in inner:
             i = inner[i.operands[0]]
-        if i.operation == "dynamic-update-slice":  # in place: only the new part is written
-            result += type_bytes(inner[i.operands[1]].type) - type_bytes(i.type)
+        if i.operation in ("dynamic-update-slice", "scatter"):  # in place: only the new part is written
+            result += min(_part(i, inner) - type_bytes(i.type), 0)
     return max(result, 0) + sum(reads)
+
+
+def _part(instruction: Instruction, computation: dict) -> int:
+    """Bytes of what an operation of `_PARTIAL` reads or writes of its first operand."""
+    operand = _PARTIAL[instruction.operation]
+    return type_bytes(instruction.type if operand is None else computation[instruction.operands[operand]].type)
 
 
 def _closing(text: str) -> int:

@@ -215,3 +215,36 @@ ENTRY %main (x: bf16[8,64]) -> bf16[8,64] {
 }
 """
     assert hlo.traffic(text) == {"slice": 2 * 2 * 64, "__cublas$lt$matmul": 2 * (2 * 8 * 64)}
+
+
+def test_a_scatter_counts_the_rows_that_it_changes():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import hlo
+
+    text = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inside (table: f32[100,64], rows: s32[3,1], new: bf16[3,64]) -> f32[100,64] {
+  %table = f32[100,64]{1,0} parameter(0)
+  %rows = s32[3,1]{1,0} parameter(1)
+  %new = bf16[3,64]{1,0} parameter(2)
+  %wide = f32[3,64]{1,0} convert(%new)
+  ROOT %out = f32[100,64]{1,0} scatter(%table, %rows, %wide), to_apply=%add
+}
+
+ENTRY %main (table: f32[100,64], rows: s32[3,1], new: bf16[3,64], wide: f32[3,64]) -> f32[100,64] {
+  %table = f32[100,64]{1,0} parameter(0)
+  %rows = s32[3,1]{1,0} parameter(1)
+  %new = bf16[3,64]{1,0} parameter(2)
+  %wide = f32[3,64]{1,0} parameter(3)
+  %fused = f32[100,64]{1,0} fusion(%table, %rows, %new), kind=kInput, calls=%inside
+  ROOT %out = f32[100,64]{1,0} scatter(%fused, %rows, %wide), to_apply=%add
+}
+"""
+    row = 4 * 64  # each is read and written; the new ones are read in bfloat16 or float32
+    assert hlo.traffic(text) == {"fusion": 3 * (2 * row + row // 2) + 12, "scatter": 3 * (2 * row + row) + 12}

@@ -13,7 +13,6 @@ import pytest
 from conftest import call, overrides, small_config
 
 from trialgpt_jax.model import layers
-from trialgpt_jax.model import loss as loss_lib
 from trialgpt_jax.model.attention import causal_attention, reference_attention
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.decode import split_layers
@@ -84,18 +83,6 @@ def test_the_loss_and_its_gradients_match_the_cpus(dtype, softcap):
     np.testing.assert_allclose(loss, expected_loss, rtol=tolerance)
     for x, y in zip(gradients, expected, strict=True):
         assert relative_error(x, y) < tolerance
-
-
-def test_row_statistics_in_one_pass_match_those_in_two():
-    logits_NxV = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8192)) * 4, jnp.float32)
-    is_label = jnp.arange(8192) == jnp.arange(64)[:, None]
-    pairs = zip(
-        jax.jit(loss_lib._row_statistics_one_pass)(logits_NxV, is_label),
-        jax.jit(loss_lib._row_statistics)(logits_NxV, is_label),
-        strict=True,
-    )
-    for found, expected in pairs:
-        np.testing.assert_allclose(found, expected, rtol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import Config
@@ -16,6 +17,17 @@ from trialgpt_jax.model.gpt import GPT
 from trialgpt_jax.schema import specs
 
 ROUNDING = 2**-8  # relative rounding error of bfloat16: half the distance between neighbours
+
+
+def test_gradient_of_a_frequent_tokens_row_is_summed_in_float32():
+    table = nn.Embed(8, 4, dtype=jnp.bfloat16).bind({"params": {"embedding": jnp.zeros((8, 4))}})
+    ids = jnp.zeros((2, 1000), jnp.int32).at[0, 0].set(3)
+
+    def total(embedding):
+        return layers.lookup(table.clone().bind({"params": {"embedding": embedding}}), ids).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(table.embedding)
+    np.testing.assert_array_equal(gradient[:, 0], [2000, 0, 0, 1, 0, 0, 0, 0])  # 1,999 is 2,000 in bfloat16
 
 
 @pytest.mark.parametrize("centred", [True, False])

@@ -122,17 +122,32 @@ def lookup(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
     mesh, fsdp, tensor = jax.sharding.get_abstract_mesh(), mesh_axis("embed"), mesh_axis("vocab")
     # `init` runs on one token, which no mesh divides
     if mesh.empty or mesh.shape[fsdp] == 1 or table.is_initializing():
-        return jnp.take(matrix_VxC, ids_BxT, axis=0)
+        return _take(matrix_VxC, ids_BxT)
 
     def local(matrix_VxC, ids_BxT):
         matrix_VxC = jax.lax.all_gather(matrix_VxC, fsdp, axis=1, tiled=True)
         rows_BxT = ids_BxT - jax.lax.axis_index(tensor) * matrix_VxC.shape[0]
         here = (rows_BxT >= 0) & (rows_BxT < matrix_VxC.shape[0])
-        found = jnp.take(matrix_VxC, jnp.where(here, rows_BxT, 0), axis=0)
+        found = _take(matrix_VxC, jnp.where(here, rows_BxT, 0))
         return jax.lax.psum(jnp.where(here[..., None], found, 0), tensor)
 
     specs = {"in_specs": (spec("vocab", "embed"), spec("batch")), "out_specs": spec("batch")}
     return jax.shard_map(local, mesh=mesh, **specs, check_vma=False)(matrix_VxC, ids_BxT)
+
+
+@jax.custom_vjp
+def _take(matrix_VxC: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows [..., C] of a matrix, whose gradient is summed in float32: in bfloat16 a sum of equal terms stops at 256 of
+    them, and a frequent token has thousands in a batch."""
+    return jnp.take(matrix_VxC, rows, axis=0)
+
+
+def _take_backward(residuals, cotangent):
+    matrix_VxC, rows = residuals  # the matrix for its shape
+    return jnp.zeros_like(wide(matrix_VxC)).at[rows].add(wide(cotangent)).astype(matrix_VxC.dtype), None
+
+
+_take.defvjp(lambda matrix_VxC, rows: (jnp.take(matrix_VxC, rows, axis=0), (matrix_VxC, rows)), _take_backward)
 
 
 # ---- norms

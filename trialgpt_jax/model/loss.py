@@ -8,6 +8,7 @@ Shapes: B batch, T length, C n_embd, V rows of the head on a device (vocabulary 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from trialgpt_jax.parallel.sharding import mesh_axis, spec
 
 # Logits of a chunk per device. Larger chunks read the head's gradient less often, smaller ones need less memory.
 CHUNK_ELEMENTS = 2**30
+# Nats, of `_relative_to_label`. A logit counts at most LARGEST above the label's, so that no sum overflows; one that is
+# 87 - SHIFT below it underflows, which changes nothing.
+SHIFT, LARGEST = 50.0, 110.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -34,7 +38,8 @@ def cross_entropy_sum(
       softcap: s > 0 makes the logits s * tanh(logits / s).
 
     Returns:
-      Scalar of float32 (float64 for float64), nats.
+      Scalar of float32 (float64 for float64), nats. Of bfloat16 on CUDA, a token counts exactly up to `LARGEST` nats,
+      and an uncertain amount above that for more.
     """
     return _run(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients=False)
 
@@ -99,42 +104,37 @@ def _chunked(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradi
     return loss, d_hidden.reshape(B, T, C), d_head.astype(head_VxC.dtype)
 
 
-def _one_chunk(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, with_gradients, on_mesh):
+def _one_chunk(hidden_NxC, labels_N, head_VxC, **options):
     """Summed loss of N tokens, and the gradients of the hidden states [N, C] and the head [V, C] or None."""
-    V, dtype = head_VxC.shape[0], jnp.promote_types(hidden_NxC.dtype, jnp.float32)
-    tensor = mesh_axis("vocab")
-    first_id = jax.lax.axis_index(tensor) * V if on_mesh else 0  # the id of this device's first row
-    ids_V = first_id + jnp.arange(V)
+    if hidden_NxC.dtype == jnp.promote_types(hidden_NxC.dtype, jnp.float32):
+        return _relative_to_maximum(hidden_NxC, labels_N, head_VxC, **options)
+    forms = {"cuda": _relative_to_label, "default": _relative_to_maximum}
+    forms = {platform: functools.partial(form, **options) for platform, form in forms.items()}
+    return jax.lax.platform_dependent(hidden_NxC, labels_N, head_VxC, **forms)
 
-    def over_vocab(reduce, x):
-        return reduce(x, tensor) if on_mesh else x
 
+def _relative_to_maximum(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, with_gradients, on_mesh):
+    """`_one_chunk` by the softmax relative to the largest logit."""
+    dtype, over_vocab = jnp.promote_types(hidden_NxC.dtype, jnp.float32), _over_vocab(on_mesh)
+    ids_V = _ids(head_VxC, on_mesh)
     logits_NxV = jnp.einsum("nc,vc->nv", hidden_NxC, head_VxC).astype(dtype)
     if softcap:
         capped = jnp.tanh(logits_NxV / softcap)
         logits_NxV = softcap * capped
-    if on_mesh or V > vocab_size:  # finfo.min, not -inf: (-inf) - (-inf) is NaN
+    if on_mesh or len(ids_V) > vocab_size:  # finfo.min, not -inf: (-inf) - (-inf) is NaN
         logits_NxV = jnp.where(ids_V < vocab_size, logits_NxV, jnp.finfo(dtype).min)
     is_label_NxV = ids_V == labels_N[:, None]
-    if hidden_NxC.dtype == dtype:  # float32: the exponentials are stored for the gradient
-        max_N = over_vocab(jax.lax.pmax, jnp.max(logits_NxV, axis=1))
-        exp_NxV = jax.lax.optimization_barrier(jnp.exp(logits_NxV - max_N[:, None]))
-        sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
-        if on_mesh:  # another device may have the label
-            label_logit_N = jax.lax.psum(_masked_sum(logits_NxV, is_label_NxV), tensor)
-        else:
-            label_logit_N = jnp.take_along_axis(logits_NxV, labels_N[:, None], axis=1)[:, 0]
-    else:  # bfloat16: exp is recomputed for the gradient instead of storing a float32 copy
-        local_max_N, sum_N, label_logit_N = jax.lax.platform_dependent(
-            logits_NxV, is_label_NxV, cuda=_row_statistics_one_pass, default=_row_statistics
-        )
-        max_N = over_vocab(jax.lax.pmax, local_max_N)
-        sum_N = over_vocab(jax.lax.psum, sum_N * jnp.exp(local_max_N - max_N))
-        label_logit_N = over_vocab(jax.lax.psum, label_logit_N)
-        exp_NxV = jnp.exp(logits_NxV - max_N[:, None])
-    log_normaliser_N = max_N + jnp.log(sum_N)
+    max_N = over_vocab(jax.lax.pmax, jnp.max(logits_NxV, axis=1))
+    exp_NxV = jnp.exp(logits_NxV - max_N[:, None])
+    if hidden_NxC.dtype == dtype:  # stored for the gradient; bfloat16 computes it again instead of storing float32
+        exp_NxV = jax.lax.optimization_barrier(exp_NxV)
+    sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
+    if on_mesh or hidden_NxC.dtype != dtype:  # another device may have the label; a gather would be a loop on TPU
+        label_logit_N = over_vocab(jax.lax.psum, jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1))
+    else:
+        label_logit_N = jnp.take_along_axis(logits_NxV, labels_N[:, None], axis=1)[:, 0]
     valid_N = labels_N >= 0
-    loss = jnp.sum(jnp.where(valid_N, log_normaliser_N - label_logit_N, 0))
+    loss = jnp.sum(jnp.where(valid_N, max_N + jnp.log(sum_N) - label_logit_N, 0))
     if not with_gradients:
         return loss, None, None
     d_logits = exp_NxV / sum_N[:, None] - is_label_NxV
@@ -145,33 +145,69 @@ def _one_chunk(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, with_gradien
     return loss, d_hidden_NxC, jnp.einsum("nv,nc->vc", d_logits, hidden_NxC, preferred_element_type=dtype)
 
 
-def _masked_sum(logits_NxV: jax.Array, is_label_NxV: jax.Array) -> jax.Array:
-    """The label's logit [N], 0 without one. It fuses with other reductions; a gather would be a loop on TPU."""
-    return jnp.sum(jnp.where(is_label_NxV, logits_NxV, 0), axis=1)
+def _relative_to_label(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, with_gradients, on_mesh):
+    """`_one_chunk` by exponentials relative to the label's logit, in one pass over the logits.
 
+    That logit is known before the pass, so the pass that sums the exponentials also stores them for the gradient's
+    matmuls, not normalised (docs/performance.md#loss). The rows of the matmuls' operands and results are normalised
+    instead. The label's own part of the gradient is added by a gather and a scatter.
 
-def _row_statistics(logits_NxV: jax.Array, is_label_NxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Maximum, sum of exp(logit - maximum) and the label's logit of each row, [N] each."""
-    max_N = jnp.max(logits_NxV, axis=1)
-    return max_N, jnp.sum(jnp.exp(logits_NxV - max_N[:, None]), axis=1), _masked_sum(logits_NxV, is_label_NxV)
-
-
-def _row_statistics_one_pass(logits_NxV: jax.Array, is_label_NxV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`_row_statistics` as one reduction, because XLA:GPU makes two passes of it (docs/performance.md#loss).
-
-    The sum is relative to the maximum so far (Milakov and Gimelshein 2018). Only the partial sum with the smaller
-    maximum is rescaled, so that a logit takes one exponential.
+    With r_v = exp(logit_v - logit_label - SHIFT) for v != label, R = sum of r_v, and Z = exp(-SHIFT) + R:
+    loss = log(Z) + SHIFT, d_logit_v = r_v / Z, d_logit_label = -R / Z.
     """
+    dtype, over_vocab = jnp.promote_types(hidden_NxC.dtype, jnp.float32), _over_vocab(on_mesh)
+    ids_V, valid_N = _ids(head_VxC, on_mesh), labels_N >= 0
+    row_N = jnp.clip(labels_N - ids_V[0], 0, len(ids_V) - 1)
+    here_Nx1 = (ids_V[row_N] == labels_N)[:, None]  # False without a label, and for the label of another device
+    label_NxC = jnp.where(here_Nx1, jnp.take(head_VxC, row_N, axis=0).astype(dtype), 0)
+    label_logit_N = over_vocab(jax.lax.psum, jnp.sum(hidden_NxC.astype(dtype) * label_NxC, axis=1))
+    label_logit_N, label_slope_N = _softcap(label_logit_N, softcap)
+    others = ids_V != labels_N[:, None]
+    if on_mesh or len(ids_V) > vocab_size:
+        others &= ids_V < vocab_size
 
-    def combine(a, b):
-        (max_a, sum_a, label_a), (max_b, sum_b, label_b) = a, b
-        scale = jnp.exp(-jnp.abs(max_a - max_b))
-        sum_ab = jnp.where(max_a > max_b, sum_a + sum_b * scale, sum_a * scale + sum_b)
-        return jnp.maximum(max_a, max_b), sum_ab, label_a + label_b
+    def exponentials(logits_NxV):
+        logits_NxV, slope_NxV = _softcap(logits_NxV.astype(dtype), softcap)
+        relative_NxV = jnp.minimum(logits_NxV - label_logit_N[:, None], LARGEST) - SHIFT
+        return jnp.where(others, jnp.exp(relative_NxV), 0), slope_NxV
 
-    zero = jnp.zeros((), logits_NxV.dtype)
-    inputs = logits_NxV, jnp.ones_like(logits_NxV), jnp.where(is_label_NxV, logits_NxV, 0)
-    return jax.lax.reduce(inputs, (jnp.finfo(logits_NxV.dtype).min, zero, zero), combine, (1,))
+    logits_NxV = jnp.einsum("nc,vc->nv", hidden_NxC, head_VxC)
+    exp_NxV, _ = exponentials(logits_NxV)
+    sum_N = over_vocab(jax.lax.psum, jnp.sum(exp_NxV, axis=1))
+    total_N = math.exp(-SHIFT) + sum_N
+    loss = jnp.sum(jnp.where(valid_N, jnp.log(total_N) + SHIFT, 0))
+    if not with_gradients:
+        return loss, None, None
+    # With the barrier XLA fuses both uses into one kernel that reads the logits once; without it, tanh is stored.
+    exp_NxV, slope_NxV = exponentials(jax.lax.optimization_barrier(logits_NxV))
+    stored_NxV = (exp_NxV * slope_NxV).astype(hidden_NxC.dtype)
+    scale_Nx1 = (valid_N / total_N)[:, None]
+    label_scale_Nx1 = scale_Nx1 * (sum_N * label_slope_N)[:, None]
+    d_hidden_NxC = jnp.einsum("nv,vc->nc", stored_NxV, head_VxC, preferred_element_type=dtype)
+    d_hidden_NxC = over_vocab(jax.lax.psum, scale_Nx1 * d_hidden_NxC - label_scale_Nx1 * label_NxC)
+    scaled_hidden_NxC = (scale_Nx1 * hidden_NxC).astype(hidden_NxC.dtype)
+    d_head_VxC = jnp.einsum("nv,nc->vc", stored_NxV, scaled_hidden_NxC, preferred_element_type=dtype)
+    d_head_VxC = d_head_VxC.at[row_N].add(-jnp.where(here_Nx1, label_scale_Nx1 * hidden_NxC, 0))
+    return loss, d_hidden_NxC.astype(hidden_NxC.dtype), d_head_VxC
+
+
+def _softcap(logits: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array | float]:
+    """softcap * tanh(logits / softcap) and its derivative; the logits and 1 without a softcap."""
+    if not softcap:
+        return logits, 1.0
+    capped = jnp.tanh(logits / softcap)
+    return softcap * capped, 1 - capped**2
+
+
+def _ids(head_VxC: jax.Array, on_mesh: bool) -> jax.Array:
+    """The ids [V] of this device's rows of the head."""
+    V = head_VxC.shape[0]
+    return (jax.lax.axis_index(mesh_axis("vocab")) * V if on_mesh else 0) + jnp.arange(V)
+
+
+def _over_vocab(on_mesh: bool):
+    """A function that applies a collective over the devices that share the vocabulary."""
+    return lambda reduce, x: reduce(x, mesh_axis("vocab")) if on_mesh else x
 
 
 def _n_chunks(B: int, T: int, V: int) -> int:
