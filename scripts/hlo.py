@@ -237,7 +237,7 @@ def _moved(instruction: Instruction, computation: dict, computations: dict) -> i
         for operand in i.operands:
             users[operand].append(i)
     for i in inner.values():
-        # a parameter that is only sliced, gathered from or added to is read in part; one that is only updated is not read
+        # a parameter is read in part if it is only sliced, gathered from or added to, and not if it is only updated
         if i.operation == "parameter":
             names = [i.name, *(u.name for u in users[i.name] if u.operation == "bitcast")]
             ends = [u for name in names for u in users[name] if u.operation != "bitcast"]
