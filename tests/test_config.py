@@ -60,7 +60,8 @@ def test_every_field_has_a_meaning_and_a_valid_default():
 def test_choices_are_the_keys_of_the_registries():
     """A name added to a registry and not to the config, or the reverse, could not be selected or would fail late."""
     from trialgpt_jax.model.attention import ATTENTION
-    from trialgpt_jax.model.layers import ACTIVATIONS, NORMS, POSITIONS, REMAT
+    from trialgpt_jax.model.layers import ACTIVATIONS, POSITIONS, REMAT
+    from trialgpt_jax.model.norms import NORMS
     from trialgpt_jax.training.optimizer import OPTIMIZERS, SCHEDULES
 
     for name, registry in (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import call, overrides, small_config
 
-from trialgpt_jax.model import layers
+from trialgpt_jax.model import layers, norms
 from trialgpt_jax.model.attention import causal_attention, reference_attention
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.decode import split_layers
@@ -90,8 +90,8 @@ def test_the_loss_and_its_gradients_match_the_cpus(dtype, softcap):
     "function",
     [
         layers.gelu,
-        functools.partial(layers.norm, scale=None, bias=None, eps=1e-5, centred=True),
-        functools.partial(layers.norm, scale=None, bias=None, eps=1e-5, centred=False),
+        functools.partial(norms.norm, scale=None, bias=None, eps=1e-5, centred=True),
+        functools.partial(norms.norm, scale=None, bias=None, eps=1e-5, centred=False),
     ],
     ids=["gelu", "layernorm", "rmsnorm"],
 )

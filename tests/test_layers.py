@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from trialgpt_jax import UserError
 from trialgpt_jax.config import Config
-from trialgpt_jax.model import layers
+from trialgpt_jax.model import layers, norms
 from trialgpt_jax.model.attention import ATTENTION
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.gpt import GPT
@@ -30,15 +30,17 @@ def test_gradient_of_a_frequent_tokens_row_is_summed_in_float32():
     np.testing.assert_array_equal(gradient[:, 0], [2000, 0, 0, 1, 0, 0, 0, 0])  # 1,999 is 2,000 in bfloat16
 
 
+@pytest.mark.parametrize("platform", ["default", "cuda"])
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
-def test_norm_in_bfloat16_and_its_gradients_match_float64(offset, centred):
+def test_norm_in_bfloat16_and_its_gradients_match_float64(offset, centred, platform, monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 768)) + offset
     x[:8, 11] = 3000.0  # outliers like those of GPT-2's residual stream
     x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, rng.normal(size=x.shape)))
     scale, bias = jnp.asarray(rng.normal(size=768), jnp.float32), jnp.asarray(rng.normal(size=768), jnp.float32)
-    norm = layers.NORMS["layernorm" if centred else "rmsnorm"]
+    norm = norms.NORMS["layernorm" if centred else "rmsnorm"]
     y, backward = jax.vjp(lambda *arrays: norm(*arrays, GPTConfig.norm_eps), x, scale, bias)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (x, scale, bias, dy)]
@@ -65,9 +67,9 @@ def test_the_default_eps_is_that_of_gpt2(name):
     x = np.tile([1.0, -1.0], 8) * 1e-5**0.5
     with jax.enable_x64(True):
         if name == "heads":
-            y = layers.HeadNorm(config).apply({}, jnp.asarray(x))
+            y = norms.HeadNorm(config).apply({}, jnp.asarray(x))
         else:
-            y = layers.NORMS[name](x, np.full(16, 3.0), None, config.norm_eps) / 3
+            y = norms.NORMS[name](x, np.full(16, 3.0), None, config.norm_eps) / 3
     np.testing.assert_allclose(y, np.tile([1.0, -1.0], 8) / math.sqrt(2), rtol=1e-12)
 
 
@@ -86,7 +88,7 @@ def test_gelu_has_the_form_that_xla_fuses_into_a_matmul_only_on_cuda():
 
 REGISTRIES = {
     "model.activation": layers.ACTIVATIONS,
-    "model.norm": layers.NORMS,
+    "model.norm": norms.NORMS,
     "model.position": layers.POSITIONS,
     "train.remat": layers.REMAT,
     "train.attention": ATTENTION,

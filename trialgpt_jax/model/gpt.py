@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from trialgpt_jax.model import layers
+from trialgpt_jax.model import layers, norms
 from trialgpt_jax.model.attention import Packing, cached_attention, causal_attention, packed_attention
 from trialgpt_jax.model.config import GPTConfig
-from trialgpt_jax.model.layers import Dense, HeadNorm, Norm, normal, projection_std, rows, vocabulary
+from trialgpt_jax.model.layers import Dense, normal, projection_std, rows, vocabulary
 from trialgpt_jax.model.weights import multiply
 from trialgpt_jax.schema import choose
 
@@ -46,7 +46,7 @@ class CausalSelfAttention(nn.Module):
         # Stored before the split into heads: a TPU pads the last axis to 128, which doubles heads of 64.
         q, k, v = (checkpoint_name(y, "qkv").reshape(B, T, -1, D) for y in (q, k, v))
         if c.qk_norm:
-            q, k = HeadNorm(c, name="q_norm")(q), HeadNorm(c, name="k_norm")(k)
+            q, k = norms.HeadNorm(c, name="q_norm")(q), norms.HeadNorm(c, name="k_norm")(k)
         rotate = choose(layers.POSITIONS, c.position, "model.position")
         q, k = rotate(q, positions, c), rotate(k, positions, c)
         if packing is not None:
@@ -85,11 +85,11 @@ class Block(nn.Module):
         """[B, T, C] -> [B, T, C], and the cache."""
         c = self.config
         x = checkpoint_name(nn.with_logical_constraint(x, ("batch", "length", "hidden")), "input")
-        h = Norm(c, name="ln_1")(x)
+        h = norms.Norm(c, name="ln_1")(x)
         y, cache = CausalSelfAttention(c, name="attn")(h, positions, deterministic, cache, packing)
         # 2-D so that cuBLASLt can fuse the residual add (docs/performance.md#residual-rows)
         x_NxC = checkpoint_name(rows(x) + rows(y), "residual")
-        x_NxC = x_NxC + MLP(c, name="mlp")(Norm(c, name="ln_2")(x_NxC), deterministic)
+        x_NxC = x_NxC + MLP(c, name="mlp")(norms.Norm(c, name="ln_2")(x_NxC), deterministic)
         return x_NxC.reshape(x.shape), cache
 
 
@@ -105,10 +105,10 @@ class GPT(nn.Module):
         if c.position == "learned":
             self.wpe = nn.Embed(c.block_size, embedding_init=normal(0.02, "position", "embed"), **table)
         if c.embed_norm:
-            self.ln_e = Norm(c)
+            self.ln_e = norms.Norm(c)
         self.drop = nn.Dropout(c.dropout)
         self.blocks = [Block(c) for _ in range(c.n_layer)] if c.decode else _scanned_blocks(c)
-        self.ln_f = Norm(c)
+        self.ln_f = norms.Norm(c)
         if not c.tie_embeddings:
             std = 0.0 if c.zero_init_proj else 0.02
             self.lm_head = nn.Embed(c.padded_vocab_size, embedding_init=vocabulary(c, std), **table)

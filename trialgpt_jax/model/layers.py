@@ -1,7 +1,7 @@
-"""Building blocks of the GPT: linear layers, embedding lookup, norms, activations, rotary positions, remat policies.
+"""Building blocks of the GPT: linear layers, embedding lookup, activations, rotary positions, remat policies.
 
-Norm and GELU have backward passes of their own, which recompute from the input instead of storing float32
-intermediates. These take a third of the memory of a bfloat16 step (docs/performance.md#norm-gelu-vjp).
+GELU has a backward pass of its own, which recomputes from the input instead of storing float32 intermediates
+(docs/performance.md#norm-gelu-vjp).
 
 Shapes: B batch, T length, C n_embd, H heads, D head width, V padded vocabulary, N rows (B * T), I inputs, O outputs.
 """
@@ -16,7 +16,6 @@ from flax import linen as nn
 from trialgpt_jax.model import weights
 from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.parallel.sharding import mesh_axis, spec
-from trialgpt_jax.schema import choose
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -148,97 +147,6 @@ def _take_backward(residuals, cotangent):
 
 
 _take.defvjp(lambda matrix_VxC, rows: (jnp.take(matrix_VxC, rows, axis=0), (matrix_VxC, rows)), _take_backward)
-
-
-# ---- norms
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def norm(x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, eps: float, centred: bool) -> jax.Array:
-    """LayerNorm or RMSNorm over the last axis, statistics in float32 (float64 for float64).
-
-    Args:
-      x: [..., C].
-      scale: [C], or None for no scale.
-      bias: [C] or None.
-      eps: added to the variance. GPT-2's is 1e-5; Flax's LayerNorm defaults to 1e-6.
-      centred: subtract the mean (LayerNorm, Ba et al. 2016); otherwise RMSNorm (Zhang and Sennrich 2019).
-
-    Returns:
-      [..., C] in the dtype of `x`.
-    """
-    return _norm_forward(x, scale, bias, eps, centred)[0]
-
-
-NORMS = {"layernorm": functools.partial(norm, centred=True), "rmsnorm": functools.partial(norm, centred=False)}
-
-
-def _statistics(x: jax.Array, eps: float, centred: bool) -> tuple[jax.Array, jax.Array]:
-    """Mean (0 unless centred) and 1 / standard deviation, [..., 1], in float32 or float64."""
-    x_wide = wide(x)
-    if not centred:
-        return jnp.zeros((), x_wide.dtype), jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), -1, keepdims=True) + eps)
-    mean = jnp.mean(x_wide, -1, keepdims=True)
-    if x.dtype == x_wide.dtype:  # E[x^2] - mean^2 would cancel
-        variance = jnp.mean(jnp.square(x_wide - mean), -1, keepdims=True)
-    else:  # bfloat16: its rounding loses more than the cancellation does, and one pass over x gives both sums
-        variance = jnp.maximum(jnp.mean(jnp.square(x_wide), -1, keepdims=True) - jnp.square(mean), 0)
-    return mean, jax.lax.rsqrt(variance + eps)
-
-
-def _norm_forward(x, scale, bias, eps, centred):
-    mean, inverse = _statistics(x, eps, centred)
-    y = (wide(x) - mean) * inverse
-    y = y if scale is None else y * scale
-    # The statistics are kept, 8 bytes a row: both sums over rows in the backward pass then take one pass over x.
-    return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias, mean, inverse)
-
-
-def _norm_backward(eps, centred, kept, dy):
-    x, scale, bias, mean, inverse = kept
-    # optimization_barrier: XLA would otherwise store the forward pass's float32 copy of x
-    x_wide, dy = wide(jax.lax.optimization_barrier(x)), wide(dy)
-    normalised = (x_wide - mean) * inverse
-    g = dy if scale is None else dy * scale
-    dx = g - normalised * jnp.mean(g * normalised, -1, keepdims=True)
-    if centred:
-        dx = dx - jnp.mean(g, -1, keepdims=True)
-    others = tuple(range(x.ndim - 1))
-    d_scale = None if scale is None else jnp.sum(dy * normalised, others).astype(scale.dtype)
-    d_bias = None if bias is None else jnp.sum(dy, others).astype(bias.dtype)
-    return (dx * inverse).astype(x.dtype), d_scale, d_bias
-
-
-norm.defvjp(_norm_forward, _norm_backward)
-
-
-class Norm(nn.Module):
-    """The config's norm over C, with the scale and bias that it has."""
-
-    config: GPTConfig
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        scale = self.param("scale", ones("embed"), (c.n_embd,), c.param_dtype) if c.norm_scale else None
-        has_bias = c.bias and c.norm == "layernorm"
-        bias = self.param("bias", normal(0, "embed"), (c.n_embd,), c.param_dtype) if has_bias else None
-        return choose(NORMS, c.norm, "model.norm")(x, scale, bias, c.norm_eps)
-
-
-class HeadNorm(nn.Module):
-    """RMSNorm over the channels of each head, of queries and keys; with one scale for all heads or none."""
-
-    config: GPTConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxHxD):
-        c = self.config
-        inverse = _statistics(x_BxTxHxD, c.norm_eps, centred=False)[1]
-        y = wide(x_BxTxHxD) * inverse
-        if c.qk_norm_scale:
-            y = y * self.param("scale", ones("channel"), (c.head_dim,), c.param_dtype)
-        return y.astype(x_BxTxHxD.dtype)
 
 
 # ---- activations
