@@ -17,8 +17,8 @@ from trialgpt_jax.parallel.sharding import mesh_axis, spec
 
 # Logits of a chunk per device. Larger chunks read the head's gradient less often, smaller ones need less memory.
 CHUNK_ELEMENTS = 2**30
-# Nats, of `_relative_to_label`. A logit counts at most LARGEST above the label's, so that no sum overflows; one that is
-# 87 - SHIFT below it underflows, which changes nothing.
+# Nats, of `_relative_to_label`. A logit counts at most LARGEST above the label's, so that no float32 sum overflows; one
+# that is 87 - SHIFT below it underflows, and e^-37 changes nothing.
 SHIFT, LARGEST = 50.0, 110.0
 
 
@@ -38,8 +38,8 @@ def cross_entropy_sum(
       softcap: s > 0 makes the logits s * tanh(logits / s).
 
     Returns:
-      Scalar of float32 (float64 for float64), nats. Of bfloat16 on CUDA, a token counts exactly up to `LARGEST` nats,
-      and an uncertain amount above that for more.
+      Scalar of float32 (float64 for float64), nats. Of bfloat16 on CUDA, the loss of a token is exact up to `LARGEST`
+      nats, and never more than `LARGEST` + log(vocab_size).
     """
     return _run(hidden_BxTxC, head_VxC, labels_BxT, vocab_size, softcap, with_gradients=False)
 
