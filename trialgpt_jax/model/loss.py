@@ -184,11 +184,12 @@ def _relative_to_label(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, with
     scale_Nx1 = (valid_N / total_N)[:, None]
     label_scale_Nx1 = scale_Nx1 * (sum_N * label_slope_N)[:, None]
     d_hidden_NxC = jnp.einsum("nv,vc->nc", stored_NxV, head_VxC, preferred_element_type=dtype)
-    d_hidden_NxC = over_vocab(jax.lax.psum, scale_Nx1 * d_hidden_NxC - label_scale_Nx1 * label_NxC)
+    d_hidden_NxC = (scale_Nx1 * d_hidden_NxC - label_scale_Nx1 * label_NxC).astype(hidden_NxC.dtype)
+    d_hidden_NxC = over_vocab(jax.lax.psum, d_hidden_NxC)
     scaled_hidden_NxC = (scale_Nx1 * hidden_NxC).astype(hidden_NxC.dtype)
     d_head_VxC = jnp.einsum("nv,nc->vc", stored_NxV, scaled_hidden_NxC, preferred_element_type=dtype)
     d_head_VxC = d_head_VxC.at[row_N].add(-jnp.where(here_Nx1, label_scale_Nx1 * hidden_NxC, 0))
-    return loss, d_hidden_NxC.astype(hidden_NxC.dtype), d_head_VxC
+    return loss, d_hidden_NxC, d_head_VxC
 
 
 def _softcap(logits: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array | float]:
