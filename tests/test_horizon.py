@@ -109,7 +109,7 @@ def test_what_is_read_before_step_0_sees_the_steps(store):
     program, usual = Program(config, mesh=single_device()), Program(small_config(store), mesh=single_device())
     assert fields(program.config) == fields(usual.config) == fields(resolve(config, opened))
     text, per_parameter = plan.describe(program, opened), 20 * STEP / plan.parameter_count(program.params_layout)
-    assert f"256 tokens per step, 5.12e+03 in 20 steps, {per_parameter:.3g} per parameter: " in text
+    assert f"256 tokens per step, 5,120 in 20 steps, {per_parameter:.3g} per parameter: " in text
     assert plan.most_saves(program.config) == 4
 
 

@@ -10,7 +10,7 @@ from conftest import small_config
 from trialgpt_jax import UserError
 from trialgpt_jax.data.token_store import open_store
 from trialgpt_jax.parallel import accelerators
-from trialgpt_jax.training import plan
+from trialgpt_jax.training import compile_times, plan
 from trialgpt_jax.training.program import Program
 
 
@@ -72,13 +72,30 @@ def test_a_plan_that_does_not_fit_is_refused_on_an_accelerator_and_by_a_dry_run(
         plan.check_memory(program, strict=False)
 
 
+def test_the_usual_time_is_that_of_the_last_compilation_without_the_cache(program, monkeypatch):
+    kept, clock = {}, [0.0]
+    monkeypatch.setattr(compile_times, "read", lambda: dict(kept))
+    monkeypatch.setattr(compile_times, "write", kept.update)
+    monkeypatch.setattr(plan.time, "monotonic", lambda: clock[0])
+    for seconds, expected in ((20, 20), (90, 90), (1, 90), (50, 50)):  # disturbed, from JAX's cache, without it
+
+        def check_memory(*_, seconds=seconds):
+            clock[0] += seconds
+            return ""
+
+        monkeypatch.setattr(plan, "check_memory", check_memory)
+        program.config.eval.every_steps = 0
+        plan.compile_steps(program, strict=False)
+        assert list(kept.values()) == [expected]
+
+
 def test_the_plan_says_epochs_shares_and_disk(store, program):
     split = open_store(str(store)).split("train")
     text = plan.describe(program, open_store(str(store)))
     assert f"{20 * 8 * 32 / split.n_tokens:.2g} epochs of {split.n_tokens:,} tokens" in text
-    assert "a checkpoint takes" in text and "up to 3 are kept" in text and "warning" not in text
+    assert "a checkpoint takes" in text and "the run keeps at most 3" in text and "warning" not in text
     program.config.checkpoint.keep_last = 10**9  # "keep all": 20 steps save 4
-    assert "up to 4 are kept" in plan.describe(program, open_store(str(store)))
+    assert "the run keeps at most 4" in plan.describe(program, open_store(str(store)))
     program.config.train.steps = 2_000_000
     # follows: tokens; give more text, or make the run shorter
     epochs = 2_000_000 * 8 * 32 / split.n_tokens

@@ -171,7 +171,7 @@ def main(argv: list[str]) -> None:
                     n = prompt_files.continue_all(
                         prompts, output, options, lambda block, first: model.samples(block, options, first=first)
                     )
-                say(f"{n:,} prompts" + (f", in {flags.out}" if flags.out else ""))
+                say(f"{n:,} prompt{'s' * (n != 1)}" + (f", in {flags.out}" if flags.out else ""))
 
             model.drive(run)
         elif flags.interactive:

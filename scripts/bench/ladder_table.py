@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Iterable, Iterator
 
 import ladder
 import report
@@ -14,9 +15,13 @@ import report
 DOC = os.path.join(report.RESULTS, "..", "..", "..", "docs", "learning.md")
 
 
-def summary(figures: dict, rung: ladder.Rung) -> dict | None:
-    """Mean and standard deviation over the finished seeds at the best rate of a rung, or None before the first one."""
-    fields = ladder.tuned(figures, rung)
+def summary(figures: dict, rung: ladder.Rung, shape: dict | None = None) -> dict | None:
+    """Mean and standard deviation over the finished seeds at the best rate of a rung, or None before the first one.
+
+    Args:
+      shape: of another model on other data, see `ladder.untuned`.
+    """
+    fields = ladder.tuned(figures, rung, shape)
     runs = {seed: ladder.find(figures, fields | {"seed": seed}) for seed in ladder.SEEDS}
     scores = {seed: run["bits_per_byte"] for seed, run in runs.items() if run}
     runs = [run for run in runs.values() if run]
@@ -43,14 +48,15 @@ def _rate(rung: ladder.Rung, fields: dict) -> str:
     return f"{fields[rung.rate]:g}{edge}"
 
 
-def ladder_table(figures: dict) -> str:
-    """Markdown: a row a rung, with its gain over the newest rung above it that is taken, on the seeds of both."""
-    columns = ("change", "bits per byte", "seeds", "sigma", "gain", "gain / sigma", "best rate", "parameters")
-    columns += ("ms a step", "H200: GFLOPs, MB a token", "taken")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+COLUMNS = ("change", "bits per byte", "seeds", "sigma", "gain", "gain / sigma", "best rate", "parameters")
+
+
+def rows(figures: dict, shape: dict | None = None) -> Iterator[tuple[ladder.Rung, list[str]]]:
+    """The cells of `COLUMNS` for each rung, with its gain over the newest rung above it that is taken, on the seeds of
+    both."""
     base = None
     for rung in ladder.RUNGS:
-        row = summary(figures, rung)
+        row = summary(figures, rung, shape)
         builds = rung.taken and rung.steps == ladder.STEPS
         if row is None:
             base = None if builds else base
@@ -62,29 +68,50 @@ def ladder_table(figures: dict) -> str:
             gain = f"{gained:+.4f}"
             if base["sigma"] and row["sigma"]:
                 relative = f"{gained / math.sqrt((base['sigma'] ** 2 + row['sigma'] ** 2) / 2):+.1f}"
-        milliseconds, h200 = (figures.get(name, {}).get(rung.name) for name in ("step_ms", "h200"))
-        taken = "yes" if rung.taken else "no"
-        taken += f": {rung.why}" if rung.why else ", removed" if rung.removed else ""
-        static = f"{h200['gflops']:.3f}, {h200['megabytes']:.2f}" if h200 else ""
-        lines.append(
-            f"| {rung.name} | {row['mean']:.4f} | {len(row['scores'])} "
-            f"| {'' if row['sigma'] is None else format(row['sigma'], '.4f')} | {gain} | {relative} "
-            f"| {row['rate']} | {row['parameters'] / 1e6:.2f}M "
-            f"| {'' if milliseconds is None else f'{milliseconds:.0f}'} | {static} | {taken} |"
-        )
+        sigma = "" if row["sigma"] is None else f"{row['sigma']:.4f}"
+        cells = [rung.name, f"{row['mean']:.4f}", str(len(row["scores"])), sigma, gain, relative]
+        yield rung, [*cells, row["rate"], f"{row['parameters'] / 1e6:.2f}M"]
         base = row if builds else base
-    return "\n".join(lines)
+
+
+def table(columns: Iterable[str], lines: Iterable[list[str]]) -> str:
+    """Markdown."""
+    columns = list(columns)
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join(head + [f"| {' | '.join(cells)} |" for cells in lines])
+
+
+def ladder_table(figures: dict) -> str:
+    """A row a rung."""
+
+    def lines():
+        for rung, cells in rows(figures):
+            milliseconds, h200 = (figures.get(name, {}).get(rung.name) for name in ("step_ms", "h200"))
+            taken = "yes" if rung.taken else "no"
+            taken += f": {rung.why}" if rung.why else ", removed" if rung.removed else ""
+            static = f"{h200['gflops']:.3f}, {h200['megabytes']:.2f}" if h200 else ""
+            yield [*cells, "" if milliseconds is None else f"{milliseconds:.0f}", static, taken]
+
+    return table((*COLUMNS, "ms a step", "H200: GFLOPs, MB a token", "taken"), lines())
+
+
+def others_table(figures: dict) -> str:
+    """A table for each other model and corpus that has runs."""
+    keys = ("data.dir", "model.n_layer", "model.n_embd", "train.steps")
+    found = {tuple(run["fields"][key] for key in keys) for run in figures["runs"]}
+    shapes = [shape for shape in sorted(found) if shape[0] != ladder.BASE["data.dir"]]
+    return "\n\n".join(
+        f"{folder}, {layers} layers of {width}, {steps} steps:\n\n"
+        + table(COLUMNS, (cells for _, cells in rows(figures, dict(zip(keys, (folder, layers, width, steps))))))
+        for folder, layers, width, steps in shapes
+    )
 
 
 def average_table(figures: dict) -> str:
-    """Markdown: the last weights against moving averages of them, with the decays of `ladder.EMA`."""
-    lines = [f"| change | last weights | {' | '.join(f'average, {d}' for d in ladder.EMA)} |"]
-    lines.append("|---|---|" + "---|" * len(ladder.EMA))
-    for rung in ladder.RUNGS:
-        if rung.averages and (row := summary(figures, rung)):
-            cells = " | ".join(f"{value:.4f}" for value in row["averages"].values())
-            lines.append(f"| {rung.name} | {row['mean']:.4f} | {cells} |")
-    return "\n".join(lines)
+    """The last weights against moving averages of them, with the decays of `ladder.EMA`."""
+    found = [(rung.name, row) for rung in ladder.RUNGS if rung.averages and (row := summary(figures, rung))]
+    lines = ([name, *(f"{v:.4f}" for v in (row["mean"], *row["averages"].values()))] for name, row in found)
+    return table(("change", "last weights", *(f"average, {d}" for d in ladder.EMA)), lines)
 
 
 def plot(figures: dict) -> str:
@@ -108,7 +135,7 @@ def plot(figures: dict) -> str:
     )
 
 
-SECTIONS = {"ladder": ladder_table, "plot": plot, "averages": average_table}
+SECTIONS = {"ladder": ladder_table, "plot": plot, "others": others_table, "averages": average_table}
 
 
 def main() -> None:

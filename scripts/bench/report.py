@@ -1,10 +1,13 @@
 """What the benchmarks share: their flags, the description of the machine, and the JSON file beside them."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import sys
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 
@@ -20,7 +23,18 @@ def parser(doc: str, name: str, rounds: int | None = None) -> argparse.ArgumentP
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}"
+    """Cores, CPU, its vector instructions, and the version of Python."""
+    about = [platform.machine()]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", file.read(), re.MULTILINE))
+        about.append(fields.get("model name", "CPU of unknown name"))
+        about += [name.upper() for name in ("avx512f", "avx2") if name in fields.get("flags", "").split()][:1]
+    return f"{os.cpu_count()} CPU cores, {', '.join(about)}, Python {platform.python_version()}"
+
+
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def versions(*packages: str) -> dict[str, str]:

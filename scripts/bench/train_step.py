@@ -12,6 +12,7 @@ the ratio is that of medians.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -159,8 +160,44 @@ class Server:
         seconds, self.peak_bytes = json.loads(self._process.stdout.readline())
         return seconds
 
-    def stop(self) -> None:
-        self._process.communicate()
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def measure(shape: Shape, given: argparse.Namespace, device: jax.Device) -> dict:
+    """Figures of all programs for one shape; they run in turns."""
+    names = OURS if given.modern else OURS[:1]
+    if given.peer:
+        names += ("nanogpt eager", "nanogpt compiled") if device.platform == "cpu" else ("nanogpt compiled",)
+    servers, first, seconds = {}, {}, {name: [] for name in names}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            report.say(f"{name}, {shape}: starting")
+            servers[name] = server = stack.enter_context(contextlib.closing(Server(name, shape, given.peer or "")))
+            first[name] = server.run(2)
+        for n in range(given.rounds):
+            for name, server in servers.items():
+                server.run(1)
+                seconds[name].append(server.run(given.steps) / given.steps)
+            last = ", ".join(f"{name} {1000 * times[-1]:,.1f} ms" for name, times in seconds.items())
+            report.say(f"round {n + 1} of {given.rounds}: {last}")
+    tokens = shape.batch * shape.length
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    facts = servers["ours"].facts
+    row = facts | {
+        "tokens_per_second": {name: round(tokens / s, 1) for name, s in medians.items()},
+        "ms": {name: [round(1000 * s, 1) for s in times] for name, times in seconds.items()},
+        "first_two_steps_seconds": {name: round(s, 1) for name, s in first.items()},
+        "times_as_fast": {name: round(s / medians["ours"], 3) for name, s in medians.items() if name != "ours"},
+    }
+    if given.modern:
+        row["modern"] = servers["modern"].facts
+    if chip := accelerators.chip(device.device_kind):
+        row["mfu"] = round(tokens / medians["ours"] * facts["flops_per_token"] / chip.peak_flops, 4)
+    if peak := servers["ours"].peak_bytes:
+        row["peak_memory_gb"] = round(peak / 1e9, 2)
+    return row
 
 
 def main() -> None:
@@ -178,7 +215,7 @@ def main() -> None:
 
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process and the servers share the card
     device = jax.devices()[0]
-    chip = accelerators.chip(device.device_kind)
+    report.say(f"{device.device_kind}, {report.machine()}")
     packages = ("jax", "jaxlib", "flax", "optax", *(("torch",) if given.peer else ()))
     figures = {
         "machine": report.machine(),
@@ -189,33 +226,7 @@ def main() -> None:
     }
     for text in given.shapes or SHAPES[device.platform]:
         shape = Shape(*map(int, text.split(",")))
-        names = OURS if given.modern else OURS[:1]
-        if given.peer:
-            names += ("nanogpt eager", "nanogpt compiled") if device.platform == "cpu" else ("nanogpt compiled",)
-        servers = {name: Server(name, shape, given.peer or "") for name in names}
-        first, seconds = {name: server.run(2) for name, server in servers.items()}, {name: [] for name in names}
-        for _ in range(given.rounds):
-            for name, server in servers.items():
-                server.run(1)
-                seconds[name].append(server.run(given.steps) / given.steps)
-        tokens = shape.batch * shape.length
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        facts = servers["ours"].facts
-        row = facts | {
-            "tokens_per_second": {name: round(tokens / s, 1) for name, s in medians.items()},
-            "ms": {name: [round(1000 * s, 1) for s in times] for name, times in seconds.items()},
-            "first_two_steps_seconds": {name: round(s, 1) for name, s in first.items()},
-            "times_as_fast": {name: round(s / medians["ours"], 3) for name, s in medians.items() if name != "ours"},
-        }
-        if given.modern:
-            row["modern"] = servers["modern"].facts
-        if chip:
-            row["mfu"] = round(tokens / medians["ours"] * facts["flops_per_token"] / chip.peak_flops, 4)
-        if peak := servers["ours"].peak_bytes:
-            row["peak_memory_gb"] = round(peak / 1e9, 2)
-        for server in servers.values():
-            server.stop()
-        figures["shapes"][str(shape)] = row
+        figures["shapes"][str(shape)] = row = measure(shape, given, device)
         print(shape, json.dumps(row, indent=1), file=sys.stderr)
     report.write(figures, given.output)
 
