@@ -344,7 +344,8 @@ def compile_steps(figures: dict, rungs: list[Rung], python: str) -> dict[str, di
     found = {}
     for rung in rungs:
         fields = untuned(figures, rung, GPT2_124M)  # the rates do not matter
-        flags = [f"--config.{name}={value}" for name, value in fields.items() if not name.startswith("data.")]
+        fields = {name: value for name, value in fields.items() if value is not None and not name.startswith("data.")}
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
         output = subprocess.check_output([*argv, "--target=h200", "--json", *flags], text=True)
         step = json.loads(output.splitlines()[-1])
         found[rung.name] = {
