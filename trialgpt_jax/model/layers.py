@@ -143,7 +143,9 @@ def _take(matrix_VxC: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _take_backward(residuals, cotangent):
     matrix_VxC, rows = residuals  # the matrix for its shape
-    return jnp.zeros_like(wide(matrix_VxC)).at[rows].add(wide(cotangent)).astype(matrix_VxC.dtype), None
+    total_VxC = jnp.zeros_like(wide(matrix_VxC)).at[rows].add(wide(cotangent))
+    # the barrier: libtpu cannot compile some meshes without it (docs/performance.md#fsdp-gather)
+    return jax.lax.optimization_barrier(total_VxC.astype(matrix_VxC.dtype)), None
 
 
 _take.defvjp(lambda matrix_VxC, rows: (jnp.take(matrix_VxC, rows, axis=0), (matrix_VxC, rows)), _take_backward)
