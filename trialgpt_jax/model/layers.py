@@ -135,20 +135,20 @@ def lookup(table: nn.Embed, ids_BxT: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _take(matrix_VxC: jax.Array, rows: jax.Array) -> jax.Array:
+def _take(matrix_VxC: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows [..., C] of a matrix, whose gradient is summed in float32: in bfloat16 a sum of equal terms stops at 256 of
     them, and a frequent token has thousands in a batch."""
-    return jnp.take(matrix_VxC, rows, axis=0)
+    return jnp.take(matrix_VxC, ids, axis=0)
 
 
 def _take_backward(residuals, cotangent):
-    matrix_VxC, rows = residuals  # the matrix for its shape
-    total_VxC = jnp.zeros_like(wide(matrix_VxC)).at[rows].add(wide(cotangent))
+    matrix_VxC, ids = residuals  # the matrix for its shape
+    total_VxC = jnp.zeros_like(wide(matrix_VxC)).at[ids].add(wide(cotangent))
     # the barrier: libtpu cannot compile some meshes without it (docs/performance.md#fsdp-gather)
     return jax.lax.optimization_barrier(total_VxC.astype(matrix_VxC.dtype)), None
 
 
-_take.defvjp(lambda matrix_VxC, rows: (jnp.take(matrix_VxC, rows, axis=0), (matrix_VxC, rows)), _take_backward)
+_take.defvjp(lambda matrix_VxC, ids: (jnp.take(matrix_VxC, ids, axis=0), (matrix_VxC, ids)), _take_backward)
 
 
 # ---- activations

@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm, of hidden states and of the heads of queries and keys.
 
-The norm of hidden states has a backward pass of its own, which recomputes from the input instead of storing float32
-intermediates. These take a third of the memory of a bfloat16 step (docs/performance.md#norm-gelu-vjp).
+They have a backward pass of their own, which recomputes from the input instead of storing float32 intermediates. These
+take a third of the memory of a bfloat16 step (docs/performance.md#norm-gelu-vjp).
 
 Shapes: B batch, T length, C n_embd, H heads, D head width.
 """
@@ -29,7 +29,7 @@ def norm(
       bias: [C] or None.
       eps: added to the variance. GPT-2's is 1e-5; Flax's LayerNorm defaults to 1e-6.
       centred: subtract the mean (LayerNorm, Ba et al. 2016); otherwise RMSNorm (Zhang and Sennrich 2019).
-      kept: keep the statistics for the backward pass on CUDA too, where bfloat16 is otherwise faster without.
+      kept: keep the statistics for the backward pass on CUDA too, where a bfloat16 norm moves fewer bytes without.
 
     Returns:
       [..., C] in the dtype of `x`.
