@@ -3,10 +3,9 @@
     trialgpt preprocess --config=gpt:7b
     trialgpt train --config=gpt:7b --workdir=gs://bucket/gpt_7b
 
-Hardware: docs/scale.md lists TPU slices and GPU hosts with mesh, microbatch and memory, compiled for both sizes when
-they had LayerNorm and GELU (6.85 and 13.10 billion parameters, now 6.89 and 13.12). The mesh below is that of most of
-them; `--config.mesh.*` and `--config.train.accumulate_steps` select the others. 20 tokens per parameter are 138 billion
-for 7b and 262 billion for 13b.
+Hardware: docs/scale.md lists TPU slices and GPU hosts with mesh, microbatch and memory, compiled for both sizes. The
+mesh below is that of most of them; `--config.mesh.*` and `--config.train.accumulate_steps` select the others. 20 tokens
+per parameter are 138 billion for 7b and 264 billion for 13b.
 
 Time and result: the project has run neither size.
 
@@ -18,9 +17,9 @@ Model: RoPE, RMSNorm, SwiGLU, an untied head and no biases, with layers and widt
 from trialgpt_jax import UserError
 from trialgpt_jax.config import default_config
 
-SIZES = {  # layers = heads, width, peak learning rate
-    "7b": (32, 4096, 1.2e-4),
-    "13b": (40, 5120, 1e-4),
+SIZES = {  # layers = heads, width, hidden units of the MLP, peak learning rate
+    "7b": (32, 4096, 11008, 1.2e-4),
+    "13b": (40, 5120, 13824, 1e-4),
 }
 
 
@@ -28,7 +27,7 @@ def get_config(size=None):
     if size not in SIZES:
         given = f":{size}: no such size" if size else ": no size is given"
         raise UserError(f"--config=gpt{given}; choose one of {', '.join(SIZES)}, as in --config=gpt:7b")
-    layers, width, learning_rate = SIZES[size]
+    layers, width, hidden, learning_rate = SIZES[size]
     c = default_config()
     c.data.dir = "data/fineweb"
     c.data.source = "fineweb"
@@ -41,6 +40,7 @@ def get_config(size=None):
     c.model.position = "rope"
     c.model.norm = "rmsnorm"
     c.model.activation = "swiglu"
+    c.model.mlp_width = hidden
 
     c.optim.learning_rate = learning_rate
     c.train.steps = 0
