@@ -48,9 +48,10 @@ def test_the_step_compiles_for_v5e(mesh, tmp_path):
     assert "tpu_custom_call" in (tmp_path / "step.txt").read_text()
 
 
-def test_the_step_for_an_h200_fuses_bias_gelu_and_residual_into_the_matmuls(tmp_path):
+def test_the_step_for_an_h200_fuses_bias_gelu_residual_softcap_and_norms(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="the GPU compiler comes with the extra `cuda`")
     size = ["--config.model.n_layer=2", "--config.train.batch_size=32", "--config.train.accumulate_steps=1"]
+    size += ["--config.model.logit_softcap=15"]
     result = aot_compile(*size, "--target=h200", "--json", f"--hlo={tmp_path}/step.txt")
     assert result.returncode == 0, result.stderr[-2000:]
     report, text = json.loads(result.stdout), (tmp_path / "step.txt").read_text()
@@ -59,6 +60,11 @@ def test_the_step_for_an_h200_fuses_bias_gelu_and_residual_into_the_matmuls(tmp_
     assert text.count('"epilogue":"BIAS"') == 2 * 5 and text.count('"epilogue":"BIAS_GELU_AUX"') == 2
     assert len(re.findall(r'"beta":1[,.].*"epilogue":"BIAS"', text)) == 2 * 2
     assert not re.search(r"copy\(.*bf16", text)
+    # arrays of a chunk's logits: the matmul's result, and the exponentials, whose sum is the same kernel's other result
+    line = r"^  %\S+ = \(?.*\[16384,50304\]\S* .*(fusion|custom-call)\(.*(?:kind|custom_call_target)"
+    made = re.findall(line, text, re.MULTILINE)
+    assert sorted(made) == ["custom-call", "fusion"]
+    assert text.count("__triton") == 2 * 2 + 1, "a norm is one kernel"
 
 
 @pytest.mark.parametrize(("target", "accumulate"), [("rtx4090", 15), ("l4", 15), ("rtx4080", 30)])
