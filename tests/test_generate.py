@@ -336,3 +336,11 @@ def test_a_token_reads_each_weight_once_and_copies_neither_weights_nor_cache(sam
 def test_impossible_requests_are_refused(params, options, message):
     with pytest.raises(UserError, match=message):
         produce(params, **options)
+
+
+def test_the_cache_of_many_rows_is_rounded_up_by_less():
+    config = GPTConfig(block_size=1024)
+    lengths = [decode.cache_length_of(config, rows, 200, 64) for rows in (1, 7, 8, 32)]
+    assert lengths == [512, 512, 320, 320]
+    assert [decode.cache_length_of(config, rows, 1000, 64) for rows in (1, 8)] == [1024, 1024]
+    assert [decode.cache_length_of(config, rows, 3, 8) for rows in (1, 8)] == [64, 64]

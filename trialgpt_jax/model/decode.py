@@ -21,6 +21,7 @@ from trialgpt_jax.model.weights import stored
 from trialgpt_jax.parallel.sharding import replicated
 
 CHUNK = 128  # the most tokens of a dispatch: a program for all lengths of pieces
+_MANY_ROWS = 8  # whose cache of 512 tokens is more than half as large as the weights of GPT-2 124M
 
 
 class State(NamedTuple):
@@ -92,7 +93,7 @@ def compile_decode(
     Returns:
       `decode` without its static arguments.
     """
-    S = cache_length_of(config, prompt_length, max_new_tokens)
+    S = cache_length_of(config, num_samples, prompt_length, max_new_tokens)
 
     def array(shape, dtype, sharding=None):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or replicated(mesh))
@@ -147,9 +148,14 @@ def make_drawing(sampling: Sampling, keys_B: jax.Array, stop_id: int | None, log
     return Drawing(draw, keys_B, stop_id, log_probs)
 
 
-def cache_length_of(config: GPTConfig, prompt_length: int, max_new_tokens: int) -> int:
-    """S, rounded up to a power of two and at least 64, so that few programs are compiled."""
-    return min(config.block_size, max(64, power_of_two(prompt_length + max_new_tokens)))
+def cache_length_of(config: GPTConfig, rows: int, prompt_length: int, max_new_tokens: int) -> int:
+    """S, rounded up to a power of two and at least 64, so that few programs are compiled.
+
+    For many rows, whose cache takes longer to read than the weights, to a multiple of 64.
+    """
+    length = prompt_length + max_new_tokens
+    rounded = -(-length // 64) * 64 if rows >= _MANY_ROWS else max(64, power_of_two(length))
+    return min(config.block_size, rounded)
 
 
 def piece_length(n_prompts: int, longest: int, cache_length: int) -> int:

@@ -145,7 +145,7 @@ def _read(params, config: GPTConfig, prompts: list[np.ndarray], num_samples: int
     """The logits after the prompts and the caches, piece by piece; see `prefill`."""
     lengths_R = np.array([len(prompt) for prompt in prompts], np.int32)
     longest = int(lengths_R.max())
-    S = cache_length_of(config, longest, max_new_tokens)
+    S = cache_length_of(config, len(prompts) * num_samples, longest, max_new_tokens)
     P = piece_length(len(prompts), longest, S)
     n_pieces = -(-longest // P)
     read_length = min(S, power_of_two(n_pieces * P))
