@@ -118,9 +118,7 @@ def _relative_to_maximum(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, wi
     dtype, over_vocab = jnp.promote_types(hidden_NxC.dtype, jnp.float32), _over_vocab(on_mesh)
     ids_V = _ids(head_VxC, on_mesh)
     logits_NxV = jnp.einsum("nc,vc->nv", hidden_NxC, head_VxC).astype(dtype)
-    if softcap:
-        capped = jnp.tanh(logits_NxV / softcap)
-        logits_NxV = softcap * capped
+    logits_NxV, slope_NxV = _softcap(logits_NxV, softcap)
     if on_mesh or len(ids_V) > vocab_size:  # finfo.min, not -inf: (-inf) - (-inf) is NaN
         logits_NxV = jnp.where(ids_V < vocab_size, logits_NxV, jnp.finfo(dtype).min)
     is_label_NxV = ids_V == labels_N[:, None]
@@ -137,9 +135,7 @@ def _relative_to_maximum(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, wi
     loss = jnp.sum(jnp.where(valid_N, max_N + jnp.log(sum_N) - label_logit_N, 0))
     if not with_gradients:
         return loss, None, None
-    d_logits = exp_NxV / sum_N[:, None] - is_label_NxV
-    if softcap:
-        d_logits = d_logits * (1 - capped**2)
+    d_logits = (exp_NxV / sum_N[:, None] - is_label_NxV) * slope_NxV
     d_logits = jnp.where(valid_N[:, None], d_logits, 0).astype(hidden_NxC.dtype)
     d_hidden_NxC = over_vocab(jax.lax.psum, jnp.einsum("nv,vc->nc", d_logits, head_VxC))
     return loss, d_hidden_NxC, jnp.einsum("nv,nc->vc", d_logits, hidden_NxC, preferred_element_type=dtype)
@@ -158,7 +154,7 @@ def _relative_to_label(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, with
     dtype, over_vocab = jnp.promote_types(hidden_NxC.dtype, jnp.float32), _over_vocab(on_mesh)
     ids_V, valid_N = _ids(head_VxC, on_mesh), labels_N >= 0
     row_N = jnp.clip(labels_N - ids_V[0], 0, len(ids_V) - 1)
-    here_Nx1 = (ids_V[row_N] == labels_N)[:, None]  # False without a label, and for the label of another device
+    here_Nx1 = (ids_V[0] + row_N == labels_N)[:, None]  # False without a label, and for the label of another device
     label_NxC = jnp.where(here_Nx1, jnp.take(head_VxC, row_N, axis=0).astype(dtype), 0)
     label_logit_N = over_vocab(jax.lax.psum, jnp.sum(hidden_NxC.astype(dtype) * label_NxC, axis=1))
     label_logit_N, label_slope_N = _softcap(label_logit_N, softcap)
@@ -178,7 +174,7 @@ def _relative_to_label(hidden_NxC, labels_N, head_VxC, vocab_size, softcap, with
     loss = jnp.sum(jnp.where(valid_N, jnp.log(total_N) + SHIFT, 0))
     if not with_gradients:
         return loss, None, None
-    # With the barrier XLA fuses both uses into one kernel that reads the logits once; without it, tanh is stored.
+    # the barrier: one kernel reads the logits for both uses (docs/performance.md#loss)
     exp_NxV, slope_NxV = exponentials(jax.lax.optimization_barrier(logits_NxV))
     stored_NxV = (exp_NxV * slope_NxV).astype(hidden_NxC.dtype)
     scale_Nx1 = (valid_N / total_N)[:, None]
