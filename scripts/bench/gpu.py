@@ -276,7 +276,7 @@ def main() -> None:
             except (RuntimeError, OSError, ValueError, LookupError, StopIteration) as error:
                 entry["result"] = f"failed: {' '.join(str(error).split())}"
         entry["seconds"] = round(time.monotonic() - begin, 1)
-        print(f"{part.name}: {entry['result']} ({entry['seconds']} s)", file=sys.stderr, flush=True)
+        report.say(f"{part.name}: {entry['result']} ({entry['seconds']} s)")
         with open(machine.path("gpu.json"), "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)
         with open(machine.path("gpu.md"), "w", encoding="utf-8") as file:

@@ -283,7 +283,7 @@ class Runs:
                 self.cores += cores
         commit = subprocess.check_output(["git", "rev-parse", "--short=9", "HEAD"], text=True, cwd=report.RESULTS)
         done = {"fields": fields} | json.loads(output.splitlines()[-1]) | {"commit": commit.strip()}
-        print(f"{done['bits_per_byte']:.4f} in {time.perf_counter() - begin:.0f} s: {fields}", file=sys.stderr)
+        report.say(f"{done['bits_per_byte']:.4f} in {time.perf_counter() - begin:.0f} s: {fields}")
         with self.lock:
             self.figures["runs"].append(done)
             self.save()
@@ -352,7 +352,7 @@ def compile_steps(figures: dict, rungs: list[Rung], python: str) -> dict[str, di
             "gflops": step["flops_per_step"] / step["tokens_per_step"] / 1e9,
             "megabytes": step["bytes_moved"] / step["tokens_per_step"] / 1e6,
         }
-        print(rung.name, found[rung.name], file=sys.stderr)
+        report.say(f"{rung.name} {found[rung.name]}")
     return found
 
 

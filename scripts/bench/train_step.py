@@ -227,7 +227,7 @@ def main() -> None:
     for text in given.shapes or SHAPES[device.platform]:
         shape = Shape(*map(int, text.split(",")))
         figures["shapes"][str(shape)] = row = measure(shape, given, device)
-        print(shape, json.dumps(row, indent=1), file=sys.stderr)
+        report.say(f"{shape} {json.dumps(row, indent=1)}")
     report.write(figures, given.output)
 
 
