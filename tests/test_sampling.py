@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trialgpt_jax.model.sampling import Draw, Sampling, limit, penalise
+from trialgpt_jax.model.sampling import Draw, Sampling, likeliest, limit, penalise, sample
 
 torch = pytest.importorskip("torch")
 processors = pytest.importorskip("transformers.generation.logits_process")
@@ -75,3 +75,17 @@ def test_all_of_them_are_applied_in_the_order_of_transformers(seed, text, temper
     found = ours(row, seen, Draw.of(Sampling(temperature, top_k, top_p, min_p, penalty)))
     assert set(np.flatnonzero(found[0] > -jnp.inf)) == set(np.flatnonzero(scores[0].numpy() > -np.inf))
     np.testing.assert_allclose(np.asarray(found)[0], scores[0].numpy(), rtol=1e-5)
+
+
+@given(st.lists(st.sampled_from([-jnp.inf, -1.0, 0.0, 0.5, 3.0]), min_size=V, max_size=V))
+def test_of_equal_logits_the_first_id_is_the_likeliest(row):
+    logits_BxV = np.array([row, row[::-1]], np.float32)
+    np.testing.assert_array_equal(likeliest(logits_BxV), logits_BxV.argmax(axis=1))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_ids_are_drawn_as_jax_random_categorical_draws_them(temperature):
+    logits_BxV = np.random.default_rng(0).normal(size=(64, V)).astype(np.float32)
+    keys_B = jax.random.split(jax.random.key(1), len(logits_BxV))
+    drawn_B = sample(jnp.asarray(logits_BxV), Draw.of(Sampling(temperature)), keys_B)
+    np.testing.assert_array_equal(drawn_B, jax.vmap(jax.random.categorical)(keys_B, logits_BxV / temperature))

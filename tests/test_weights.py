@@ -61,6 +61,19 @@ def test_decoding_with_stored_matrices_is_that_of_the_rounded_model(weights, tie
     assert not np.allclose(log_probs, run(split_layers(params, config))[1], atol=1e-4), "nothing was rounded"
 
 
+@pytest.mark.parametrize("weights", weights_lib.WEIGHTS)
+@pytest.mark.parametrize("shape", [(1,), (8, 1), (127,), (128,), (4, 50)])  # few rows and many have forms of their own
+def test_multiply_is_a_matrix_product_of_the_last_axis(weights, shape):
+    rng = np.random.default_rng(0)
+    matrix_IxO, x = (rng.normal(size=size).astype(np.float32) for size in ((24, 192), (*shape, 24)))
+    params = {"blocks": {"kernel": jnp.asarray(matrix_IxO)}}
+    table = weights_lib.stored(params, weights, "float32")["blocks"]
+    table["kernel"] = table["kernel"].T
+    rounded = weights_lib.rounded(params, weights)["blocks"]["kernel"]
+    made = weights_lib.multiply(table, "kernel", jnp.asarray(x), "float32", "float32")
+    np.testing.assert_allclose(made, x @ np.asarray(rounded), rtol=1e-5, atol=1e-5)
+
+
 def test_other_weights_are_refused():
     with pytest.raises(UserError, match="weights is 'int4', not one of auto, bfloat16, int8"):
         weights_lib.check("int4")

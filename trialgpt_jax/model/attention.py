@@ -123,7 +123,9 @@ def cached_attention(
     k_NxSxD, v_NxSxD = (write(old, new) for old, new in zip(cache, (k_BxTxKxD, v_BxTxKxD), strict=True))
     q_NxMxD = q_BxTxHxD.reshape(B, T, K, G, D).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, D)
     dtype = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
-    scores_NxMxS = jnp.einsum("nmd,nsd->nms", q_NxMxD, k_NxSxD, preferred_element_type=dtype)
+    # keys first, as in attention_cpu.py; without the barrier XLA swaps the operands (docs/performance.md#decode-layout)
+    scores_NxSxM = jnp.einsum("nsd,nmd->nsm", k_NxSxD, q_NxMxD, preferred_element_type=dtype)
+    scores_NxMxS = jax.lax.optimization_barrier(scores_NxSxM).swapaxes(1, 2)
     # [M, S], or [N, M, S] where rows differ
     query_positions = jnp.tile(positions, G if positions.ndim == 1 else (K, G))
     visible = jnp.arange(S) <= query_positions[..., None]  # from position S on, all

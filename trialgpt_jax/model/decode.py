@@ -119,7 +119,7 @@ def compile_decode(
         keys_B = jax.eval_shape(lambda: sample_keys(0, [0], num_samples))
         drawing = everywhere(jax.eval_shape(lambda keys: make_drawing(DEFAULT_SAMPLING, keys, None, False), keys_B))
         seen = array((num_samples, 0), bool)
-        state = everywhere(jax.eval_shape(first_state, first_BxV, (), seen, drawing))._replace(caches=caches)
+        state = everywhere(jax.eval_shape(first_state, first_BxV, seen, drawing))._replace(caches=caches)
         return decode.lower(params, config, state, scalar, scalar, CHUNK, drawing).compile()
 
 
@@ -159,12 +159,12 @@ def cache_length_of(config: GPTConfig, rows: int, prompt_length: int, max_new_to
 
 
 def piece_length(n_prompts: int, longest: int, cache_length: int) -> int:
-    """The tokens of each prompt in one call of `prefill`: a power of two, and together about 1,024 or 32 each.
+    """The tokens of each prompt in one call of `prefill`: a power of two, together about 512 for several prompts.
 
     As many as keep a matmul busy: longer pieces would take memory for [pieces, S] attention weights, and compute more
     padding of prompts that differ in length.
     """
-    return min(cache_length, power_of_two(longest), max(32, power_of_two(1024 // n_prompts)))
+    return min(cache_length, power_of_two(longest), power_of_two((1024 if n_prompts == 1 else 512) // n_prompts))
 
 
 def power_of_two(n: int) -> int:
@@ -232,10 +232,10 @@ def read_again(params, config, caches, tokens_RxH, rows_R):
 
 
 @jax.jit
-def first_state(logits_BxV: jax.Array, caches: tuple, seen_BxV: jax.Array, drawing: Drawing) -> State:
-    """The state after drawing the first token."""
+def first_state(logits_BxV: jax.Array, seen_BxV: jax.Array, drawing: Drawing) -> State:
+    """The state after drawing the first token, without the caches, which XLA would copy."""
     zeros_B = jnp.zeros(logits_BxV.shape[0], jnp.int32)
-    return _next(State(zeros_B, zeros_B * 0.0, jnp.int32(0), zeros_B > 0, seen_BxV, caches), logits_BxV, drawing)
+    return _next(State(zeros_B, zeros_B * 0.0, jnp.int32(0), zeros_B > 0, seen_BxV, ()), logits_BxV, drawing)
 
 
 def _next(state: State, logits_BxV, drawing: Drawing) -> State:

@@ -111,7 +111,7 @@ def generate(
 
     def chunks() -> Iterator[_Chunk]:
         logits_BxV, caches = _read(params, config, prompts, num_samples, max_new_tokens)
-        state, n_new = first_state(logits_BxV, caches, seen_BxV, drawing), 1
+        state, n_new = first_state(logits_BxV, seen_BxV, drawing)._replace(caches=caches), 1
         del caches  # donated to the loop
         new = _Chunk(state.last_B[:, None], state.log_prob_B[:, None], 1)
         recent = [new]  # the last block_size tokens or more, for `_again`

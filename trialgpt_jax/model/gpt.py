@@ -184,7 +184,6 @@ def head(params, config: GPTConfig) -> jax.Array:
 def logits(params, config: GPTConfig, hidden_BxTxC: jax.Array) -> jax.Array:
     """[B, T, vocab_size] of float32 (float64 for float64), without the padding. `loss.py` never stores this array."""
     table, dtype = params["wte" if config.tie_embeddings else "lm_head"], jnp.promote_types(config.dtype, jnp.float32)
-    out_VxBxT = multiply(table, "embedding", hidden_BxTxC, config.dtype, dtype)
     # Slicing the logits, not the head: a slice of the head would be a copy of it.
-    out = out_VxBxT[: config.vocab_size].transpose(1, 2, 0)
+    out = multiply(table, "embedding", hidden_BxTxC, config.dtype, dtype)[..., : config.vocab_size]
     return config.logit_softcap * jnp.tanh(out / config.logit_softcap) if config.logit_softcap else out

@@ -100,7 +100,7 @@ class Dense(nn.Module):
         if c.decode:  # kernel [O, I] is read at memory speed for a few rows (docs/performance.md#decode-layout)
             kernel_OxI = self.param("kernel", normal(self.std, *self.axes[::-1]), shape[::-1], c.param_dtype)
             table = {"kernel": kernel_OxI, weights.SCALE: self.get_variable("params", weights.SCALE)}
-            y_NxO = weights.multiply(table, "kernel", x_NxI[:, None], c.dtype, c.dtype).transpose(1, 2, 0)[:, 0]
+            y_NxO = weights.multiply(table, "kernel", x_NxI, c.dtype, c.dtype)
         else:  # 2-D operands: faster kernel gradients on CPU (docs/performance.md#dense-rows)
             kernel_IxO = self.param("kernel", normal(self.std, *self.axes), shape, c.param_dtype)
             y_NxO = x_NxI @ gather_kernel(kernel_IxO.astype(c.dtype), self.axes)

@@ -74,12 +74,28 @@ def sample(logits_BxV: jax.Array, draw: Draw, keys_B: jax.Array) -> jax.Array:
     """One id per row, int32 [B]; `keys_B` are PRNG keys. The repetition penalty is the caller's."""
 
     def greedy():
-        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+        return likeliest(logits_BxV)
 
     def sampled():
-        return jax.vmap(jax.random.categorical)(keys_B, limit(logits_BxV / draw.temperature, draw)).astype(jnp.int32)
+        # the ids of jax.random.categorical, which takes the argmax of the same sum
+        noise_BxV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BxV.shape[1:], logits_BxV.dtype))(keys_B)
+        return likeliest(limit(logits_BxV / draw.temperature, draw) + noise_BxV)
 
     return jax.lax.cond(draw.temperature == 0, greedy, sampled)
+
+
+def likeliest(logits_BxV: jax.Array) -> jax.Array:
+    """The first id with the largest logit, int32 [B]."""
+
+    def two_passes():  # XLA on CPU runs argmax element by element (docs/performance.md#decode-layout)
+        V = logits_BxV.shape[-1]
+        top_Bx1 = jax.lax.optimization_barrier(jnp.max(logits_BxV, axis=-1, keepdims=True))
+        return jnp.min(jnp.where(logits_BxV == top_Bx1, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
+
+    def one_pass():
+        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(cpu=two_passes, default=one_pass)
 
 
 def limit(scaled_BxV: jax.Array, draw: Draw) -> jax.Array:

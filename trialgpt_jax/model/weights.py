@@ -17,6 +17,7 @@ from trialgpt_jax import UserError
 
 WEIGHTS = ("auto", "bfloat16", "int8")  # auto = the dtype of the model's matmuls
 SCALE = "channel_scale"  # beside a kernel or embedding in int8: float32 [O] or [V]
+_MANY_ROWS = 128  # from which on x @ matrix.T is faster on CPU than matrix @ x
 _TILE = 64  # output channels that are converted at a time: 64 x 3,072 float32 fit into the L2 cache
 _OUTPUTS = {"kernel": -1, "embedding": -2}  # the axis of output channels in the layout for training
 
@@ -91,22 +92,28 @@ def converted(matrix: jax.Array, dtype: str) -> jax.Array:
     return matrix.astype(dtype)
 
 
-def multiply(table: dict, name: str, x_NxTxI: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
-    """matrix @ x for every row of x, [O, N, T] of `out_dtype`.
+def multiply(table: dict, name: str, x: jax.Array, dtype: str, out_dtype: str) -> jax.Array:
+    """matrix @ x for every row of x.
 
     Args:
       table: a module's parameters as `stored` gives them.
       name: of the matrix in it, [O, I].
-      x_NxTxI: of `dtype`. One token of each of N rows is read at memory speed in the layout [N, 1, I]
-        (docs/performance.md#decode-layout).
+      x: [..., I] of `dtype`.
       dtype: of the operands.
       out_dtype: of the sums.
+
+    Returns:
+      [..., O] of `out_dtype`.
     """
     matrix_OxI, scale_O = table[name], table.get(SCALE)
-    O, (N, T, _) = matrix_OxI.shape[0], x_NxTxI.shape
+    x_NxI, O = x.reshape(-1, x.shape[-1]), matrix_OxI.shape[0]
+    N = x_NxI.shape[0]
 
     def dot(tile_OxI):
-        return jnp.einsum("oi,nti->ont", tile_OxI, x_NxTxI, preferred_element_type=out_dtype)
+        """[O, N, 1]: without the last axis XLA on CPU swaps the operands (docs/performance.md#decode-layout)."""
+        if N < _MANY_ROWS:
+            return jnp.einsum("oi,nti->ont", tile_OxI, x_NxI[:, None], preferred_element_type=out_dtype)
+        return jnp.einsum("ni,oi->no", x_NxI, tile_OxI, preferred_element_type=out_dtype).T[..., None]
 
     def whole():
         return dot(converted(matrix_OxI, dtype))
@@ -114,18 +121,19 @@ def multiply(table: dict, name: str, x_NxTxI: jax.Array, dtype: str, out_dtype: 
     def tiled():
         # XLA on CPU either converts inside its matmul, one element at a time, or writes the converted matrix to memory
         # (docs/performance.md#weights). The barrier keeps a converted tile in the cache.
-        def body(i, out_OxNxT):
+        def body(i, out_OxNx1):
             tile = jax.lax.dynamic_slice_in_dim(matrix_OxI, i * size, size)
             tile = jax.lax.optimization_barrier(converted(tile, dtype))
-            return jax.lax.dynamic_update_slice_in_dim(out_OxNxT, dot(tile), i * size, 0)
+            return jax.lax.dynamic_update_slice_in_dim(out_OxNx1, dot(tile), i * size, 0)
 
-        return jax.lax.fori_loop(0, O // size, body, jnp.zeros((O, N, T), out_dtype))
+        return jax.lax.fori_loop(0, O // size, body, jnp.zeros((O, N, 1), out_dtype))
 
-    if not jnp.issubdtype(matrix_OxI.dtype, jnp.integer):
-        return whole()
     size = math.gcd(O, _TILE)
-    out_OxNxT = jax.lax.platform_dependent(cpu=tiled, default=whole)
-    return out_OxNxT if scale_O is None else (out_OxNxT * scale_O[:, None, None]).astype(out_dtype)
+    fewer_bytes = jnp.issubdtype(matrix_OxI.dtype, jnp.integer)
+    out_OxNx1 = jax.lax.platform_dependent(cpu=tiled, default=whole) if fewer_bytes else whole()
+    if scale_O is not None:
+        out_OxNx1 = (out_OxNx1 * scale_O[:, None, None]).astype(out_dtype)
+    return out_OxNx1.transpose(1, 2, 0).reshape(*x.shape[:-1], O)
 
 
 def rows(table: dict, ids: jax.Array, dtype: str) -> jax.Array:
