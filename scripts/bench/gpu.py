@@ -22,6 +22,7 @@ from trialgpt_jax.training.workdir import profile_path
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LOOP_SECONDS = 60  # of training before SIGTERM
 PROFILED = (6, 3)  # first step and number of steps
+GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"  # the decode loop as one CUDA graph
 # Shapes of a CPU, to try the script without a GPU.
 TINY = {
     "train_step": ["--shapes", "1,2,64,2,64", "--rounds=2", "--steps=2"],
@@ -62,7 +63,9 @@ class Machine:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def command(self, name: str, *argv: str, seconds: float, stop_after: float | None = None) -> int:
+    def command(
+        self, name: str, *argv: str, seconds: float, stop_after: float | None = None, xla_flags: str = ""
+    ) -> int:
         """Runs Python with `argv` and appends its output to NAME.log.
 
         Args:
@@ -70,15 +73,19 @@ class Machine:
           *argv: arguments of the interpreter.
           seconds: after which the program is killed.
           stop_after: seconds between the first step that the program prints and SIGTERM.
+          xla_flags: added to XLA_FLAGS.
 
         Returns:
           The exit status.
         """
+        environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}"}
         with open(self.path(f"{name}.log"), "a", encoding="utf-8") as log:
             log.write(f"$ python {' '.join(argv)}\n")
             log.flush()
             begin, printed = time.monotonic(), log.tell()
-            process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [sys.executable, *argv], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
             first_step = None
             while process.poll() is None:
                 time.sleep(0.2)
@@ -134,15 +141,24 @@ def tests(machine: Machine, seconds: float) -> dict:
     return {"status": status, "summary": machine.tail("tests").strip("= ")}
 
 
-def bench(name: str, *flags: str):
-    """A part that runs another benchmark of this folder and takes its JSON."""
+def bench(script: str, *flags: str, part: str = "", xla_flags: str = ""):
+    """The function of a part that runs another benchmark of this folder and takes its JSON.
+
+    Args:
+      script: name of the benchmark.
+      *flags: for it.
+      part: name, if another; such a part measures ours alone.
+      xla_flags: added to XLA_FLAGS.
+    """
+    name = part or script
 
     def run(machine: Machine, seconds: float) -> dict:
         output = machine.path(f"{name}.json")
-        peer = () if not machine.peer else (f"--peer={machine.peer}",) if name == "train_step" else ("--peer",)
-        sizes = TINY.get(name, ()) if machine.tiny else ()
-        argv = (f"scripts/bench/{name}.py", f"--output={output}", *peer, *flags, *sizes)
-        if machine.command(name, *argv, seconds=seconds):
+        with_peer = bool(machine.peer) if script == "train_step" else not part
+        peer = [f"--peer={machine.peer}" if script == "train_step" else "--peer"] if with_peer else []
+        sizes = TINY.get(script, ()) if machine.tiny else ()
+        argv = (f"scripts/bench/{script}.py", f"--output={output}", *peer, *flags, *sizes)
+        if machine.command(name, *argv, seconds=seconds, xla_flags=xla_flags):
             raise RuntimeError(machine.tail(name))
         with open(output, encoding="utf-8") as file:
             return json.load(file)
@@ -195,6 +211,7 @@ PARTS = (
     Part("loop", 110, loop),
     Part("decode", 60, bench("decode")),
     Part("profile", 40, profile),
+    Part("decode_graphs", 45, bench("decode", "--rounds=3", part="decode_graphs", xla_flags=GRAPHS)),
 )
 
 
@@ -231,9 +248,11 @@ def markdown(figures: dict) -> str:
         rates = f"{row['tokens_per_second']:,.0f} tokens/s, lines say {low:,.0f} to {high:,.0f}"
         statuses = f"exit statuses {row['exit_status_of_sigterm']} after SIGTERM"
         lines += ["", f"`train`: {row['steps']} steps, {rates}, MFU {row['mfu']}, {statuses}"]
-    if row := found.get("decode"):
+    for title in ("decode", "decode_graphs"):
+        if not (row := found.get(title)):
+            continue
         programs = [name for name in ("ours", "ours_sampled", "hugging_face") if name in row["batch 1"]]
-        lines += ["", f"| batch | {' | '.join(programs)} |", "|---|" + "---|" * len(programs)]
+        lines += ["", f"| {title}, tokens/s, batch | {' | '.join(programs)} |", "|---|" + "---|" * len(programs)]
         for name in (name for name in row if name.startswith("batch ")):
             rates = " | ".join(f"{row[name][program]['median']:,.0f}" for program in programs)
             lines.append(f"| {name.removeprefix('batch ')} | {rates} |")
