@@ -207,6 +207,27 @@ class Late:
     assert result.stderr == ("interrupted\n" if status else "")
 
 
+@pytest.mark.parametrize(("sent", "status", "line"), [("TERM", 143, ""), ("INT", 130, "interrupted\n")])
+def test_the_entry_point_of_a_container_ends_on_signals(sent, status, line):
+    code = f"""
+import subprocess, sys, time
+sys.argv[:] = ["-m"]
+import trialgpt_jax
+from trialgpt_jax import cli, console
+def main(argv):
+    with console.interrupts_end_process():
+        subprocess.Popen(["sh", "-c", "kill -{sent} 1"])
+        for _ in range(50):
+            time.sleep(0.1)
+cli.run(main)
+"""
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("the kernel allows no PID namespace")
+    result = subprocess.run([*unshare, sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (status, line)
+
+
 def test_ctrl_c_in_the_work_of_a_reader_is_status_130(workdir, monkeypatch, store):
     def interrupted(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)

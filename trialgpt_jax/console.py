@@ -158,8 +158,11 @@ def leave_on_interrupt() -> None:
     """Ctrl-C ends this process at once, with one line and status 130, until `interrupts` is entered.
 
     For the seconds in which a command imports its libraries. Does nothing where Ctrl-C is ignored (a background job).
-    When the process ends by itself and its exit handlers have run, Ctrl-C is ignored: its status stands.
+    When the process ends by itself and its exit handlers have run, Ctrl-C is ignored: its status stands. As the first
+    process of a container it also ends at once on SIGTERM, as any other process does.
     """
+    if _is_first_process():
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
     signal.signal(signal.SIGINT, _leave)
@@ -174,6 +177,11 @@ def leave_on_interrupt() -> None:
         previous(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _is_first_process() -> bool:
+    """Whether this is the entry point of a container, for which the kernel drops signals that have no handler."""
+    return os.getpid() == 1
 
 
 @contextlib.contextmanager
@@ -194,7 +202,7 @@ def interrupts_end_process() -> Iterator[None]:
     """Ctrl-C ends this process inside the block without Python's help: for long calls of C++ libraries."""
     previous = signal.getsignal(signal.SIGINT)
     try:
-        if previous is signal.default_int_handler:
+        if previous is signal.default_int_handler and not _is_first_process():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ValueError:  # not in the main thread (a notebook)
         previous = None
