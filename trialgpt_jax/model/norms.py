@@ -57,7 +57,9 @@ def _statistics(x: jax.Array, eps: float, centred: bool) -> tuple[jax.Array, jax
 
     if x.dtype == x_wide.dtype:
         return two_passes(x_wide)
-    # XLA:GPU reads a row once for a whole norm in this form (docs/performance.md#norm-gelu-vjp)
+    if x.size == x.shape[-1]:
+        return one_pass(x_wide)
+    # XLA:GPU makes a norm of several rows one kernel in this form (docs/performance.md#norm-gelu-vjp)
     return jax.lax.platform_dependent(x_wide, cuda=two_passes, default=one_pass)
 
 
