@@ -1,5 +1,6 @@
 """Continuations as text, and files of prompts that a killed command continues with the same bytes."""
 
+import errno
 import io
 import json
 import os
@@ -110,6 +111,21 @@ def test_a_file_has_one_writer_and_no_lock_remains(tmp_path):
         lines_of(path)
     lines_of(path)
     assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.jsonl.settings.json"]
+
+
+def test_a_link_is_followed_a_folder_refused_and_a_full_disk_named(tmp_path, monkeypatch):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    whole, _ = lines_of(tmp_path / "link.jsonl")
+    assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "real.jsonl").read_bytes() == whole
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        lines_of(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("trialgpt_jax.storage.files.write", full)
+    with pytest.raises(UserError, match="real.jsonl cannot be written because the disk is full"):
+        lines_of(tmp_path / "link.jsonl")
 
 
 def test_a_file_of_other_prompts_or_settings_is_refused(tmp_path):

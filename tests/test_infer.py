@@ -155,7 +155,17 @@ def test_many_prompts_give_the_lines_of_each_alone_in_their_order_on_stdout_or_i
     assert silent.stdout == "" and (tmp_path / "out.jsonl").read_text() == result.stdout
     # follows: choose another --out or remove the file
     refused(infer(workdir, f"--prompts={prompts}", *into, "--temperature=0"), "max_new_tokens=40", "has 200")
+    other = infer(workdir, f"--prompts={prompts}", *into, *options, "--config.model.logit_softcap=3.0")
+    refused(other, "config.model.logit_softcap=0.0", "has 3.0")
     refused(infer(workdir, f"--prompts={prompts}", "--strict", *options), "1 of 5 prompts have up to")
+
+
+def test_the_last_prompt_of_a_file_is_refused_before_the_first_one_is_continued(workdir, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in [*["We"] * 20, "We " * 40]))
+    refused(infer(workdir, f"--prompts={path}", "--batch_size=1", "--strict"), "1 of 21 prompts have up to")
+    for empty in ("--prompts=", "--out="):
+        refused(infer(workdir, empty, "--max_new_tokens=1"), f"{empty[:-1]} is empty")
 
 
 def test_a_prompt_longer_than_the_context_is_cropped_to_its_end_with_a_word(workdir):

@@ -318,6 +318,10 @@ def test_a_text_streams_in_pieces_that_add_up_and_one_text_gives_one_text():
     lm = model()
     whole = lm.generate("hello", max_new_tokens=40)  # past block_size
     pieces = list(lm.generate("hello", max_new_tokens=40, stream=True))
+    with pytest.raises(UserError, match="stream=True takes one text"):
+        lm.generate(["hello"], stream=True)
+    with pytest.raises(UserError, match="max_new_tokens is 0"):
+        lm.generate("hello", max_new_tokens=0, stream=True)
     assert isinstance(whole, str) and [whole] == lm.generate(["hello"], max_new_tokens=40)
     assert "".join(pieces) == whole and len(pieces) >= 3
     stop = whole[20:22]
@@ -334,6 +338,29 @@ def test_log_probabilities_are_those_of_score_whatever_decides_the_draw():
     assert lm.samples(["hello"], Options(12, sampling=sampling))[0][0] == sample._replace(logprobs=None)
 
 
+def test_options_and_ids_may_be_numpys_and_mistakes_are_told():
+    lm = model("modern")
+    expected = lm.samples(["hello"], Options(12))
+    assert lm.samples(["hello"], Options(np.int64(12), np.int32(1), seed=np.uint8(0))) == expected
+    assert lm.samples([np.array(lm.encode("hello"), np.uint16)], Options(12)) == expected
+    stop = expected[0][0].text[3:5]
+    assert lm.samples(["hello"], Options(12, stop=stop)) == lm.samples(["hello"], Options(12, stop=[stop]))
+    for prompts, options, message in (
+        ("hello", Options(2), "prompts is one text"),
+        (["hello"], Options(2.5), "max_new_tokens is 2.5, but must be a whole number"),
+        (["hello"], Options(2, seed=2**32), "seed is 4294967296"),
+        (["hello"], Options(2, sampling=Sampling(1.0, top_k=2**31)), "top_k is 2147483648"),
+        (["hello"], Options(2, sampling=Sampling(1e39)), "temperature is 1e\\+39"),
+        ([[1, 2**32]], Options(2), "the prompt has id 4294967296, which no model has"),
+        ([[1.5]], Options(2), "a prompt is a text or a list of ids"),
+        ([3], Options(2), "a prompt is a text or a list of ids"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lm.samples(prompts, options)
+    with pytest.raises(UserError, match="are not all of the model's"):
+        lm.score_tokens([([2**32], [5])])
+
+
 def test_logits_are_those_of_numpy():
     lm = model("modern")
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params)
@@ -343,3 +370,6 @@ def test_logits_are_those_of_numpy():
     np.testing.assert_allclose(got, reference_logits(params, config, np.array([[1, 2, 3]]))[0], atol=1e-5)
     with pytest.raises(UserError, match="logits of 25 ids: there must be 1 to model.block_size=24"):
         lm.logits(list(range(25)))
+    for unknown in (-1, 131, 99999):
+        with pytest.raises(UserError, match=f"logits: id {unknown} is not one of the model's, 0 ... 130"):
+            lm.logits([1, unknown])

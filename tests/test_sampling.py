@@ -83,6 +83,11 @@ def test_of_equal_logits_the_first_id_is_the_likeliest(row):
     np.testing.assert_array_equal(likeliest(logits_BxV), logits_BxV.argmax(axis=1))
 
 
+def test_of_a_top_p_below_the_smallest_float32_the_likeliest_id_is_left():
+    row = np.linspace(0, 1, V, dtype=np.float32)[None, ::-1]
+    assert np.flatnonzero(np.isfinite(limit(jnp.asarray(row), Draw.of(Sampling(1.0, top_p=1e-40)))[0])).tolist() == [0]
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_ids_are_drawn_as_jax_random_categorical_draws_them(temperature):
     logits_BxV = np.random.default_rng(0).normal(size=(64, V)).astype(np.float32)

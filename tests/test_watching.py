@@ -169,6 +169,20 @@ def test_the_time_of_a_run_adds_up_over_its_processes(tmp_path, monkeypatch):
     assert account.other == 0 and math.isclose(account.goodput, 45 / 70)
 
 
+def test_a_run_that_was_stopped_goes_on_from_the_time_of_the_step_that_was_saved(config, tmp_path, default_file):
+    """And not from that of the last line before it."""
+    config.train.steps, config.log.every_steps = 6, 100
+    flags = [f"--config={default_file}", *overrides(config), f"--workdir={tmp_path / 'run'}"]
+    for extra in ("--config.train.max_seconds=0.001", "--config.train.max_seconds=0"):
+        assert call("train", *flags, extra, "--allow_config_change=train.max_seconds").returncode in (0, 75)
+    first, second = json.loads((tmp_path / "run" / "processes.json").read_text())
+    assert 0 < first["last_step"] < 6 and first["training"] > 0
+    assert math.isclose(second["total"], first["training"] + second["training"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isclose(lines[-1]["seconds"], second["total"])
+    assert "| steps that ran again after a restart | 0s |" in (tmp_path / "run" / "summary.md").read_text()
+
+
 def test_train_leaves_a_summary_a_log_and_a_trace(config, tmp_path, default_file):
     """All in one run, because it compiles; in a process of its own, because JAX's profiler has crashed beside torch."""
     config.train.steps, config.log.profile, config.checkpoint.every_steps = 6, "2-3", 0

@@ -19,6 +19,7 @@ from trialgpt_jax.data.batches import eval_batches
 from trialgpt_jax.data.token_store import SPLITS, TokenStore, open_store
 from trialgpt_jax.evaluation import report, suite
 from trialgpt_jax.language_model import LanguageModel
+from trialgpt_jax.live_line import terminal_width
 from trialgpt_jax.model import weights as weights_lib
 from trialgpt_jax.parallel import processes
 from trialgpt_jax.training.metrics import bits_per_byte, finite
@@ -151,23 +152,30 @@ def main(argv: list[str]) -> None:
         if why is None:
             result |= _loss(program, params, store, flags.batches, flags.split)
         line = format_result(result) if why is None else f"checkpoint {step}, no loss: {why}"
+        dtype = str(program.gpt.dtype)
+        if flags.weights != "auto":
+            line, dtype = f"{line}, weights in {flags.weights}", f"{dtype}, weights in {flags.weights}"
+            result["weights"] = flags.weights
         if flags.json and why is not None:
             say(line)
         elif first and not flags.json:
             print_result(line)
         if specs:
-            made = report.empty(step) | {"loss": None if why else report.loss_part(result, store)}
+            # the report has no place for the weights of a loss
+            made = report.empty(step)
+            if why is None and flags.weights == "auto":
+                made["loss"] = report.loss_part(result, store)
 
             def done(i: int, outcome: suite.Outcome) -> None:
                 nonlocal made
                 limit = specs[i].limit or options["limit"]
-                made = report.add(made, outcome, limit, str(program.gpt.dtype))
+                made = report.add(made, outcome, limit, dtype)
                 report.save(workdir, made, last=i + 1 == len(tasks))  # after each, because a set can take hours
 
             suite.run_each(LanguageModel(params, program.gpt, tokenizer, program.mesh, step), tasks, done)
             result["tasks"] = made["tasks"]
             if first and not flags.json:
-                print(f"\n{report.table(made)}", flush=True)
+                print(f"\n{report.table(made, terminal_width(sys.stdout))}", flush=True)
         if first and flags.json:
             print(json.dumps(result), flush=True)
 

@@ -132,6 +132,9 @@ def _options(flags) -> Options:
     """The options of the flags. Raises UserError for flags that are out of range or exclude each other."""
     cli.at_most(flags, num_samples=10_000, max_new_tokens=10_000_000, batch_size=100_000)
     ways = [f"--{name}" for name in ("prompt", "prompts", "interactive") if flags[name].value not in (None, False)]
+    for name in ("prompts", "out"):
+        if flags[name].value == "":
+            raise UserError(f"--{name} is empty")
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} exclude each other")
     if flags.out and not flags.prompts:
@@ -165,8 +168,12 @@ def main(argv: list[str]) -> None:
         if flags.prompts:
             settings = {name: flags[name].value for name in FLAGS if name not in _NO_SETTINGS | processes.FLAGS.keys()}
             settings |= {"workdir": files.resolve(workdir), "checkpoint_step": model.step}
+            settings |= {f"config.model.{name}": value for name, value in config.model.items()}
+            settings |= {f"config.train.{name}": config.train[name] for name in ("dtype", "matmul_precision")}
 
             def run() -> None:
+                if isinstance(prompts, list):  # of a file: the last one is refused before the first one is continued
+                    model.check_prompts(prompts, options)
                 with prompt_files.open_output(flags.out, settings) as output:
                     n = prompt_files.continue_all(
                         prompts, output, options, lambda block, first: model.samples(block, options, first=first)

@@ -212,6 +212,8 @@ class LanguageModel(Driven):
         self._repeat("logits", [int(i) for i in ids])
         if not 1 <= len(ids) <= self.block_size:
             raise UserError(f"logits of {len(ids)} ids: there must be 1 to model.block_size={self.block_size}")
+        if unknown := [int(i) for i in ids if not 0 <= i < self.config.vocab_size]:
+            raise UserError(f"logits: id {unknown[0]} is not one of the model's, 0 ... {self.config.vocab_size - 1}")
         tokens = np.zeros((1, min(self.block_size, 1 << max(4, (len(ids) - 1).bit_length()))), np.int32)
         tokens[0, : len(ids)] = ids
         everywhere = replicated(self._copies)
@@ -221,6 +223,10 @@ class LanguageModel(Driven):
             return np.asarray(_logits(params, config, everywhere, put(tokens, everywhere)))[0, : len(ids)]
 
     # ---- generation
+
+    def check_prompts(self, prompts: Sequence[str | Sequence[int]], options: Options) -> None:
+        """Raises UserError if `samples` would refuse one of them."""
+        prompt_ids(self.tokenizer, prompts, self.start_id, self.block_size, options, quiet=True)
 
     @overload
     def generate(self, prompts: str, *, stream: Literal[True], **options) -> Iterator[str]: ...
@@ -253,9 +259,11 @@ class LanguageModel(Driven):
         Raises:
           UserError: as `samples`.
         """
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        options = Options(max_new_tokens, sampling=sampling, stop=stop, seed=seed)
+        options = Options(max_new_tokens, sampling=sampling, stop=stop, seed=seed).normal()
         if stream:
+            if not isinstance(prompts, str):
+                raise UserError("stream=True takes one text, not a list of prompts")
+            options.check()
             return self._stream(prompts, options)
         single = isinstance(prompts, str)
         found = self.samples([prompts] if single else prompts, options, what=what)
@@ -287,9 +295,7 @@ class LanguageModel(Driven):
         Raises:
           UserError: options out of range, characters that the tokenizer does not have, or a long prompt with `strict`.
         """
-        options = Options(*options)
-        # lists where `_repeat` has sent them
-        options = options._replace(sampling=Sampling(*options.sampling), stop=tuple(options.stop))
+        options = Options(*options).normal()  # lists where `_repeat` has sent them
         options.check()
         self._repeat("samples", prompts, options, first=first, what=what)
         ids = prompt_ids(self.tokenizer, prompts, self.start_id, self.block_size, options, first)
@@ -308,7 +314,6 @@ class LanguageModel(Driven):
         return found
 
     def _stream(self, prompt: str, options: Options) -> Iterator[str]:
-        options.check()
         for texts in self._grow(
             prompt_ids(self.tokenizer, [prompt], self.start_id, self.block_size, options), [0], options, watched=True
         ):

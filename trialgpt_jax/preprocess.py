@@ -177,11 +177,10 @@ def _command(flags: absl_flags.FlagValues, config: ConfigDict) -> int:
 
 def _warn_of_an_empty_split(config: ConfigDict) -> None:
     """Whole documents are drawn for the validation split, so of a few there may be none."""
-    share = config.data.val_fraction
-    if share and not token_store.open_store(config.data.dir).split("val").n_tokens:
+    if config.data.val_fraction and not token_store.open_store(config.data.dir).split("val").n_tokens:
         say(
             "warning: no document was drawn for the validation split; run preprocess into a new folder with a larger "
-            f"data.val_fraction, which is {share:g} here, or with more documents"
+            "data.val_fraction, or with more documents"
         )
 
 

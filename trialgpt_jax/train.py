@@ -102,9 +102,9 @@ def train(config: ConfigDict, workdir: str, allow_config_change: tuple[str, ...]
 
         with times.of(RESTORING):
             state = start_lib.create_state(start, program, checkpoints)
-        differences = config_lib.differences(config)
+        differences, seconds = config_lib.differences(config), times.trained(first_step)
         stack.enter_context(summary.at_end(workdir, times, checkpoints, differences, config, description))
-        with contextlib.closing(Reporter(program, store.split("val"), workdir, first_step)) as reporter:
+        with contextlib.closing(Reporter(program, store.split("val"), workdir, first_step, seconds)) as reporter:
             if jax.process_index() == 0:
                 workdir_lib.keep_tokenizer(store, workdir)
                 workdir_lib.keep_data(store, workdir)

@@ -20,6 +20,7 @@ from trialgpt_jax.data.token_store import TokenStore
 from trialgpt_jax.evaluation import references
 from trialgpt_jax.evaluation.references import CORE, LM_EVAL, SIZES, SOURCES
 from trialgpt_jax.evaluation.suite import Outcome
+from trialgpt_jax.live_line import fold
 from trialgpt_jax.storage import files, json_files, lock
 
 DIGITS = 5
@@ -198,17 +199,45 @@ def _versions(protocol: str) -> dict[str, str]:
 # ---- for people
 
 
-def table(report: Report) -> str:
-    """A table with aligned columns, and what must be known to read it."""
-    head, *rows = _rows(report)
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+def table(report: Report, width: int | None = None) -> str:
+    """A table with aligned columns, and what must be known to read it; in a terminal of `width` columns."""
+    (head, *rows), left_out = _fitting(_rows(report), width)
+    widths = _widths([head, *rows])
     left = (0, 1, 2)  # words; the rest are numbers
+    notes = _notes(report)
+    if left_out:
+        notes.append(f"The terminal is too narrow for {', '.join(left_out)}.")
 
     def line(row: Sequence[str]) -> str:
         cells = zip(row, widths, strict=True)
         return "  ".join(c.ljust(n) if i in left else c.rjust(n) for i, (c, n) in enumerate(cells)).rstrip()
 
-    return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows), "", *_notes(report)])
+    lines = [line(head), "  ".join("-" * n for n in widths), *map(line, rows), "", *notes]
+    return "\n".join(fold(text, width) for text in lines)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _fitting(rows: list[tuple[str, ...]], width: int | None) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The rows, without columns that are empty and then without figures of GPT-2 while a row is longer than `width`;
+    and the heads of the figures that are left out."""
+    left_out = []
+
+    def too_wide():
+        return width is not None and sum(_widths(rows)) + 2 * (len(rows[0]) - 1) > width
+
+    def drop(i):
+        return [row[:i] + row[i + 1 :] for row in rows]
+
+    for i in reversed(range(len(rows[0]))):
+        if too_wide() and not any(row[i] for row in rows[1:]):
+            rows = drop(i)
+    while too_wide() and rows[0][-1].startswith("GPT-2"):
+        left_out.insert(0, rows[0][-1])
+        rows = drop(len(rows[0]) - 1)
+    return rows, left_out
 
 
 def markdown(report: Report) -> str:

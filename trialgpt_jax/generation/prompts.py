@@ -147,8 +147,12 @@ def open_output(path: str | None, settings: Mapping[str, object]) -> Iterator[Ou
     if path is None:
         yield Output(None, settings)
         return
+    if os.path.isdir(path):
+        raise UserError(f"--out={path} is a folder, not a file")
+    path = os.path.realpath(path) if os.path.islink(path) else path  # files are replaced, links are not
     folder, name = os.path.split(path)
-    with lock.hold(folder or ".", name=f"{name}.lock", flag="--out", value=path, keep_file=False):
+    fault = files.storage_faults(path, then="run the same command again")
+    with fault, lock.hold(folder or ".", name=f"{name}.lock", flag="--out", value=path, keep_file=False):
         yield Output(path, settings)
 
 

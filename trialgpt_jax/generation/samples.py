@@ -3,6 +3,7 @@
 A continuation ends at end-of-text or at the first stop string, neither of which is part of it.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from trialgpt_jax.model.config import GPTConfig
 from trialgpt_jax.model.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0)
+_WHOLE = ("max_new_tokens", "num_samples", "seed", "batch_size")
 BATCH_SIZE = 32  # rows of a batch; more take more memory and are hardly faster per row on CPU
 
 
@@ -50,6 +52,22 @@ class Options(NamedTuple):
         decoding.check(self.max_new_tokens, self.num_samples, self.sampling)
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}, but must be at least 1")
+        if not -(2**31) <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}, but must be at least -2^31 and below 2^32")
+
+    def normal(self) -> "Options":
+        """The same with integers of Python, a `Sampling`, and a tuple of stop strings, of which one may be given alone.
+
+        Raises:
+          UserError: a number that is not whole.
+        """
+        try:
+            whole = {name: operator.index(getattr(self, name)) for name in _WHOLE}
+        except TypeError:
+            name = next(name for name in _WHOLE if not hasattr(getattr(self, name), "__index__"))
+            raise UserError(f"{name} is {getattr(self, name)!r}, but must be a whole number") from None
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return self._replace(sampling=Sampling(*self.sampling), stop=stop, **whole)
 
     @property
     def prompts_per_batch(self) -> int:
@@ -148,11 +166,17 @@ def encode_prompt(tokenizer: Vocabulary, prompt: str | Sequence[int], special_to
     """The ids of a prompt, which may be ids already.
 
     Raises:
-      UserError: characters that the tokenizer does not have, a text of which it makes no ids, or `special_tokens` of a
-        tokenizer without end-of-text.
+      UserError: characters that the tokenizer does not have, a text of which it makes no ids, `special_tokens` of a
+        tokenizer without end-of-text, or ids that are not ids.
     """
     if not isinstance(prompt, str):
-        return list(prompt)
+        try:
+            ids = [operator.index(i) for i in prompt]
+        except TypeError:
+            raise UserError(f"a prompt is a text or a list of ids, not {prompt!r:.80}") from None
+        if unknown := [i for i in ids if not 0 <= i < 2**31]:
+            raise UserError(f"the prompt has id {unknown[0]}, which no model has")
+        return ids
     if not special_tokens:
         ids = list(tokenizer.encode(prompt))
     elif tokenizer.eot_id is None:
@@ -172,19 +196,29 @@ def prompt_ids(
     block_size: int,
     options: Options,
     first: int = 0,
+    quiet: bool = False,
 ) -> list[np.ndarray]:
     """The ids of prompts: of an empty one `start_id`, of one longer than block_size the last ones.
+
+    Args:
+      tokenizer, start_id, block_size: of the model.
+      prompts: texts or ids.
+      options: see there.
+      first: prompts before these.
+      quiet: do not say that the end of a long one is used.
 
     Raises:
       UserError: as `encode_prompt`, with the number of the prompt where there are several, counted from 1 after the
         `first` ones; or a long one with `options.strict`.
     """
+    if isinstance(prompts, str):
+        raise UserError("prompts is one text, not a list of texts")
     ids = []
     for number, prompt in enumerate(prompts, first + 1):
         try:
             ids.append(encode_prompt(tokenizer, prompt, options.special_tokens) or [start_id])
         except UserError as error:
-            raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from None
+            raise UserError(f"prompt {number}: {error}" if len(prompts) > 1 or first else str(error)) from None
     lengths = [len(each) for each in ids if len(each) > block_size]
     if lengths:
         many = f"{len(lengths):,} of {len(ids):,} prompts have up to {max(lengths):,} tokens"
@@ -192,7 +226,8 @@ def prompt_ids(
         what = f"{one if len(ids) == 1 else many}, more than model.block_size={block_size}"
         if options.strict:
             raise UserError(what)
-        say(f"{what}: the last {block_size:,} are used")
+        if not quiet:
+            say(f"{what}: the last {block_size:,} are used")
     return [np.asarray(each[-block_size:], np.int32) for each in ids]
 
 

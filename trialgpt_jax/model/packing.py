@@ -44,10 +44,10 @@ def make_request(context: Sequence[int], continuation: Sequence[int], config: GP
         raise UserError(f"a {'continuation' if len(context) else 'context'} without tokens cannot be scored")
     if n > config.block_size:
         raise UserError(f"a continuation has {n} tokens, more than model.block_size={config.block_size}")
-    ids = np.concatenate([np.asarray(context[-size:], np.int32), np.asarray(continuation, np.int32)])[-size:]
+    ids = np.concatenate([np.asarray(part, np.int64) for part in (context[-size:], continuation)])[-size:]
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         raise UserError(f"ids {ids.min()} ... {ids.max()} are not all of the model's 0 ... {config.vocab_size - 1}")
-    return Request(ids, n)
+    return Request(ids.astype(np.int32), n)
 
 
 def rolling_windows(ids: Sequence[int], block_size: int) -> list[tuple[Sequence[int], Sequence[int]]]:

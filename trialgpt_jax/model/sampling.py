@@ -11,6 +11,8 @@ import numpy as np
 
 from trialgpt_jax import UserError
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class Sampling(NamedTuple):
     """The order is repetition penalty, temperature, top-k, top-p, min-p, as in Hugging Face's `generate`.
@@ -32,15 +34,15 @@ class Sampling(NamedTuple):
 
     def validate(self) -> None:
         """Raises UserError for a value out of range; NaN is outside every range."""
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature <= _LARGEST:
             raise UserError(f"temperature is {self.temperature}, but must be at least 0 (0 = greedy) and finite")
-        if self.top_k < 0:
+        if not 0 <= self.top_k < 2**31:
             raise UserError(f"top_k is {self.top_k}, but must be at least 1, or 0 for no limit")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, outside (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p is {self.min_p}, outside [0, 1]")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not 0 < self.repetition_penalty <= _LARGEST:
             raise UserError(
                 f"repetition_penalty is {self.repetition_penalty}, but must be above 0 (1 = none) and finite"
             )
@@ -115,7 +117,8 @@ def _limit_sorted(logits_BxV, top_k, top_p):
     sorted_BxV = jnp.where(jnp.arange(V) < jnp.where(top_k > 0, top_k, V), sorted_BxV, -jnp.inf)
     probabilities = jax.nn.softmax(sorted_BxV, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # top_p >= 1: the rounded sum reaches 1 before the last token, which is kept anyway
-    keep = ((before < top_p) | (top_p >= 1)) & (sorted_BxV > -jnp.inf)
+    # top_p >= 1: the rounded sum reaches 1 before the last token, which is kept anyway. The likeliest one is kept where
+    # top_p is so small that XLA takes it for 0.
+    keep = ((before < top_p) | (top_p >= 1) | (jnp.arange(V) == 0)) & (sorted_BxV > -jnp.inf)
     threshold_Bx1 = jnp.min(jnp.where(keep, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BxV < threshold_Bx1, -jnp.inf, logits_BxV)

@@ -122,7 +122,8 @@ def describe(program: Program, store: TokenStore) -> str:
     tokens_per_step = train.batch_size * program.gpt.block_size
     total, split = train.steps * tokens_per_step, store.split("train")
     mfu = "" if accelerators.chip(device.device_kind) else "; no MFU because the peak of this chip is not known"
-    kept = min(config.checkpoint.keep_last + config.checkpoint.keep_best, most_saves(config))
+    most = config.checkpoint.keep_last + config.checkpoint.keep_best
+    kept = f"{most}" if most <= most_saves(config) else f"{most_saves(config)}, more after stops"
     epochs, params, gpt = _epochs(total / split.n_tokens), program.params_layout, program.gpt
     n_params = parameter_count(params)
     text = (

@@ -38,12 +38,15 @@ class Reporter:
       val_split: what it evaluates on.
       workdir: of the run.
       first_step: the step it continues from; 0 = none.
+      seconds: training time up to there; None = that of the last line up to there.
 
     Attributes:
       seconds: training time since step 0.
     """
 
-    def __init__(self, program: Program, val_split: Split | Mixture, workdir: str, first_step: int):
+    def __init__(
+        self, program: Program, val_split: Split | Mixture, workdir: str, first_step: int, seconds: float | None = None
+    ):
         self._program, self._val_split, self._config = program, val_split, program.config
         self._tokens_per_step = self._config.train.batch_size * program.gpt.block_size
         self._log = None
@@ -51,7 +54,8 @@ class Reporter:
             self._log = MetricsLog(workdir, self._config.log, first_step, self._config)
         chip = accelerators.chip(jax.devices()[0].device_kind)
         peak = chip and chip.peak_flops * jax.device_count()
-        seconds = self._log.last.get("seconds", 0.0) if self._log else 0.0
+        if seconds is None:
+            seconds = self._log.last.get("seconds", 0.0) if self._log else 0.0
         flops = flops_per_token(program.params_layout, program.gpt)
         self._meter, self._completions = Meter(self._tokens_per_step, flops, peak, seconds), Completions()
         self._shown, self._bar = contextlib.ExitStack(), None  # progress between two lines, in a terminal

@@ -19,7 +19,7 @@ from trialgpt_jax.storage import files
 from trialgpt_jax.training import curves
 from trialgpt_jax.training import workdir as workdir_lib
 from trialgpt_jax.training.checkpoint_folder import CheckpointFolder
-from trialgpt_jax.training.metric_lines import Run, read_run
+from trialgpt_jax.training.metric_lines import NoLines, Run, read_run
 from trialgpt_jax.training.times import Account, Times, cpu_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -68,6 +68,8 @@ def write(
                 files.write(workdir_lib.curves_path(workdir), curves.draw([run]))
         text = describe(workdir, run, account, differences, config.train.steps, plan, best, drawn)
         files.write(workdir_lib.summary_path(workdir), text)
+    except NoLines:
+        say(f"no summary: {workdir}/metrics.jsonl has no line yet")
     except Exception as error:  # noqa: BLE001 - of a disk, an object store or matplotlib; the run itself is complete
         say(f"warning: no summary in {workdir}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 

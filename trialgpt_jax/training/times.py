@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from trialgpt_jax.storage import json_files
 from trialgpt_jax.training.workdir import times_path
@@ -14,7 +14,8 @@ COMPILING, EVALUATING, SAVING, RESTORING = "compiling", "evaluating", "saving", 
 
 
 class _Process(TypedDict):
-    """A process: begin and end (Unix time, s), first and last step, training time of its steps, other times by kind."""
+    """A process: begin and end (Unix time, s), first and last step, training time of its steps, other times by kind;
+    training time since step 0 at its last step."""
 
     begin: float
     end: float
@@ -22,6 +23,7 @@ class _Process(TypedDict):
     last_step: int
     training: float
     seconds: dict[str, float]
+    total: NotRequired[float]
 
 
 class Account(NamedTuple):
@@ -71,6 +73,10 @@ class Times:
         self._now = _Process(begin=now, end=now, first_step=first_step, last_step=first_step, training=0.0, seconds={})
         self._before = None
 
+    def trained(self, step: int) -> float | None:
+        """Training time of an earlier process since step 0, if `step` is the last one that it has noted."""
+        return next((each.get("total") for each in reversed(self._earlier) if each["last_step"] == step), None)
+
     @contextlib.contextmanager
     def of(self, kind: str) -> Iterator[None]:
         """Adds the time of the block."""
@@ -85,13 +91,14 @@ class Times:
         """Keeps the times up to `step`, with `training` seconds since step 0. A file that cannot be written is left."""
         if self._before is None:
             self._before = training
-        self._now.update(end=time.time(), last_step=step, training=training - self._before)
+        self._now.update(end=time.time(), last_step=step, training=training - self._before, total=training)
         if self._kept:
             with contextlib.suppress(OSError):
                 json_files.write(self._path, [*self._earlier, self._now])
 
     def account(self, training: float) -> Account:
-        """The account of a run that has `training` seconds since step 0."""
+        """The account of a run whose last line says `training` seconds since step 0."""
+        training = max(training, self._now.get("total", 0.0))
         all_of_them = [*self._earlier, self._now]
         seconds: dict[str, float] = {}
         for process in all_of_them:

@@ -241,7 +241,7 @@ def require_data(data_dir: str, workdir: str) -> None:
             f"data.dir={data_dir} does not exist; make a token store with this model's tokenizer: trialgpt "
             f"preprocess --config.data.source=files --config.data.source_options.path=TEXTS "
             f"--config.data.tokenizer=from:{workdir} --config.data.val_fraction=0.1 "
-            "--config.data.dir=STORE. Then give --config.data.dir=STORE, and to evaluate --split=train as well"
+            "--config.data.dir=STORE. Then add --config.data.dir=STORE to this command"
         )
 
 
