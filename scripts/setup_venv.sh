@@ -11,25 +11,38 @@ VENV=${VENV:-.venv}
 
 # Shortens pip's output: a line per large download, in a terminal a line that changes; all of it is in the file $1.
 follow_pip() {
-    local line name
-    while IFS= read -r line; do
+    local line name doing='' status began=$SECONDS
+    while :; do
+        status=0
+        IFS= read -r -t 1 line || status=$?
+        if [ "$status" -gt 128 ]; then # nothing for a second
+            [ ! -t 2 ] || [ -z "$doing" ] || printf '\r\033[K  %s, %ss' "$doing" $((SECONDS - began)) >&2
+            continue
+        fi
+        [ "$status" = 0 ] || break
         printf '%s\n' "$line" >>"$1"
         line=${line#"${line%%[! ]*}"}
         name=${line#* }
         name=${name%% *}
         case $line in
-            "Collecting "*) [ -t 2 ] && printf '\r\033[K  looking for %.60s' "$name" >&2 ;;
+            "Collecting "*)
+                doing=$(printf 'looking for %.60s' "$name")
+                [ -t 2 ] && printf '\r\033[K  %s' "$doing" >&2
+                ;;
             "Downloading "*" MB)" | "Downloading "*" GB)")
                 name=$(cut -d- -f1,2 <<<"$name")
                 [ -t 2 ] && printf '\r\033[K' >&2
                 printf '  downloading %s (%s\n' "$name" "${line##*(}" >&2
+                doing="downloading $name"
                 ;;
             "Installing collected packages"*)
                 [ -t 2 ] && printf '\r\033[K' >&2
                 printf '  installing %s packages; this takes a minute or more\n' "$(wc -w <<<"${line#*:}")" >&2
+                doing=installing
                 ;;
         esac
     done
+    [ ! -t 2 ] || printf '\r\033[K' >&2
     return 0
 }
 

@@ -211,9 +211,13 @@ def test_a_failure_of_pip_shows_its_last_lines_and_ends_the_script(tmp_path):
     assert result.stderr.endswith("/pip.log ends with\nERROR: no route to host\n")
 
 
+def unfolded(output):
+    return output.replace(" \\\n      ", " ")
+
+
 def next_commands(output):
     """The lines after `Next`, without the first, which enters the environment."""
-    lines = output.split("Next, one after the other:\n")[1].splitlines()
+    lines = unfolded(output).split("Next, one after the other:\n")[1].splitlines()
     return [shlex.split(line) for line in lines if line.startswith("  trialgpt ")]
 
 
@@ -229,7 +233,7 @@ def test_the_quickstart_runs_the_four_commands_and_names_three_more(tmp_path):
     ]
     assert [line for line in result.stderr.splitlines() if re.match(r"\d of 4: ", line)]
     assert f"Made in {ROOT}:\n" in result.stdout and f"  {tmp_path}/my store  the text as" in result.stdout
-    assert f"  cd {ROOT} && source {tmp_path}/venv/bin/activate\n" in result.stdout
+    assert f"  cd {ROOT} && source {tmp_path}/venv/bin/activate\n" in unfolded(result.stdout)
     commands = next_commands(result.stdout)
     assert [words[1] for words in commands] == ["infer", "train", "convert"]
     for words in commands:
