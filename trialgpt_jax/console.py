@@ -238,6 +238,7 @@ def terminations_interrupt() -> Iterator[None]:
 
 
 def _leave(*_) -> None:
+    live_line.enabled = False  # nothing is drawn after the last line
     with contextlib.suppress(OSError):
         # not `say`: the signal may interrupt a print, and its buffer is not reentrant
         os.write(2, live_line.erase_now() + b"interrupted\n")

@@ -106,10 +106,7 @@ def results(data: bytes) -> Iterator[None]:
 
 
 def erase_now() -> bytes:
-    """What a signal handler writes before the last line of the process; nothing is drawn after it. Takes no lock, which
-    may be held by what the signal interrupts."""
-    global enabled
-    enabled = False
+    """What a signal handler writes before its own line: the lock may be held by what it interrupts."""
     return _ERASE.encode() if _shown else b""
 
 
