@@ -193,6 +193,23 @@ def test_the_markdown_is_the_table(world, workdir, fakes):
     assert [line.removeprefix("- ") for line in page if line.startswith("- ")] == notes
 
 
+def test_in_a_narrow_terminal_the_table_leaves_columns_out_and_says_which(world, workdir, fakes):
+    call("evaluate", f"--workdir={workdir}", "--tasks=lambada_openai,wikitext")
+    whole, narrow = (report.table(saved(workdir), width) for width in (None, 80))
+    assert max(map(len, whole.splitlines())) > 80 >= max(map(len, narrow.splitlines()))
+    assert "GPT-2 774M" in whole and narrow.splitlines()[0].split()[:6] == whole.splitlines()[0].split()[:6]
+    assert re.search(r"The terminal is too narrow for .*GPT-2 1558M\.", " ".join(narrow.split()))
+
+
+def test_scores_of_rounded_weights_say_so(world, workdir, fakes):
+    result = call("evaluate", f"--workdir={workdir}", "--weights=int8")
+    assert result.stdout.endswith(", weights in int8\n"), result.stderr
+    result = call("evaluate", f"--workdir={workdir}", "--weights=int8", "--tasks=wikitext", "--split=val", "--json")
+    assert json.loads(result.stdout)["weights"] == "int8"
+    kept = saved(workdir)
+    assert kept["definitions"]["wikitext"]["dtype"] == "float32, weights in int8" and kept["loss"] is None
+
+
 def test_a_second_evaluation_keeps_the_other_tasks_and_replaces_its_own(world, workdir, fakes, monkeypatch):
     evaluate = "evaluate", f"--workdir={workdir}"
     call(*evaluate, "--tasks=piqa,core", "--core_bundle=x")

@@ -25,6 +25,7 @@ from trialgpt_jax.storage import files, json_files, lock
 
 DIGITS = 5
 _STDERR = "_stderr"
+_TOKENS = " tokens"  # after a number of them; the other rows have a number of items
 _Scores = dict[str, float | int | None]  # metrics, their `_stderr`, and `n`
 
 
@@ -237,6 +238,8 @@ def _fitting(rows: list[tuple[str, ...]], width: int | None) -> tuple[list[tuple
     while too_wide() and rows[0][-1].startswith("GPT-2"):
         left_out.insert(0, rows[0][-1])
         rows = drop(len(rows[0]) - 1)
+    if too_wide():
+        rows = [tuple(cell.removesuffix(_TOKENS) for cell in row) for row in rows]
     return rows, left_out
 
 
@@ -258,7 +261,7 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
     if loss := report["loss"]:
         for metric in ("bits_per_byte", "loss", "perplexity"):
             if loss[metric] is not None:
-                n = f"{loss['tokens']:,} tokens"
+                n = f"{loss['tokens']:,}{_TOKENS}"
                 rows.append(
                     (f"{loss['split']} split", "loss", metric, _number(loss[metric]), "", n, *[""] * len(SIZES))
                 )
