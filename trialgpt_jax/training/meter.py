@@ -17,7 +17,8 @@ class Completions:
 
     def __init__(self):
         self._dispatched, self._times = queue.SimpleQueue(), queue.SimpleQueue()
-        threading.Thread(target=self._wait, name="completions", daemon=True).start()
+        self._thread = threading.Thread(target=self._wait, name="completions", daemon=True)
+        self._thread.start()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Adds a step that has been dispatched after those before, by its outputs."""
@@ -28,8 +29,10 @@ class Completions:
         return self._times.get()
 
     def close(self) -> None:
-        """Ends the thread after the steps that have been added."""
+        """Ends the thread after the steps that have been added, and waits for it: a thread inside JAX's C++ code when
+        Python ends may abort the process."""
         self._dispatched.put(None)
+        self._thread.join(timeout=10)
 
     def _wait(self) -> None:
         while (metrics := self._dispatched.get()) is not None:
