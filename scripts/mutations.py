@@ -55,8 +55,8 @@ MUTATIONS = [
     ),
     Mutation(
         "storage/integrity.py",
-        "if files.sha256(path) != digest:",
-        "if size > 4000 and files.sha256(path) != digest:",
+        "if files.sha256(path, read) != digest:",
+        "if size > 4000 and files.sha256(path, read) != digest:",
         "checkpoint",
     ),
     Mutation("storage/integrity.py", "if found[name] != size:", "if found[name] < size:", "checkpoint hostile_input"),
@@ -109,13 +109,13 @@ MUTATIONS = [
         "_A, _B = math.sqrt(2 / math.pi), 0.0447",
         "layers gpt",
     ),
-    Mutation("model/layers.py", "        dx = dx - jnp.mean(g, -1, keepdims=True)\n", "        pass\n", "layers gpt"),
+    Mutation("model/norms.py", "        dx = dx - mean_of_g\n", "        pass\n", "layers gpt"),
     Mutation("model/layers.py", "frequency = base **", "frequency = (2 * base) **", "layers gpt"),
     Mutation("model/layers.py", "return jax.nn.silu(gate) * x", "return jax.nn.silu(x) * gate", "layers gpt"),
     Mutation(
         "model/attention.py",
-        "query_slots = jnp.tile(positions, G if",
-        "query_slots = jnp.repeat(positions, G if",
+        "query_positions = jnp.tile(positions, G if",
+        "query_positions = jnp.repeat(positions, G if",
         "generate attention",
     ),
     Mutation("model/gpt.py", 'HeadNorm(c, name="k_norm")(k)', "k", "gpt"),
@@ -125,7 +125,7 @@ MUTATIONS = [
         "return out",
         "gpt generate infer",
     ),
-    Mutation("model/loss.py", "        d_logits = d_logits * (1 - capped**2)\n", "        pass\n", "loss"),
+    Mutation("model/loss.py", "return softcap * capped, 1 - capped**2", "return softcap * capped, 1.0", "loss"),
     Mutation("model/loss.py", "valid_N = labels_N >= 0", "valid_N = labels_N > 0", "loss train_step"),
     Mutation(
         "model/loss.py",
@@ -134,7 +134,7 @@ MUTATIONS = [
         "loss",
     ),
     Mutation("model/sampling.py", "(before < top_p)", "(before + probabilities < top_p)", "generate"),
-    Mutation("model/sampling.py", "scaled_BxV = logits_BxV / draw.temperature", "scaled_BxV = logits_BxV", "generate"),
+    Mutation("model/sampling.py", "limit(logits_BxV / draw.temperature, draw)", "limit(logits_BxV, draw)", "sampling"),
     Mutation("model/decode.py", "(0, None))(drawing.keys_B, state.n_new)", "(0, None))(drawing.keys_B, 0)", "generate"),
     Mutation("model/generate.py", "ahead = int(", "ahead = 0 * int(", "generate"),
     Mutation("model/hf.py", "        if shape != want:", "        if len(shape) > 9:", "hf convert"),
@@ -193,7 +193,7 @@ MUTATIONS = [
         "model/packing.py", "len(self.ids) - 1 - self.n_scored", "len(self.ids) - self.n_scored", "language_model"
     ),
     Mutation("model/scoring.py", "target_M - max_M - jnp.log(sum_M)", "target_M - jnp.log(sum_M)", "language_model"),
-    Mutation("language_model.py", "first = max(0, stop - self.block_size)", "first = start", "language_model"),
+    Mutation("model/packing.py", "first = max(0, stop - block_size)", "first = start", "language_model"),
     Mutation(
         "evaluation/core.py", "solved = [task.items[i + (i >= index)]", "solved = [task.items[i + (i > index)]", "core"
     ),

@@ -1,6 +1,7 @@
 """The structure of docs/architecture.md: layers without upward imports or cycles, modules of readable size."""
 
 import ast
+import importlib.util
 import re
 
 import pytest
@@ -119,3 +120,14 @@ def test_every_anchor_that_a_comment_points_at_exists():
         pointed |= set(re.findall(r"performance\.md#([\w-]+)", path.read_text()))
     explicit = set(re.findall(r'<a (?:id|name)="([\w-]+)"', document))
     assert len(pointed) > 5 and pointed <= headings | explicit, pointed - headings - explicit
+
+
+def test_every_mutation_changes_one_place_and_names_tests_that_exist():
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "scripts/mutations.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for mutation in module.MUTATIONS:
+        assert (PACKAGE / mutation.file).read_text().count(mutation.before) == 1, mutation
+        assert mutation.before != mutation.after and mutation.tests, mutation
+        for name in mutation.tests.split():
+            assert (ROOT / f"tests/test_{name}.py").is_file(), mutation

@@ -452,7 +452,7 @@ def test_evaluate_without_data_says_what_to_give(world, store, tmp_path, monkeyp
     preprocess = shlex.split(re.search(r"trialgpt preprocess (.*?STORE)\.", result.stderr)[1])
     made = call("preprocess", *preprocess)
     assert made.returncode == 0, made.stderr
-    proposed = re.search(r"Then give (--config\S+), and to evaluate (--split=train)", result.stderr).groups()
+    proposed = re.search(r"Then add (--config\S+) to this command, and .*(--split=train)", result.stderr).groups()
     found = call("evaluate", "--workdir=imported", "--batches=1", "--config.train.batch_size=8", *proposed)
     assert found.returncode == 0 and "train split" in found.stdout, found.stderr
 

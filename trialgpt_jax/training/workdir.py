@@ -241,7 +241,8 @@ def require_data(data_dir: str, workdir: str) -> None:
             f"data.dir={data_dir} does not exist; make a token store with this model's tokenizer: trialgpt "
             f"preprocess --config.data.source=files --config.data.source_options.path=TEXTS "
             f"--config.data.tokenizer=from:{workdir} --config.data.val_fraction=0.1 "
-            "--config.data.dir=STORE. Then add --config.data.dir=STORE to this command"
+            "--config.data.dir=STORE. Then add --config.data.dir=STORE to this command, and to evaluate a store of few "
+            "documents, whose validation split may be empty, --split=train"
         )
 
 
