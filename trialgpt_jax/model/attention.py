@@ -5,6 +5,7 @@ Shapes: B batch, T query length, S cache length, H query heads, K key/value head
 Softmax runs in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -123,9 +124,15 @@ def cached_attention(
     k_NxSxD, v_NxSxD = (write(old, new) for old, new in zip(cache, (k_BxTxKxD, v_BxTxKxD), strict=True))
     q_NxMxD = q_BxTxHxD.reshape(B, T, K, G, D).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, D)
     dtype = jnp.promote_types(q_BxTxHxD.dtype, jnp.float32)
-    # keys first, as in attention_cpu.py; without the barrier XLA swaps the operands (docs/performance.md#decode-layout)
-    scores_NxSxM = jnp.einsum("nsd,nmd->nsm", k_NxSxD, q_NxMxD, preferred_element_type=dtype)
-    scores_NxMxS = jax.lax.optimization_barrier(scores_NxSxM).swapaxes(1, 2)
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+
+    def keys_first(q_NxMxD, k_NxSxD):  # the barrier keeps XLA from swapping them (docs/performance.md#decode-layout)
+        return jax.lax.optimization_barrier(product("nsd,nmd->nsm", k_NxSxD, q_NxMxD)).swapaxes(1, 2)
+
+    def queries_first(q_NxMxD, k_NxSxD):
+        return product("nmd,nsd->nms", q_NxMxD, k_NxSxD)
+
+    scores_NxMxS = jax.lax.platform_dependent(q_NxMxD, k_NxSxD, cpu=keys_first, default=queries_first)
     # [M, S], or [N, M, S] where rows differ
     query_positions = jnp.tile(positions, G if positions.ndim == 1 else (K, G))
     visible = jnp.arange(S) <= query_positions[..., None]  # from position S on, all
